@@ -1,0 +1,25 @@
+"""Hands settings.ini, the one place for names, versions and requirements, to setuptools"""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+ini = ConfigParser(delimiters=['='], interpolation=None)
+ini.read(here/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+readme = here/'README.md'
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
+    classifiers=[f"Intended Audience :: {cfg['audience']}", 'Development Status :: 3 - Alpha',
+                 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    packages=find_packages(include=['tokkit', 'tokkit.*']),
+    package_data={'tokkit': ['*.json', '*.yml', '*.css', '*.js', '*.html']},
+    python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split(), 'pretrained': cfg['pretrained_requirements'].split()},
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    zip_safe=False,
+)
