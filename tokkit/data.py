@@ -23,8 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .core import (atomic_dir, atomic_path, bar, data_home, file_sha256, make_rng, read_json, stable_hash,
-                         tensors_hash, write_json)
+from .core import atomic_dir, atomic_path, bar, data_home, file_sha256, make_rng, read_json, stable_hash, tensors_hash, write_json
 
 # %% ../nbs/01_data.ipynb #76ac3d2a
 def from_uint8(
@@ -74,6 +73,8 @@ class Indexed(Dataset):
     labels:Tensor      # (n) class of every item
     classes:list[str]  # class names
     name:str           # where it comes from and which part it is
+    channels:int       # of an image: 1 grey, 3 RGB
+    size:int           # side of an image, pixels
 
     def __len__(self): return len(self.labels)
     def __getitem__(self, i):
@@ -82,6 +83,10 @@ class Indexed(Dataset):
         return x[0], int(y[0])
     def __getitems__(self, indices): return self._batch(torch.as_tensor(indices))
     def _batch(self, positions): raise NotImplementedError
+    def __repr__(self):
+        k, some = len(self.classes), ', '.join(self.classes[:10]) + (', ...' if len(self.classes) > 10 else '')
+        what = f"{len(self):,} images {self.channels}x{self.size}x{self.size}, {k} class{'es' if k != 1 else ''} ({some})"
+        return f"{type(self).__name__} {self.name}: {what}"
 
 # %% ../nbs/01_data.ipynb #630b9402
 def check_labels(
@@ -93,8 +98,7 @@ def check_labels(
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be whole numbers in 0..{n_classes-1}, got {labels.dtype}")
     bad = labels[(labels < 0) | (labels >= n_classes)]
-    if len(bad): raise ValueError(f"labels must be in 0..{n_classes-1} ({n_classes} classes), got {int(bad[0])}"
-                                  + (f" and {len(bad)-1} more outside" if len(bad) > 1 else ''))
+    if len(bad): raise ValueError(f"labels must be in 0..{n_classes-1} ({n_classes} classes), got {len(bad)} outside, first {int(bad[0])}")
     return labels.long()
 
 # %% ../nbs/01_data.ipynb #9168d553
@@ -112,13 +116,14 @@ class ImageSet(Indexed):
         classes:Sequence[str]|None = None,    # class names; None numbers them
         name:str = 'images',                  # shown in reprs and on cards
     ):
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"ImageSet: images must be uint8 (n c h w), got {images.dtype} {tuple(images.shape)}; see to_uint8")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
+            raise ValueError(f"ImageSet: images must be square and uint8 (n c h w), got {images.dtype} {tuple(images.shape)}; see to_uint8")
         labels = torch.zeros(len(images), dtype=torch.long) if labels is None else torch.as_tensor(labels)
         if labels.shape != images.shape[:1]:
             raise ValueError(f"ImageSet: {len(images)} images need as many labels, got {tuple(labels.shape)}")
         self.classes = [str(i) for i in range(int(labels.max())+1 if len(labels) else 0)] if classes is None else list(classes)
         self.images, self.labels, self.name = images, check_labels(labels, len(self.classes)), name
+        self.channels, self.size = images.shape[1], images.shape[-1]
 
     def _batch(self, positions): return from_uint8(self.images[positions]), self.labels[positions]
 
@@ -129,16 +134,8 @@ class ImageSet(Indexed):
         positions, name = _draw(i, self)
         return ImageSet(self.images[positions], self.labels[positions], self.classes, name)
 
-    @property
-    def channels(self) -> int: return self.images.shape[1]
-    @property
-    def size(self) -> int: return self.images.shape[-1]
     @cached_property
     def hash(self) -> str: return stable_hash([tensors_hash(dict(images=self.images, labels=self.labels)), self.classes])
-    def __repr__(self):
-        (c,h,w), k = self.images.shape[1:], len(self.classes)
-        some = ', '.join(self.classes[:10]) + (', ...' if k > 10 else '')
-        return f"ImageSet {self.name}: {len(self):,} images {c}x{h}x{w}, {k} class{'es' if k != 1 else ''} ({some})"
 
 # %% ../nbs/01_data.ipynb #fa7a2d63
 FASHION_CLASSES = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag','Ankle boot']
@@ -151,7 +148,7 @@ _FASHION = { # split -> (file, sha256) of the images and of the labels
 
 def _download(name:str, sha256:str, folder:Path) -> Path:
     "Fetch one file of Fashion-MNIST into `folder`: whole and with the right checksum, or not at all"
-    url, wrong = _FASHION_URL+name, None
+    url = _FASHION_URL+name
     try:
         with atomic_path(folder/name) as p:
             with urllib.request.urlopen(url, timeout=30) as r: p.write_bytes(r.read())
@@ -226,7 +223,7 @@ def _files(folder:Path, above:tuple[str,...] = ()) -> Iterator[Path]:
 
 def _find_images(root:Path) -> tuple[list[Path], list[int], list[str]]:
     "The images below `root`, their labels and the class names: one class a subfolder, or one class in all"
-    if not root.exists(): raise FileNotFoundError(f"no folder {root}; expected one with images, or with a subfolder of images for each class")
+    if not root.exists(): raise FileNotFoundError(f"no folder {root}; expected one with images, or with a folder of images for each class")
     if not root.is_dir(): raise NotADirectoryError(f"{root} is a file; expected a folder of images")
     found = list(_files(root))
     if not found: raise ValueError(f"no images in {root}; expected {' '.join(SUFFIXES)} there or in its subfolders")
@@ -240,7 +237,17 @@ def _find_images(root:Path) -> tuple[list[Path], list[int], list[str]]:
     if hollow: raise ValueError(f"class folder {root/hollow[0]} holds no images; fill it or remove it")
     return found, [classes.index(q[0]) for q in parts], classes
 
-# %% ../nbs/01_data.ipynb #9dc96961
+# %% ../nbs/01_data.ipynb #acfddcef
+def _threaded(f:Callable, items:Sequence, desc:str|None = None) -> Iterator:
+    "`f` of each item, in order, by a few threads, with a bar when `desc` says what for"
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = pool.map(f, items)
+        yield from bar(done, desc, len(items)) if desc else done
+
+def _some(broken:Sequence[str], n:int) -> str:
+    "How many of `n` images are broken, and the first three"
+    return f"{len(broken)} of {n} images cannot be read: " + '; '.join(broken[:3]) + ('; ...' if len(broken) > 3 else '')
+
 class ImageFolder(Indexed):
     "Images in a folder, one subfolder a class, cropped to a square and read when asked for"
     def __init__(self,
@@ -251,61 +258,48 @@ class ImageFolder(Indexed):
         upscale:bool = False,        # enlarge images smaller than `size` instead of refusing them
     ):
         if channels not in (1,3): raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}")
-        self.path, self.size, self.channels, self.upscale, self._hash = Path(path), size, channels, upscale, ''
+        self.path, self.size, self.channels, self.upscale, self._hash = Path(path), size, channels, upscale, None
         self.files, labels, self.classes = _find_images(self.path)
         self.labels, self.name = torch.tensor(labels), '/'.join(self.path.resolve().parts[-2:]).lstrip('/')
         if skip_broken: self._skip(self.check())
+
+    def _relative(self, path:Path) -> str: return path.relative_to(self.path).as_posix()
 
     def _read(self, position:int) -> np.ndarray|str:
         "One image as bytes (h w c), or why it cannot be read"
         path = self.files[position]
         try: image = read_image(path, self.channels)
-        except _UNREADABLE as e: return f"{self._relative(path)}: {str(e).replace(str(path), path.name)}"
-        try: image = center_crop(image, self.size, self.upscale)
-        except ValueError as e: raise ValueError(f"{self._relative(path)}: {e}") from None
-        return np.atleast_3d(np.asarray(image))
+        except _UNREADABLE as e: return f"{self._relative(path)} ({str(e).replace(str(path), path.name)})"
+        try: return np.atleast_3d(np.array(center_crop(image, self.size, self.upscale)))
+        except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
-    def _relative(self, path:Path) -> str: return path.relative_to(self.path).as_posix()
-
-    def _images(self, positions:Sequence[int], desc:str = '') -> Iterator[np.ndarray|str]:
-        "Read with a few threads, in order, with a bar when `desc` says what for"
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            done = pool.map(self._read, positions)
-            yield from bar(done, desc, len(positions)) if desc else done
-
-    def _bytes(self, positions:Tensor, desc:str = '') -> UInt8[Tensor, "b c h w"]:
+    def _bytes(self, positions:Tensor, desc:str|None = None) -> UInt8[Tensor, "b c h w"]:
         "The images at `positions`, or one error for all that cannot be read"
         out, broken = torch.empty(len(positions), self.channels, self.size, self.size, dtype=torch.uint8), []
-        for o, image in zip(out, self._images(positions.tolist(), desc)):
+        for i, image in enumerate(_threaded(self._read, positions.tolist(), desc)):
             if isinstance(image, str): broken.append(image)
-            else: o.copy_(torch.from_numpy(image.copy()).permute(2,0,1))
-        if broken: raise OSError(f"{self.path}: {_some(broken, len(positions))}; repair or remove, or pass skip_broken=True")
+            else: out[i] = torch.from_numpy(image).permute(2,0,1)
+        if broken: raise OSError(f"{self.path}: {_some(broken, len(positions))}; repair or remove them, or pass skip_broken=True")
         return out
 
     def _batch(self, positions): return from_uint8(self._bytes(positions)), self.labels[positions]
-    def __repr__(self):
-        return f"ImageFolder {self.name}: {len(self):,} images {self.channels}x{self.size}x{self.size}, {len(self.classes)} class(es), read lazily"
-
-def _some(broken:list[str], n:int) -> str:
-    "How many of `n` images are broken, and the first three"
-    return f"{len(broken)} of {n} images cannot be read: " + '; '.join(broken[:3]) + ('; ...' if len(broken) > 3 else '')
+    def _keep(self, positions:Sequence[int]):
+        self.files, self.labels, self._hash = [self.files[i] for i in positions], self.labels[list(positions)], None
 
 # %% ../nbs/01_data.ipynb #58d1a78b
 @patch
 def check(self:ImageFolder) -> dict[int,str]: # position -> file and reason
     "Read every image once; what cannot be read, and why"
-    return {i:image for i,image in enumerate(self._images(range(len(self)), 'checking images')) if isinstance(image, str)}
+    looked = _threaded(self._read, range(len(self)), 'checking images')
+    return {i:image for i,image in enumerate(looked) if isinstance(image, str)}
 
 @patch
 def _skip(self:ImageFolder, broken:dict[int,str]):
     "Leave broken images out, with a warning that says which"
-    if len(broken) == len(self): raise ValueError(f"{self.path}: none of {len(self)} images can be read; first {next(iter(broken.values()))}")
-    if broken: warnings.warn(f"{self.path}: left out, {_some(list(broken.values()), len(self))}", stacklevel=3)
+    told = f"{self.path}: {_some(list(broken.values()), len(self))}"
+    if len(broken) == len(self): raise ValueError(f"{told}; nothing is left")
+    if broken: warnings.warn(f"left out: {told}", stacklevel=3)
     self._keep([i for i in range(len(self)) if i not in broken])
-
-@patch
-def _keep(self:ImageFolder, positions:Sequence[int]):
-    self.files, self.labels, self._hash = [self.files[i] for i in positions], self.labels[list(positions)], ''
 
 @patch
 def subset(self:ImageFolder,
@@ -330,10 +324,8 @@ def load(self:ImageFolder,
 @patch(as_prop=True)
 def hash(self:ImageFolder) -> str:
     "A short name for these files' names and contents, cropped this way"
-    if not self._hash:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = list(bar(pool.map(file_sha256, self.files), f'hashing {self.name}', len(self)))
-        names = [self._relative(p) for p in self.files]
+    if self._hash is None:
+        names, digests = [self._relative(p) for p in self.files], list(_threaded(file_sha256, self.files, f'hashing {self.name}'))
         self._hash = stable_hash([names, digests, self.classes, self.size, self.channels, self.upscale])
     return self._hash
 
@@ -341,7 +333,7 @@ def hash(self:ImageFolder) -> str:
 _SPLITS = dict(train=('train','training'), test=('test','val','valid','validation'))
 
 def load_images(
-    source:str,                  # 'fashion_mnist' or a folder of images
+    source:str|Path,             # 'fashion_mnist' or a folder of images
     split:str = 'test',          # 'train' or 'test'; a folder without such subfolders is taken whole
     n:int|None = None,           # how many images; None takes all
     size:int|None = None,        # side in pixels; None is 28 for Fashion-MNIST, 64 for a folder
@@ -354,10 +346,9 @@ def load_images(
     if str(source) == 'fashion_mnist': return fashion_mnist(split, n, size or 28)
     root = Path(source).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"no data {str(source)!r}; expected 'fashion_mnist' or a folder of images")
-    known = {name for names in _SPLITS.values() for name in names}
-    there = sorted(p.name for p in root.iterdir() if p.name in known)
-    mine = [name for name in _SPLITS[split] if name in there]
-    if there and not mine: raise FileNotFoundError(f"{root} has {', '.join(there)} but no folder for split={split!r}; name the folder itself")
+    there = {k:[name for name in names if (root/name).is_dir()] for k,names in _SPLITS.items()}
+    mine, others = there[split], sum(there.values(), [])
+    if others and not mine: raise FileNotFoundError(f"{root} has {', '.join(others)} and no {split!r}; name the folder you mean")
     ds = ImageFolder(root/mine[0] if mine else root, size or 64, channels, skip_broken)
     if n is not None: ds = ds.subset(n)
     return ds.load() if len(ds)*channels*ds.size**2 <= memory*1e9 else ds
@@ -399,55 +390,20 @@ def loader(
                        collate_fn=_same if hasattr(ds, '__getitems__') else None, pin_memory=torch.cuda.is_available(),
                        persistent_workers=workers > 0, generator=make_rng(seed, 'workers'))
 
-# %% ../nbs/01_data.ipynb #d1c8a4ab
-def _encoded(ds:Indexed, encode:Callable, batch_size:int, desc:str) -> Iterator[np.ndarray]:
-    "What `encode` makes of `ds`, batch by batch, in order"
-    starts = range(0, len(ds), batch_size)
-    for i in bar(starts, desc):
-        with torch.no_grad(): yield encode(ds[i:i+batch_size][0]).detach().cpu().numpy()
+# %% ../nbs/01_data.ipynb #e2e31429
+def _narrow(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.ndarray:
+    "`a` in the type it is stored in, refusing values that would not survive"
+    real = a.dtype.kind == 'f'
+    kind = np.dtype(dtype or ('float16' if real else 'uint16' if (codebook_size or 0) <= 65536 else 'int32'))
+    if a.dtype.kind not in 'fiu' or (kind.kind == 'f') != real:
+        raise ValueError(f"TokenCache: encode returned {a.dtype}, which cannot be kept as {kind}; expected code ids or latents")
+    lo, hi = (-np.finfo(kind).max, np.finfo(kind).max) if real else (0, (codebook_size or np.iinfo(kind).max+1)-1)
+    if a.size and not lo <= a.min() <= a.max() <= hi:
+        raise ValueError(f"TokenCache: {'latents' if real else 'ids'} must be in {lo}..{hi} to be kept as {kind}, got {a.min()}..{a.max()}")
+    return a.astype(kind)
 
-def _narrow(a:np.ndarray, dtype:np.dtype, limit:int|None) -> np.ndarray:
-    "`a` as `dtype`, refusing values that would not survive"
-    if dtype.kind == 'f' and a.dtype.kind == 'f':
-        with np.errstate(over='ignore'): b = a.astype(dtype)
-        if not np.isfinite(b).all(): raise ValueError(f"TokenCache: latents up to {np.abs(a).max():g} do not fit {dtype}; use float32, or look for NaN")
-        return b
-    if dtype.kind == 'f' or a.dtype.kind not in 'iu': raise ValueError(f"TokenCache: encode returned {a.dtype}, which is not kept as {dtype}")
-    top = (limit or np.iinfo(dtype).max+1)-1
-    if a.size and not 0 <= a.min() <= a.max() <= top: raise ValueError(f"TokenCache: ids must be in 0..{top}, got {a.min()}..{a.max()}")
-    return a.astype(dtype)
-
-# %% ../nbs/01_data.ipynb #ad46ad49
-class TokenCache(Indexed):
-    "Tokens or latents of a whole data set in a folder, memory-mapped; indexed like images: (ids, label)"
-    def __init__(self, folder:Path, array:np.ndarray, labels:Tensor, about:dict):
-        self.folder, self.array, self.labels, self.about = folder, array, labels, about
-        self.classes, self.name, self.key = about['classes'], about['name'], about['key']
-
-    @property
-    def ids(self) -> np.ndarray:
-        "The memory-mapped code ids (n, tokens)"
-        if self.array.dtype.kind == 'f': raise ValueError(f"{self.folder} holds latents, not code ids; use .latents")
-        return self.array
-    @property
-    def latents(self) -> np.ndarray:
-        "The memory-mapped latents (n, tokens, d)"
-        if self.array.dtype.kind != 'f': raise ValueError(f"{self.folder} holds code ids, not latents; use .ids")
-        return self.array
-    @property
-    def hash(self) -> str: return stable_hash([self.about['sha256'], self.key])
-
-    def _batch(self, positions):
-        a = self.array[positions.numpy()]
-        return torch.from_numpy(a.astype(np.float32 if a.dtype.kind == 'f' else np.int64)), self.labels[positions]
-    def __reduce__(self): return TokenCache.open, (self.folder, self.key, False)
-    def __repr__(self):
-        kind = 'latents' if self.array.dtype.kind == 'f' else 'ids'
-        return f"TokenCache {self.name}: {kind} {tuple(self.array.shape)} {self.array.dtype}, {self.array.nbytes/1e6:.1f} MB, key {self.key!r}"
-
-# %% ../nbs/01_data.ipynb #b36f572e
 def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
-    "Write a .npy file of `n` rows piece by piece; a full disk is then an error and not a crash, as in a memory map"
+    "Write `n` rows piece by piece; on a full disk that is an error, where a memory map would crash"
     with open(path, 'wb') as f:
         rows = 0
         for a in arrays:
@@ -455,47 +411,68 @@ def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
             f.write(np.ascontiguousarray(a).tobytes()); rows += len(a)
     if rows != n: raise ValueError(f"TokenCache: encode returned {rows} rows for {n} images; expected one an image")
 
-@patch(cls_method=True)
-def build(cls:TokenCache,
-    folder:str|Path,                    # the cache's folder, made here; one that is there already is opened
-    ds:Indexed,                         # images
-    encode:Callable,                    # x (b c h w) -> ids (b n) or latents (b n d)
-    dtype:str|None = None,              # 'uint16' 'int32' 'float16' 'float32'; None takes the smallest that fits
-    key:str = '',                       # what made the tokens, e.g. hashes of the tokenizer and of the images
-    codebook_size:int|None = None,      # K: ids are checked against it, and it chooses the type
-    batch_size:int = 256,               # images encoded at once
-) -> TokenCache:
-    "Encode `ds` once into `folder`, whole or not at all"
-    folder = Path(folder)
-    if folder.exists(): return cls.open(folder, key)
-    def narrow():
-        for a in _encoded(ds, encode, batch_size, f'encoding {ds.name}'):
-            kind = dtype or ('float16' if a.dtype.kind == 'f' else 'uint16' if (codebook_size or 0) <= 65536 else 'int32')
-            yield _narrow(a, np.dtype(kind), codebook_size)
-    with atomic_dir(folder) as tmp:
-        _write_npy(tmp/'tokens.npy', narrow(), len(ds))
-        np.save(tmp/'labels.npy', ds.labels.numpy())
-        write_json(tmp/'cache.json', dict(key=key, name=ds.name, classes=ds.classes, sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
-    return cls.open(folder, key)
-
+# %% ../nbs/01_data.ipynb #bc4d332b
 _CACHE_FILES = ('tokens.npy', 'labels.npy')
 
-# %% ../nbs/01_data.ipynb #c8b61905
-@patch(cls_method=True)
-def open(cls:TokenCache,
-    folder:str|Path,          # folder made by `TokenCache.build`
-    key:str|None = None,      # what must have made it; None takes any
-    verify:bool = True,       # compare the checksums; False trusts the disk
-) -> TokenCache:
-    "Open a cache, or say in one line what is wrong with it"
-    folder, again = Path(folder), "delete the folder and build it again"
-    if not folder.is_dir(): raise FileNotFoundError(f"no token cache {folder}; make it with TokenCache.build")
-    about = read_json(folder/'cache.json')
-    if key is not None and about['key'] != key:
-        raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another folder, or {again}")
-    for f, sha in zip(_CACHE_FILES, about['sha256']):
-        if not (folder/f).is_file(): raise FileNotFoundError(f"{folder} is incomplete: {f} is missing; {again}")
-        if verify and file_sha256(folder/f) != sha: raise ValueError(f"{folder/f} is damaged (its SHA-256 changed); {again}")
-    try: array, labels = np.load(folder/'tokens.npy', mmap_mode='r'), torch.from_numpy(np.load(folder/'labels.npy'))
-    except (ValueError, OSError, EOFError) as e: raise ValueError(f"{folder} is damaged ({e}); {again}") from e
-    return cls(folder, array, labels, about)
+class TokenCache(Indexed):
+    "Tokens or latents of a whole data set in a folder, memory-mapped; indexed like images: (ids, label)"
+    def __init__(self, folder:Path, array:np.ndarray, labels:Tensor, about:dict):
+        self.folder, self.array, self.labels, self.about = folder, array, labels, about
+        self.classes, self.name, self.key = about['classes'], about['name'], about['key']
+        self.kind = 'latents' if array.dtype.kind == 'f' else 'ids'
+
+    @classmethod
+    def build(cls,
+        folder:str|Path,                    # the cache's folder, made here; one that is there already is opened
+        ds:Indexed,                         # images
+        encode:Callable,                    # x (b c h w) -> ids (b n) or latents (b n d)
+        dtype:str|None = None,              # 'uint16' 'int32' 'float16' 'float32'; None takes the smallest that fits
+        key:str = '',                       # what made the tokens, e.g. hashes of the tokenizer and of the images
+        codebook_size:int|None = None,      # K: ids are checked against it, and it chooses the type
+        batch_size:int = 256,               # images encoded at once
+    ) -> 'TokenCache':
+        "Encode `ds` once into `folder`, whole or not at all"
+        folder = Path(folder)
+        if folder.exists(): return cls.open(folder, key)
+        def arrays():
+            for i in bar(range(0, len(ds), batch_size), f'encoding {ds.name}'):
+                with torch.no_grad(): yield _narrow(encode(ds[i:i+batch_size][0]).detach().cpu().numpy(), dtype, codebook_size)
+        with atomic_dir(folder) as tmp:
+            _write_npy(tmp/'tokens.npy', arrays(), len(ds))
+            np.save(tmp/'labels.npy', ds.labels.numpy())
+            write_json(tmp/'cache.json', dict(key=key, name=ds.name, classes=ds.classes, sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
+        return cls.open(folder, key)
+
+    @classmethod
+    def open(cls,
+        folder:str|Path,          # folder made by `build`
+        key:str|None = None,      # what must have made it; None takes any
+        verify:bool = True,       # compare the checksums; False trusts the disk
+    ) -> 'TokenCache':
+        "Open a cache, or say in one line what is wrong with it"
+        folder, again = Path(folder), "delete the folder and build it again"
+        if not folder.is_dir(): raise FileNotFoundError(f"no token cache {folder}; make it with TokenCache.build")
+        missing = [f for f in ('cache.json', *_CACHE_FILES) if not (folder/f).is_file()]
+        if missing: raise FileNotFoundError(f"token cache {folder} is incomplete: {', '.join(missing)} missing; {again}")
+        about = read_json(folder/'cache.json')
+        if key is not None and about['key'] != key:
+            raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another folder, or {again}")
+        for f, sha in zip(_CACHE_FILES, about['sha256']):
+            if verify and file_sha256(folder/f) != sha: raise ValueError(f"{folder/f} is damaged: its SHA-256 changed; {again}")
+        try: return cls(folder, np.load(folder/'tokens.npy', mmap_mode='r'), torch.from_numpy(np.load(folder/'labels.npy')), about)
+        except (ValueError, OSError, EOFError) as e: raise ValueError(f"token cache {folder} is damaged: {e}; {again}") from e
+
+    def _only(self, kind:str) -> np.ndarray:
+        if kind != self.kind: raise ValueError(f"{self.folder} holds {self.kind}, not {kind}; use .{self.kind}")
+        return self.array
+    @property
+    def ids(self) -> np.ndarray: return self._only('ids')
+    @property
+    def latents(self) -> np.ndarray: return self._only('latents')
+    @property
+    def hash(self) -> str: return stable_hash([self.about['sha256'], self.key])
+
+    def _batch(self, positions):
+        return torch.from_numpy(self.array[positions.numpy()].astype('f4' if self.kind == 'latents' else 'i8')), self.labels[positions]
+    def __reduce__(self): return TokenCache.open, (self.folder, self.key, False)
+    def __repr__(self): return f"TokenCache {self.name}: {self.kind} {tuple(self.array.shape)} {self.array.dtype}, key {self.key!r}"

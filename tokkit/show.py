@@ -70,7 +70,7 @@ def show_images(
     x:Float[Tensor, "b c h w"],           # images in [-1,1], grey or RGB
     titles:Sequence[object]|None = None,  # text above each image
     columns:int|None = None,              # images a row; None takes up to 8
-    scale:float = .8,                     # width of an image, inches
+    scale:float = .78,                    # width of an image, inches
 ) -> Figure:                              # shown by the notebook, or saved with `save_figure`
     "A grid of images"
     pixels, columns = _pixels(x), min(columns or 8, len(x))
@@ -89,7 +89,7 @@ def show_images(
 def show_rows(
     rows:Mapping[str, Float[Tensor, "b c h w"]], # title -> images in [-1,1]; sizes may differ between rows
     titles:Sequence[object]|None = None,         # text above each column
-    scale:float = .8,                            # width of an image, inches
+    scale:float = .78,                           # width of an image, inches
 ) -> Figure:
     "Images in titled rows"
     if not rows: raise ValueError("show_rows: expected a dict of title -> images, got an empty one")
@@ -108,7 +108,7 @@ def show_diff(
     x:Float[Tensor, "b c h w"],    # images in [-1,1]
     xh:Float[Tensor, "b c h w"],   # their reconstructions
     limit:float|None = None,       # difference that gets the brightest colour; None takes the largest there is
-    scale:float = .8,              # width of an image, inches
+    scale:float = .78,             # width of an image, inches
 ) -> Figure:
     "Images, reconstructions and where they differ"
     if x.shape != xh.shape: raise ValueError(f"show_diff: x is {tuple(x.shape)} and xh is {tuple(xh.shape)}; expected one shape")
@@ -153,7 +153,7 @@ def show_tokens(
     grid:tuple[int,int],                       # rows and columns the n tokens lie on
     changed:Bool[Tensor, "b n"]|None = None,   # tokens to outline, e.g. those that a perturbation replaced
     titles:Sequence[object]|None = None,       # text above each map
-    scale:float = .8,                          # width of a map, inches
+    scale:float = .78,                         # width of a map, inches
 ) -> Figure:
     "Token maps: one colour a code, replaced tokens outlined"
     ids, (rows, columns) = ids.detach().cpu(), grid
