@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int, Int64, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .core import atomic_dir, atomic_path, bar, data_home, file_sha256, make_rng, read_json, stable_hash, tensors_hash, write_json
@@ -73,8 +74,6 @@ class Indexed(Dataset):
     labels:Tensor      # (n) class of every item
     classes:list[str]  # class names
     name:str           # where it comes from and which part it is
-    channels:int       # of an image: 1 grey, 3 RGB
-    size:int           # side of an image, pixels
 
     def __len__(self): return len(self.labels)
     def __getitem__(self, i):
@@ -84,15 +83,14 @@ class Indexed(Dataset):
     def __getitems__(self, indices): return self._batch(torch.as_tensor(indices))
     def _batch(self, positions): raise NotImplementedError
     def __repr__(self):
-        k, some = len(self.classes), ', '.join(self.classes[:10]) + (', ...' if len(self.classes) > 10 else '')
-        what = f"{len(self):,} images {self.channels}x{self.size}x{self.size}, {k} class{'es' if k != 1 else ''} ({some})"
-        return f"{type(self).__name__} {self.name}: {what}"
+        k, some, shape = len(self.classes), ', '.join(self.classes[:10]), f"{self.channels}x{self.size}x{self.size}"
+        return f"{type(self).__name__} {self.name}: {len(self):,} images {shape}, {k} class{'es'*(k != 1)} ({some}{', ...'*(k > 10)})"
 
 # %% ../nbs/01_data.ipynb #630b9402
 def check_labels(
-    labels:Int[Tensor, "n"]|Sequence[int]|int, # class numbers to check
-    n_classes:int,                             # how many classes there are
-) -> Int64[Tensor, "..."]:                     # the same labels as a tensor
+    labels:Int[Tensor, "..."]|Sequence[int]|int, # class numbers to check
+    n_classes:int,                               # how many classes there are
+) -> Int64[Tensor, "..."]:                       # the same labels as a tensor
     "Raise a one-line `ValueError` unless every label is one of 0..n_classes-1"
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.dtype == torch.bool:
@@ -148,12 +146,11 @@ _FASHION = { # split -> (file, sha256) of the images and of the labels
 
 def _download(name:str, sha256:str, folder:Path) -> Path:
     "Fetch one file of Fashion-MNIST into `folder`: whole and with the right checksum, or not at all"
-    url = _FASHION_URL+name
     try:
         with atomic_path(folder/name) as p:
-            with urllib.request.urlopen(url, timeout=30) as r: p.write_bytes(r.read())
+            with urllib.request.urlopen(_FASHION_URL+name, timeout=30) as r: p.write_bytes(r.read())
             if file_sha256(p) != sha256: raise OSError("its SHA-256 is not the published one")
-    except OSError as e: raise OSError(f"cannot fetch {url} into {folder} ({e}); put the file there by hand, or set $TOKKIT_DATA") from e
+    except OSError as e: raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put that file into {folder} by hand") from e
     return folder/name
 
 def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
@@ -186,9 +183,8 @@ def fashion_mnist(
     images, labels = (_idx(_fashion_file(name, sha, root), sha) for name, sha in _FASHION[split])
     ds = ImageSet(images[:,None], labels, FASHION_CLASSES, f'fashion_mnist/{split}')
     if n is not None: ds = ds.subset(n)
-    lo, hi = (size-28)//2, (size-28+1)//2
-    if size > 28: ds = ImageSet(torch.nn.functional.pad(ds.images, (lo,hi,lo,hi)), ds.labels, ds.classes, ds.name+f'@{size}')
-    return ds
+    if size == 28: return ds
+    return ImageSet(pad(ds.images, ((size-28)//2, (size-27)//2)*2), ds.labels, ds.classes, f'{ds.name}@{size}')
 
 # %% ../nbs/01_data.ipynb #ac50fb79
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
@@ -223,8 +219,8 @@ def _files(folder:Path, above:tuple[str,...] = ()) -> Iterator[Path]:
 
 def _find_images(root:Path) -> tuple[list[Path], list[int], list[str]]:
     "The images below `root`, their labels and the class names: one class a subfolder, or one class in all"
-    if not root.exists(): raise FileNotFoundError(f"no folder {root}; expected one with images, or with a folder of images for each class")
-    if not root.is_dir(): raise NotADirectoryError(f"{root} is a file; expected a folder of images")
+    if not root.is_dir():
+        raise (NotADirectoryError if root.exists() else FileNotFoundError)(f"no folder {root}; expected one with images or class folders")
     found = list(_files(root))
     if not found: raise ValueError(f"no images in {root}; expected {' '.join(SUFFIXES)} there or in its subfolders")
     parts = [p.relative_to(root).parts for p in found]
@@ -232,15 +228,14 @@ def _find_images(root:Path) -> tuple[list[Path], list[int], list[str]]:
     if len(loose) == len(found): return found, [0]*len(found), [root.resolve().name]
     if loose: raise ValueError(f"{root} holds {len(loose)} images ({loose[0]}, ...) beside its class folders; move them into one")
     classes = sorted({q[0] for q in parts})
-    hollow = [p.name for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in classes
-              and os.path.realpath(p) != os.path.realpath(root)]
-    if hollow: raise ValueError(f"class folder {root/hollow[0]} holds no images; fill it or remove it")
+    hollow = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in classes and not p.samefile(root)]
+    if hollow: raise ValueError(f"class folder {hollow[0]} holds no images; fill it or remove it")
     return found, [classes.index(q[0]) for q in parts], classes
 
 # %% ../nbs/01_data.ipynb #acfddcef
 def _threaded(f:Callable, items:Sequence, desc:str|None = None) -> Iterator:
     "`f` of each item, in order, by a few threads, with a bar when `desc` says what for"
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         done = pool.map(f, items)
         yield from bar(done, desc, len(items)) if desc else done
 
@@ -258,7 +253,7 @@ class ImageFolder(Indexed):
         upscale:bool = False,        # enlarge images smaller than `size` instead of refusing them
     ):
         if channels not in (1,3): raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}")
-        self.path, self.size, self.channels, self.upscale, self._hash = Path(path), size, channels, upscale, None
+        self.path, self.size, self.channels, self.upscale = Path(path), size, channels, upscale
         self.files, labels, self.classes = _find_images(self.path)
         self.labels, self.name = torch.tensor(labels), '/'.join(self.path.resolve().parts[-2:]).lstrip('/')
         if skip_broken: self._skip(self.check())
@@ -284,14 +279,19 @@ class ImageFolder(Indexed):
 
     def _batch(self, positions): return from_uint8(self._bytes(positions)), self.labels[positions]
     def _keep(self, positions:Sequence[int]):
-        self.files, self.labels, self._hash = [self.files[i] for i in positions], self.labels[list(positions)], None
+        self.files, self.labels = [self.files[i] for i in positions], self.labels[list(positions)]
+        self.__dict__.pop('hash', None)
+    @cached_property
+    def hash(self) -> str:
+        "A short name for these files' names and contents, cropped this way"
+        names, digests = [self._relative(p) for p in self.files], list(_threaded(file_sha256, self.files, f'hashing {self.name}'))
+        return stable_hash([names, digests, self.classes, self.size, self.channels, self.upscale])
 
 # %% ../nbs/01_data.ipynb #58d1a78b
 @patch
 def check(self:ImageFolder) -> dict[int,str]: # position -> file and reason
     "Read every image once; what cannot be read, and why"
-    looked = _threaded(self._read, range(len(self)), 'checking images')
-    return {i:image for i,image in enumerate(looked) if isinstance(image, str)}
+    return {i:image for i,image in enumerate(_threaded(self._read, range(len(self)), 'checking images')) if isinstance(image, str)}
 
 @patch
 def _skip(self:ImageFolder, broken:dict[int,str]):
@@ -320,15 +320,6 @@ def load(self:ImageFolder,
     part = self.subset(len(self) if n is None else n)
     return ImageSet(part._bytes(torch.arange(len(part)), f'reading {part.name}'), part.labels, self.classes, part.name)
 
-# %% ../nbs/01_data.ipynb #447d9c26
-@patch(as_prop=True)
-def hash(self:ImageFolder) -> str:
-    "A short name for these files' names and contents, cropped this way"
-    if self._hash is None:
-        names, digests = [self._relative(p) for p in self.files], list(_threaded(file_sha256, self.files, f'hashing {self.name}'))
-        self._hash = stable_hash([names, digests, self.classes, self.size, self.channels, self.upscale])
-    return self._hash
-
 # %% ../nbs/01_data.ipynb #6b8cc151
 _SPLITS = dict(train=('train','training'), test=('test','val','valid','validation'))
 
@@ -347,9 +338,9 @@ def load_images(
     root = Path(source).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"no data {str(source)!r}; expected 'fashion_mnist' or a folder of images")
     there = {k:[name for name in names if (root/name).is_dir()] for k,names in _SPLITS.items()}
-    mine, others = there[split], sum(there.values(), [])
-    if others and not mine: raise FileNotFoundError(f"{root} has {', '.join(others)} and no {split!r}; name the folder you mean")
-    ds = ImageFolder(root/mine[0] if mine else root, size or 64, channels, skip_broken)
+    if any(there.values()) and not there[split]:
+        raise FileNotFoundError(f"{root} has {', '.join(sum(there.values(), []))} and no {split!r}; name the folder you mean")
+    ds = ImageFolder(root.joinpath(*there[split][:1]), size or 64, channels, skip_broken)
     if n is not None: ds = ds.subset(n)
     return ds.load() if len(ds)*channels*ds.size**2 <= memory*1e9 else ds
 
@@ -365,8 +356,8 @@ class EpochSampler(Sampler):
     def set_epoch(self, epoch:int): self.epoch = epoch
     def __len__(self): return self.n
     def __iter__(self):
-        order = torch.randperm(self.n, generator=make_rng(self.seed, 'order', self.epoch)) if self.shuffle else torch.arange(self.n)
-        return iter(order.tolist())
+        if not self.shuffle: return iter(range(self.n))
+        return iter(torch.randperm(self.n, generator=make_rng(self.seed, 'order', self.epoch)).tolist())
 
 class EpochLoader(DataLoader):
     "A `DataLoader` with `set_epoch`"
@@ -383,7 +374,6 @@ def loader(
     workers:int = 0,           # processes that read ahead; worth it for folders only
 ) -> EpochLoader:
     "Batches of `ds` in the order of (seed, epoch); `set_epoch` before each epoch"
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if drop_last and batch_size > len(ds):
         raise ValueError(f"batch_size={batch_size} leaves no batch of {len(ds)} items; use fewer or pass drop_last=False")
     return EpochLoader(ds, batch_size, sampler=EpochSampler(len(ds), seed, shuffle), drop_last=drop_last, num_workers=workers,
@@ -397,7 +387,7 @@ def _narrow(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.ndarray:
     kind = np.dtype(dtype or ('float16' if real else 'uint16' if (codebook_size or 0) <= 65536 else 'int32'))
     if a.dtype.kind not in 'fiu' or (kind.kind == 'f') != real:
         raise ValueError(f"TokenCache: encode returned {a.dtype}, which cannot be kept as {kind}; expected code ids or latents")
-    lo, hi = (-np.finfo(kind).max, np.finfo(kind).max) if real else (0, (codebook_size or np.iinfo(kind).max+1)-1)
+    lo, hi = (-np.finfo(kind).max, np.finfo(kind).max) if real else (0, min(codebook_size or 2**31, np.iinfo(kind).max+1)-1)
     if a.size and not lo <= a.min() <= a.max() <= hi:
         raise ValueError(f"TokenCache: {'latents' if real else 'ids'} must be in {lo}..{hi} to be kept as {kind}, got {a.min()}..{a.max()}")
     return a.astype(kind)
@@ -411,7 +401,8 @@ def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
             f.write(np.ascontiguousarray(a).tobytes()); rows += len(a)
     if rows != n: raise ValueError(f"TokenCache: encode returned {rows} rows for {n} images; expected one an image")
 
-# %% ../nbs/01_data.ipynb #bc4d332b
+# %% ../nbs/01_data.ipynb #05b9d052
+_DTYPES = (None, 'uint16', 'int32', 'float16', 'float32')
 _CACHE_FILES = ('tokens.npy', 'labels.npy')
 
 class TokenCache(Indexed):
@@ -432,11 +423,12 @@ class TokenCache(Indexed):
         batch_size:int = 256,               # images encoded at once
     ) -> 'TokenCache':
         "Encode `ds` once into `folder`, whole or not at all"
-        folder = Path(folder)
-        if folder.exists(): return cls.open(folder, key)
+        if (folder := Path(folder)).exists(): return cls.open(folder, key)
+        if dtype not in _DTYPES: raise ValueError(f"TokenCache: dtype must be one of {_DTYPES}, got {dtype!r}")
         def arrays():
             for i in bar(range(0, len(ds), batch_size), f'encoding {ds.name}'):
-                with torch.no_grad(): yield _narrow(encode(ds[i:i+batch_size][0]).detach().cpu().numpy(), dtype, codebook_size)
+                with torch.no_grad(): t = encode(ds[i:i+batch_size][0]).detach().cpu()
+                yield _narrow((t.float() if t.is_floating_point() else t).numpy(), dtype, codebook_size)
         with atomic_dir(folder) as tmp:
             _write_npy(tmp/'tokens.npy', arrays(), len(ds))
             np.save(tmp/'labels.npy', ds.labels.numpy())
