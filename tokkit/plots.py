@@ -47,13 +47,15 @@ def hue_colors(
 ) -> dict:
     "A colour for each value: a light-to-dark ramp for numbers, the palette for names"
     numbers = len(values)>1 and all(isinstance(v, (int, float, np.number)) for v in values)
-    colors = sns.color_palette('crest', len(values)).as_hex() if numbers else [PALETTE[i % len(PALETTE)] for i in range(len(values))]
+    ramp = sns.color_palette('crest', len(values)).as_hex() if numbers else PALETTE
+    colors = [ramp[i % len(ramp)] for i in range(len(values))]
     return dict(zip(values, colors))
 
 def _panels(n:int, width:float=3.7, height:float=2.9, columns:int=3, **kwargs) -> tuple[Figure, list[Axes]]:
     "A closed figure (so that a notebook shows it once) with `n` panels"
     columns = max(1, min(n, columns)); rows = -(-n//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), dpi=72, layout='constrained', squeeze=False, **kwargs)
+    size = width*columns, height*rows
+    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=72, layout='constrained', squeeze=False, **kwargs)
     plt.close(fig)
     for ax in axes.flat[n:]: ax.set_axis_off()
     return fig, list(axes.flat[:n])
@@ -70,7 +72,8 @@ def pool(
     if missing: raise ValueError(f"the table has no column {missing[0]!r}; it has {', '.join(map(str, rows.columns))}")
     rows = rows.assign(**{se: rows[se] if se in rows else np.nan})
     groups = rows.groupby(list(keys), dropna=False, sort=True)
-    out = groups.agg(**{value:(value, 'mean'), '_spread':(value, 'var'), '_images':(se, 'mean'), 'repeats':(value, 'count')}).reset_index()
+    columns = {value:(value, 'mean'), '_spread':(value, 'var'), '_images':(se, 'mean'), 'repeats':(value, 'count')}
+    out = groups.agg(**columns).reset_index()
     total = out._images.fillna(0)**2 + (out._spread/out.repeats).fillna(0)
     out[se] = np.sqrt(total).where(out._images.notna() | (out.repeats>1))
     return out[[*keys, value, se, 'repeats']]
@@ -78,7 +81,8 @@ def pool(
 # %% ../nbs/70_plots.ipynb #4cec7de9
 def _note(fig:Figure, rows:pd.DataFrame):
     "Under the figure, what all its numbers share: n, extractor, repetitions"
-    parts = [f'{k}={rows[k].iloc[0]}' for k in ('n', 'extractor') if k in rows and rows[k].nunique(dropna=False)==1 and pd.notna(rows[k].iloc[0])]
+    shared = [k for k in ('n', 'extractor') if k in rows and rows[k].notna().all() and rows[k].nunique()==1]
+    parts = [f'{k}={rows[k].iloc[0]}' for k in shared]
     if 'seed' in rows and rows.seed.nunique()>1: parts.append(f'{rows.seed.nunique()} seeds')
     if 'se' in rows and rows.se.notna().any(): parts.append('bands and bars: 95%')
     if parts: fig.supxlabel(', '.join(parts), x=.995, ha='right', fontsize=9, color='#888888')
@@ -121,7 +125,8 @@ def cells_frame(
 ) -> pd.DataFrame:
     "Tidy rows (name, alpha, delta, value, se) of pFID cells, wherever they come from"
     if isinstance(source, pd.DataFrame): return source
-    if isinstance(source, Mapping): return pd.concat([cells_frame(c).assign(name=k) for k,c in source.items()], ignore_index=True)
+    if isinstance(source, Mapping):
+        return pd.concat([cells_frame(c).assign(name=k) for k,c in source.items()], ignore_index=True)
     cells = getattr(source, 'cells', None)
     if not cells: raise ValueError(f"expected a card with cells (a pFID), got {source}")
     rows = cells.values() if isinstance(cells, Mapping) and all(isinstance(c, Mapping) for c in cells.values()) else cells
@@ -144,8 +149,10 @@ def plot_heat(
         for ax,name in zip(axes, names):
             grid = points[points[panel]==name].pivot(index=y, columns=x, values=['value', 'se']).sort_index(ascending=False)
             text = grid.value.map('{:.3g}'.format) + grid.se.map(lambda s: f'\n±{s:.2g}' if np.isfinite(s) else '')
-            sns.heatmap(grid.value, annot=text, fmt='', cmap='crest', vmin=lo, vmax=hi, linewidths=1.5, cbar=False, ax=ax, annot_kws=dict(fontsize=9))
-            ax.set(title=name, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else ''); ax.tick_params(length=0, labelrotation=0)
+            sns.heatmap(grid.value, annot=text, fmt='', cmap='crest', vmin=lo, vmax=hi, linewidths=1.5, cbar=False, ax=ax,
+                        annot_kws=dict(fontsize=9))
+            ax.set(title=name, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')
+            ax.tick_params(length=0, labelrotation=0)
         fig.colorbar(axes[0].collections[0], ax=axes, label=label, aspect=30, pad=.02).outline.set_visible(False)
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig
@@ -160,10 +167,12 @@ def plot_curves(
     log:bool = False,                      # logarithmic vertical axis
 ) -> Figure:
     "How losses fall: a panel a loss, a line a run"
-    if isinstance(history, Mapping): history = pd.concat([pd.DataFrame(h).assign(**{run:k}) for k,h in history.items()], ignore_index=True)
+    if isinstance(history, Mapping):
+        history = pd.concat([pd.DataFrame(h).assign(**{run:k}) for k,h in history.items()], ignore_index=True)
     history = history if run in history else history.assign(**{run:''})
     x = x or next((k for k in ('epoch', 'step') if k in history), None)
-    if x not in history: raise ValueError(f"a history needs a column epoch or step, or x=...; it has {', '.join(map(str, history.columns))}")
+    if x not in history:
+        raise ValueError(f"a history needs a column epoch or step, or x=...; it has {', '.join(map(str, history.columns))}")
     losses = list(losses or [k for k in history.select_dtypes('number') if k not in (x, run, 'epoch', 'step', 'seconds', 'lr')])
     colors = hue_colors([str(r) for r in history[run].unique()])
     with house_style():
@@ -197,8 +206,9 @@ def cards_rows(
     "Tidy rows from cards in whatever order they were collected"
     if isinstance(cards, pd.DataFrame): return cards
     if isinstance(cards, Mapping):
-        named = [(k if isinstance(k, tuple) else (k,), cards_rows(c if isinstance(c, (list, tuple)) else [c])) for k,c in cards.items()]
-        return pd.concat([rows.assign(**dict(zip(('tokenizer', 'stage'), k))) for k,rows in named], ignore_index=True)
+        name = lambda k: dict(zip(('tokenizer', 'stage'), k if isinstance(k, tuple) else (k,)))
+        listed = lambda c: c if isinstance(c, (list, tuple)) else [c]
+        return pd.concat([cards_rows(listed(c)).assign(**name(k)) for k,c in cards.items()], ignore_index=True)
     return pd.DataFrame([c if isinstance(c, Mapping) else {**c.settings, **c.row()} for c in cards])
 
 def _ordered(values:Iterable, first:Sequence[str]) -> list:
@@ -212,7 +222,8 @@ def cards_table(
 ) -> pd.DataFrame:
     "A line a tokenizer and stage, a column a metric, each cell `value ± se`"
     rows = cards_rows(cards); index = [k for k in index if k in rows and rows[k].notna().any()]
-    if not index: raise ValueError(f"a table needs a column that names its lines; none of tokenizer, stage among {', '.join(map(str, rows.columns))}")
+    if not index:
+        raise ValueError(f"a table needs a column that names its lines, tokenizer or stage; it has {', '.join(map(str, rows.columns))}")
     points = pool(rows, [*index, 'metric'])
     points['cell'] = [format_value(v, s) for v,s in zip(points.value, points.se)]
     wide = points.pivot(index=index, columns='metric', values='cell').fillna('n/a')
@@ -274,7 +285,9 @@ def plot_scatter_rank(
             for (value,color),marker in zip(colors.items(), MARKERS*9):
                 _points(ax, wide[wide[hue]==value] if hue else wide, m, y, label, color, marker, value)
             p = wide.dropna(subset=[('value', m), ('value', y)])
-            if len(p)>3: ax.set_title('ρ = {:.2f} [{:.2f}, {:.2f}]'.format(*rank_interval(p.value[m], p.value[y], p.se[m], p.se[y])))
+            if len(p)>3:
+                rho = rank_interval(p.value[m], p.value[y], p.se[m], p.se[y])
+                ax.set_title('ρ = {:.2f} [{:.2f}, {:.2f}]'.format(*rho))
             ax.set(xlabel=m, ylabel=y if ax is axes[0] else '')
         if hue: axes[0].legend(title=hue, title_fontsize=10)
         _note(fig, rows)
@@ -283,6 +296,7 @@ def plot_scatter_rank(
 def _points(ax:Axes, p:pd.DataFrame, x:str, y:str, label:str, color:str, marker:str, name:Any):
     "Points with error bars and small names"
     bars = [1.96*p.se[m].fillna(0) for m in (x, y)]
-    ax.errorbar(p.value[x], p.value[y], xerr=bars[0], yerr=bars[1], fmt=marker, color=color, elinewidth=1.2, markersize=8, markeredgecolor='white', label=str(name))
+    ax.errorbar(p.value[x], p.value[y], xerr=bars[0], yerr=bars[1], fmt=marker, color=color, elinewidth=1.2, markersize=8,
+                markeredgecolor='white', label=str(name))
     for i,(a,b,text) in enumerate(sorted(zip(p.value[x], p.value[y], p[label].astype(str)))):   # names above and below in turn
         ax.annotate(text, (a, b), (5, -13 if i%2 else 5), textcoords='offset points', fontsize=9, color='#666666')

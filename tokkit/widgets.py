@@ -59,9 +59,10 @@ def code_colors(
 ) -> UInt8[np.ndarray, "k 3"]:
     "A colour for each code: near codes, near colours"
     c = codebook.detach().double().cpu().numpy(); c = c-c.mean(0)
-    axes = np.linalg.svd(c.T@c)[0][:,:3]                                                         # (d 3)
-    axes = axes*np.where(axes[np.abs(axes).argmax(0), range(axes.shape[1])]<0, -1, 1)            # a sign that does not depend on the library
-    place = (c@axes).argsort(0).argsort(0)/max(1, len(c)-1)                                      # ranks use the colours evenly
+    axes = np.linalg.svd(c.T@c)[0][:,:3]                         # (d 3)
+    biggest = axes[np.abs(axes).argmax(0), range(axes.shape[1])]
+    axes = axes*np.where(biggest<0, -1, 1)                       # a sign that does not depend on the library
+    place = (c@axes).argsort(0).argsort(0)/max(1, len(c)-1)      # ranks use the colours evenly
     place = np.pad(place, ((0,0), (0, 3-place.shape[1])), constant_values=.5)
     return (40+190*place).astype(np.uint8)
 
@@ -88,7 +89,8 @@ def token_tiles(
 @lru_cache(16)
 def _font(size:int, bold:bool=False) -> ImageFont.FreeTypeFont:
     "The font that comes with matplotlib, so that pictures are the same everywhere"
-    return ImageFont.truetype(Path(matplotlib.get_data_path())/'fonts'/'ttf'/f"DejaVuSans{'-Bold' if bold else ''}.ttf", size)
+    fonts = Path(matplotlib.get_data_path())/'fonts'/'ttf'
+    return ImageFont.truetype(fonts/f"DejaVuSans{'-Bold' if bold else ''}.ttf", size)
 
 def compose(
     rows:Sequence[tuple[str,str,UInt8[np.ndarray, "b s t 3"]]], # (name, what it is, tiles), top to bottom
@@ -108,9 +110,11 @@ def compose(
     image = Image.fromarray(canvas); draw = ImageDraw.Draw(image)
     for r,(name,what,_) in enumerate(rows):
         y = r*(cells[0]+gap)+cells[0]//2
-        draw.text((margin-12, y-1), name, (40,40,40), _font(13, True), 'rb'); draw.text((margin-12, y+3), what, (120,120,120), _font(10), 'rt')
+        draw.text((margin-12, y-1), name, (40,40,40), _font(13, True), 'rb')
+        draw.text((margin-12, y+3), what, (120,120,120), _font(10), 'rt')
     y = len(rows)*(cells[0]+gap)
-    for i,text in enumerate(captions): draw.text((margin+i*(cells[1]+gap)+cells[1]//2, y), text, (120,120,120), _font(10), 'mt')
+    for i,text in enumerate(captions):
+        draw.text((margin+i*(cells[1]+gap)+cells[1]//2, y), text, (120,120,120), _font(10), 'mt')
     if footer: draw.text((margin, high-18), footer, (60,60,60), _font(11), 'lt')
     return image
 
@@ -143,7 +147,8 @@ class PerturbationExplorer:
         n:int = 8,       # images shown at once
         **state,         # what the knobs show first, e.g. alpha=.5
     ):
-        if tok.spec.codebook_size is None: raise ValueError("PerturbationExplorer needs a tokenizer with codes; this one has continuous latents")
+        if tok.spec.codebook_size is None:
+            raise ValueError("PerturbationExplorer needs a tokenizer with codes; this one has continuous latents")
         if not len(images): raise ValueError("PerturbationExplorer needs at least one image, got none")
         self.tok, self.images, self.n = tok, images, min(n, len(images))
         self._cache, self._table = (None, None), NeighbourTable()
@@ -159,16 +164,21 @@ def _build(self:PerturbationExplorer):
     knob = lambda kind, name, value, **kw: kind(value=value, description=name, layout=wide, style=style, **kw)
     pages = -(-len(self.images)//self.n)
     self.knobs = dict(
-        alpha=knob(w.FloatSlider, 'rate α', .5, min=0, max=1, step=.05), beta=knob(w.FloatSlider, 'images β', 1., min=0, max=1, step=1/8, readout_format='.3g'),
-        delta=knob(w.FloatLogSlider, 'strength δ', min(k, 16), base=2, min=0, max=float(np.log2(k)), step=.25, readout_format='.0f'),
-        seed=knob(w.IntSlider, 'seed', 0, min=0, max=99), page=knob(w.IntSlider, 'which', 0, min=0, max=pages-1, disabled=pages==1),
+        alpha=knob(w.FloatSlider, 'rate α', .5, min=0, max=1, step=.05),
+        beta=knob(w.FloatSlider, 'images β', 1., min=0, max=1, step=1/8, readout_format='.3g'),
+        delta=knob(w.FloatLogSlider, 'strength δ', min(k, 16), base=2, min=0, max=float(np.log2(k)), step=.25,
+                   readout_format='.0f'),
+        seed=knob(w.IntSlider, 'seed', 0, min=0, max=99),
+        page=knob(w.IntSlider, 'which', 0, min=0, max=pages-1, disabled=pages==1),
         rate=knob(w.Dropdown, 'count', 'exact', options=[('exact (paper)', 'exact'), ('a coin per token', 'bernoulli')]),
         neighbours=knob(w.Dropdown, 'around', 'code', options=[('the code (paper)', 'code'), ('the latent', 'latent')]),
         include_self=knob(w.Checkbox, 'a redraw may give the same code', True, indent=False))
-    self.line, self.image = w.HTML(), w.Image(format='png', layout=w.Layout(max_width='100%', object_fit='contain', align_self='flex-start'))
+    fit = w.Layout(max_width='100%', object_fit='contain', align_self='flex-start')
+    self.line, self.image = w.HTML(), w.Image(format='png', layout=fit)
     for widget in self.knobs.values(): widget.observe(self._changed, 'value')
-    columns = [[self.knobs[k] for k in names] for names in (('alpha','delta','beta'), ('seed','page'), ('rate','neighbours','include_self'))]
-    self._box = w.VBox([w.HBox([w.VBox(c) for c in columns], layout=w.Layout(flex_flow='row wrap')), self.line, self.image])
+    groups = ('alpha', 'delta', 'beta'), ('seed', 'page'), ('rate', 'neighbours', 'include_self')
+    columns = [w.VBox([self.knobs[k] for k in names]) for names in groups]
+    self._box = w.VBox([w.HBox(columns, layout=w.Layout(flex_flow='row wrap')), self.line, self.image])
 
 @patch(as_prop=True)
 def state(self:PerturbationExplorer) -> dict:
@@ -204,7 +214,7 @@ def _page(self:PerturbationExplorer, page:int) -> tuple:
         got = self.images[page*self.n:(page+1)*self.n]; x = got[0] if isinstance(got, tuple) else got
         x = x.to(tensors[0].device) if tensors else x
         z = self.tok.encode(x); q = self.tok.quantize(z)
-        z = getattr(getattr(self.tok, 'quantizer', None), 'project', lambda z: z)(z)            # as it is compared with codes
+        z = getattr(getattr(self.tok, 'quantizer', None), 'project', lambda z: z)(z)   # as compared with codes
         self._cache = key, (x, z, q.ids, self.tok.decode(self.tok.codes(q.ids)), code_colors(self.tok.codebook))
     return self._cache[1]
 
@@ -214,14 +224,16 @@ def perturbed(self:PerturbationExplorer) -> Shown:
     s = self.state
     with _evaluating(self.tok):
         x, z, ids, clean, _ = self._page(s['page'])
-        table = self._table if s['delta']*len(self.tok.codebook) < 2**22 else None                # a table of everybody's neighbours must fit
-        moved = perturb_codes(ids, self.tok.codebook, s['alpha'], s['delta'], s['beta'], rate=s['rate'], neighbours=s['neighbours'],
-                              include_self=s['include_self'], z=z, table=table, rng=make_rng(s['seed'], 'explore', s['page']))
+        table = self._table if s['delta']*len(self.tok.codebook) < 2**22 else None      # everybody's neighbours must fit
+        moved = perturb_codes(ids, self.tok.codebook, s['alpha'], s['delta'], s['beta'], rate=s['rate'], z=z, table=table,
+                              neighbours=s['neighbours'], include_self=s['include_self'],
+                              rng=make_rng(s['seed'], 'explore', s['page']))
         damaged, changed = self.tok.decode(self.tok.codes(moved)), moved != ids
         rmse = (damaged.clamp(-1, 1)-clean.clamp(-1, 1)).square().mean().sqrt().item()*127.5
         step = (self.tok.codebook[moved[changed]]-self.tok.codebook[ids[changed]]).norm(dim=-1)
     psnr = float('inf') if rmse==0 else float(20*np.log10(255/rmse))
-    return Shown(x, clean, damaged, ids, moved, effective_rate(ids, moved), rmse, psnr, step.mean().item() if len(step) else 0.)
+    step = step.mean().item() if len(step) else 0.
+    return Shown(x, clean, damaged, ids, moved, effective_rate(ids, moved), rmse, psnr, step)
 
 # %% ../nbs/71_widgets.ipynb #72763589
 @patch
@@ -231,8 +243,9 @@ def numbers(self:PerturbationExplorer,
     "One line: the rate that arrived, and three distances to the clean reconstruction"
     s, p = self.state, shown or self.perturbed()
     hit = int((p.moved != p.ids).any(1).sum())
-    return (f"{p.rate:.1%} of tokens replaced in {hit} of {len(p.x)} images (asked: {s['alpha']*s['beta']:.1%}) · to the clean reconstruction: "
-            f"RMSE {p.rmse:.1f} grey levels, PSNR {p.psnr:.1f} dB · code distance {p.code_distance:.2f}")
+    asked = s['alpha']*s['beta']
+    return (f"{p.rate:.1%} of tokens replaced in {hit} of {len(p.x)} images (asked: {asked:.1%}) · "
+            f"to the clean reconstruction: RMSE {p.rmse:.1f} grey levels, PSNR {p.psnr:.1f} dB · code distance {p.code_distance:.2f}")
 
 @patch
 def picture(self:PerturbationExplorer,
@@ -243,8 +256,8 @@ def picture(self:PerturbationExplorer,
     s, p = self.state, shown or self.perturbed()
     colors, grid = self._page(s['page'])[4], self.tok.spec.grid
     knobs = f"α {s['alpha']:.2g}  β {s['beta']:.2g}  δ {s['delta']}"
-    rows = [('image', '', image_tiles(p.x)), ('clean', 'reconstruction', image_tiles(p.clean)), ('perturbed', knobs, image_tiles(p.damaged)),
-            ('difference', '|perturbed − clean|', difference_tiles(p.damaged, p.clean)),
+    rows = [('image', '', image_tiles(p.x)), ('clean', 'reconstruction', image_tiles(p.clean)),
+            ('perturbed', knobs, image_tiles(p.damaged)), ('difference', '|perturbed − clean|', difference_tiles(p.damaged, p.clean)),
             ('tokens', 'framed: replaced', token_tiles(p.moved, p.ids, colors, grid, image_tiles(p.x[:1]).shape[1]))]
     captions = [f'{k} of {p.ids.shape[1]}' for k in (p.moved != p.ids).sum(1).tolist()]
     return compose(rows, captions, self.numbers(p) if footer else '')
@@ -284,13 +297,14 @@ def static_strip(self:PerturbationExplorer,
     alphas:Sequence[float] = (.25, .5, .75, 1.), # doses, a line each
     colors:int = 96,                             # of the picture's palette
 ) -> Image.Image:
-    "A still for a page: images, clean reconstructions, and one line of perturbed ones for each alpha; knobs stay as they were"
+    "A still for a page: images, clean reconstructions, then perturbed ones, one line an alpha; knobs stay as they were"
     before = self.state
     try:
         shown = [self.set(alpha=a).perturbed() for a in alphas]
     finally: self.set(alpha=before['alpha'])
     rows = [('image', '', image_tiles(shown[0].x)), ('clean', 'reconstruction', image_tiles(shown[0].clean))]
-    rows += [(f'α = {a:g}', f'{p.rate:.0%} changed, δ {before["delta"]}', image_tiles(p.damaged)) for a,p in zip(alphas, shown)]
+    what = lambda p: f"{p.rate:.0%} changed, δ {before['delta']}"
+    rows += [(f'α = {a:g}', what(p), image_tiles(p.damaged)) for a,p in zip(alphas, shown)]
     return compose(rows).quantize(colors, dither=Image.Dither.NONE)
 
 def published_explorer(
@@ -302,7 +316,7 @@ def published_explorer(
 ) -> ipywidgets.Widget:
     "Two sliders over ready-made pictures; works in a page with no kernel"
     explorer, w = PerturbationExplorer(tok, images, n), ipywidgets
-    slider = lambda name, values: w.SelectionSlider(options=[(f'{v:g}', i) for i,v in enumerate(values)], description=name, layout=w.Layout(width='330px'))
+    slider = lambda name, values: w.SelectionSlider(description=name, options=[f'{v:g}' for v in values], layout=w.Layout(width='330px'))
     alpha, delta = slider('rate α', alphas), slider('strength δ', deltas)
     still = lambda a, d: w.Image(value=png_bytes(explorer.set(alpha=a, delta=d).picture(footer=False), 32), format='png')
     stacks = [w.Stack([still(a, d) for a in alphas], selected_index=0) for d in deltas]
