@@ -1,0 +1,71 @@
+"The floor plan as a test: a notebook imports only notebooks with a smaller number, and only those of its row"
+import ast, re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PKG, NBS = ROOT/'tokkit', ROOT/'nbs'
+ANY = range(100)  # still only smaller numbers
+
+MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
+    # 0 ground
+    'core': (), 'data': (0,), 'show': (0,),
+    # 1 tokenizers
+    'quantize': (0,), 'layers': (0,), 'tokenizer': (0, 10, 11), 'zoo': (0, 10, 11, 12),
+    # 2 perturbation: knows tensors, not tokenizers
+    'perturb': (0, 10),
+    # 3 metrics: features and metrics know images, not tokenizers; evaluate joins them
+    'features': (0,), 'metrics': (0,), 'evaluate': (0, 1, 10, 12, 20, 30, 31),
+    # 4 generators: know latents, not pixels
+    'generator': (0,), 'autoregressive': (0, 11, 40), 'masked': (0, 11, 40), 'flow': (0, 11, 40),
+    # 5 training: the learner knows batches, not images
+    'learner': (0,), 'losses': (0, 11, 30), 'train': (0, 1, 12, 20, 40, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 40, 50, 51, 52),
+    # 6 study
+    'sweep': (0, 32), 'runs': (0, 60), 'engine': (0, 61), 'shift': (0, 1, 10, 12, 20, 30, 31, 32, 40), 'demo': ANY,
+    # 7 surfaces
+    'plots': (0, 2, 60), 'widgets': (0, 2, 10, 12, 20, 40, 42, 70), 'cli': ANY, 'all': ANY,
+}
+
+
+def number(module:Path) -> int|None:
+    "The number of the notebook a module is exported from; None when it is not exported"
+    found = re.search(r'File to edit: \.\./nbs/(\d\d)_', module.read_text(encoding='utf-8'))
+    return int(found[1]) if found else None
+
+FLOORS = {p.stem: number(p) for p in sorted(PKG.glob('*.py')) if number(p) is not None}
+
+
+def imports(module:Path) -> set[str]:
+    "Names of the tokkit modules that a module imports, anywhere in it"
+    out = set()
+    for o in ast.walk(ast.parse(module.read_text(encoding='utf-8'))):
+        if isinstance(o, ast.ImportFrom) and o.level == 1: out |= {o.module.split('.')[0]} if o.module else {a.name for a in o.names}
+        if isinstance(o, ast.ImportFrom) and o.level == 0 and (o.module or '').startswith('tokkit.'): out.add(o.module.split('.')[1])
+        if isinstance(o, ast.Import): out |= {a.name.split('.')[1] for a in o.names if a.name.startswith('tokkit.')}
+    return out
+
+
+@pytest.mark.parametrize('module', FLOORS)
+def test_arrows_point_down(module):
+    assert module in MAY_IMPORT, f"{module} has no row in MAY_IMPORT: say which notebooks it may import"
+    floor, used = FLOORS[module], {d: FLOORS.get(d) for d in imports(PKG/f'{module}.py')}
+    wrong = {d: n for d, n in used.items() if n is None or n >= floor or n not in MAY_IMPORT[module]}
+    assert not wrong, f"{module} (floor {floor}) imports {wrong}; it may import {list(MAY_IMPORT[module])} below {floor}"
+
+
+@pytest.mark.parametrize('module', FLOORS)
+def test_small(module):
+    n = sum(1 for l in (PKG/f'{module}.py').read_text(encoding='utf-8').splitlines() if l.strip() and not l.lstrip().startswith('#'))
+    assert n <= 400, f"{module} has {n} exported lines; split it (limit 400)"
+
+
+def test_every_module_has_a_notebook():
+    stray = [p.name for p in PKG.glob('*.py') if p.name not in ('__init__.py', '_modidx.py', '__main__.py') and
+             not any(NBS.glob(f'[0-9][0-9]_{p.stem}.ipynb'))]
+    assert not stray, f"{stray} in tokkit/ come from no notebook: delete them, or restore the notebook"
+
+
+def test_numbers_are_unique():
+    seen = [p.name[:2] for p in NBS.glob('[0-9][0-9]_*.ipynb')]
+    assert len(seen) == len(set(seen)), f"two notebooks share a number: {sorted(n for n in seen if seen.count(n) > 1)}"
