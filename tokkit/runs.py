@@ -327,7 +327,8 @@ def _environment(tmp:Path, root:Path, device:str|None, threads:int|None) -> dict
     "The environment of a run's process"
     path = os.pathsep.join(filter(None, [str(Path(tokkit.__file__).resolve().parent.parent), os.environ.get('PYTHONPATH')]))
     env = os.environ | dict(TOKKIT_RUN_DIR=str(tmp), TOKKIT_RUNS=str(root), TOKKIT_PROGRESS=str(tmp/'.progress'), PYTHONPATH=path,
-                            JUPYTER_PREFER_ENV_PATH='1') | (dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS'), str(threads)) if threads else {})
+                            JUPYTER_PREFER_ENV_PATH='1')
+    if threads: env |= dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS'), str(threads))
     if device is None: return env
     number = str(device).removeprefix('cuda:')
     if not number.isdigit(): return env | dict(TOKKIT_DEVICE=str(default_device(device)))
