@@ -7,18 +7,19 @@ __all__ = ['FASHION_CLASSES', 'SUFFIXES', 'from_uint8', 'to_uint8', 'center_crop
            'fashion_mnist', 'read_image', 'ImageFolder', 'load_images', 'EpochSampler', 'EpochLoader', 'loader',
            'TokenCache']
 
-# %% ../nbs/01_data.ipynb #8d81a30c
-import copy, gzip, inspect, os, struct, urllib.request, warnings, zlib
+# %% ../nbs/01_data.ipynb #0f6240af
+import copy, gzip, hashlib, os, struct, urllib.request, warnings, zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from jaxtyping import Float, Int, Int64, UInt8
+from jaxtyping import Float, Int64, Integer, Shaped, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import pad
@@ -60,8 +61,7 @@ def center_crop(
 def _positions(i, n:int) -> Tensor:
     "Slice, list, mask or tensor `i` as positions 0..n-1"
     if isinstance(i, slice): return torch.arange(n)[i]
-    i = torch.as_tensor(i)
-    if i.dtype == torch.bool:
+    if (i := torch.as_tensor(i)).dtype == torch.bool:
         if i.shape != (n,): raise IndexError(f"a mask needs one entry for each of the {n} items, got shape {tuple(i.shape)}")
         return i.nonzero()[:,0]
     if i.numel() == 0: return i.long()
@@ -88,9 +88,9 @@ class Indexed(Dataset):
 
 # %% ../nbs/01_data.ipynb #630b9402
 def check_labels(
-    labels:Int[Tensor, "..."]|Sequence[int]|int, # class numbers to check
-    n_classes:int,                               # how many classes there are
-) -> Int64[Tensor, "..."]:                       # the same labels as a tensor
+    labels:Shaped[Tensor, "..."]|Sequence|int, # class numbers to check
+    n_classes:int,                             # how many classes there are
+) -> Int64[Tensor, "..."]:                     # the same labels as a tensor
     "Raise a one-line `ValueError` unless every label is one of 0..n_classes-1"
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.dtype == torch.bool:
@@ -109,10 +109,10 @@ def _draw(i, ds:Indexed) -> tuple[Tensor, str]:
 class ImageSet(Indexed):
     "Labelled images in memory, kept as bytes and handed out as floats in [-1,1]"
     def __init__(self,
-        images:UInt8[Tensor, "n c h w"],      # the images as bytes; shared, not copied
-        labels:Int[Tensor, "n"]|None = None,  # class numbers; None is one class
-        classes:Sequence[str]|None = None,    # class names; None numbers them
-        name:str = 'images',                  # shown in reprs and on cards
+        images:UInt8[Tensor, "n c h w"],          # the images as bytes; shared, not copied
+        labels:Integer[Tensor, "n"]|None = None,  # class numbers; None is one class
+        classes:Sequence[str]|None = None,        # class names; None numbers them
+        name:str = 'images',                      # shown in reprs and on cards
     ):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
             raise ValueError(f"ImageSet: images must be square and uint8 (n c h w), got {images.dtype} {tuple(images.shape)}; see to_uint8")
@@ -126,7 +126,7 @@ class ImageSet(Indexed):
     def _batch(self, positions): return from_uint8(self.images[positions]), self.labels[positions]
 
     def subset(self,
-        i:int|slice|Sequence[int]|Tensor, # the first so many images, or which
+        i:int|slice|Sequence|Tensor|np.ndarray, # the first so many images, or which
     ) -> 'ImageSet':
         "Part of the images: the first `i`, or the ones `i` points at"
         positions, name = _draw(i, self)
@@ -138,35 +138,37 @@ class ImageSet(Indexed):
 # %% ../nbs/01_data.ipynb #fa7a2d63
 FASHION_CLASSES = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag','Ankle boot']
 _FASHION_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
-_FASHION = { # split -> (file, sha256) of the images and of the labels
-    'train': (('train-images-idx3-ubyte.gz', 'b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7'),
-              ('train-labels-idx1-ubyte.gz', '0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056')),
-    'test':  (('t10k-images-idx3-ubyte.gz',  'cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa'),
-              ('t10k-labels-idx1-ubyte.gz',  '8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05'))}
+_CHECKOUT = Path(find_spec('tokkit').origin).resolve().parents[1]
+_FASHION = { # split -> (file, SHA-256 of what is in it) of the images and of the labels
+    'train': (('train-images-idx3-ubyte.gz', 'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888'),
+              ('train-labels-idx1-ubyte.gz', 'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9')),
+    'test':  (('t10k-images-idx3-ubyte.gz',  '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b'),
+              ('t10k-labels-idx1-ubyte.gz',  '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34'))}
 
-def _download(name:str, sha256:str, folder:Path) -> Path:
-    "Fetch one file of Fashion-MNIST into `folder`: whole and with the right checksum, or not at all"
-    try:
-        with atomic_path(folder/name) as p:
-            with urllib.request.urlopen(_FASHION_URL+name, timeout=30) as r: p.write_bytes(r.read())
-            if file_sha256(p) != sha256: raise OSError("its SHA-256 is not the published one")
-    except OSError as e: raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put that file into {folder} by hand") from e
-    return folder/name
+def _unpack(path:Path, sha256:str, name:str) -> bytes:
+    "What is in a gzip file, its checksum verified"
+    try: raw = gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error): raw = b''
+    if hashlib.sha256(raw).hexdigest() == sha256: return raw
+    raise ValueError(f"{name} is damaged: what is in it has not the SHA-256 {sha256[:12]}...; delete it, then restore it (git checkout)")
 
 def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
-    "Where a file of Fashion-MNIST lies: `root`, or the checkout, or `data_home()`, or there after a download"
-    checkout, home = Path(inspect.getfile(data_home)).resolve().parents[1]/'data'/'fashion_mnist', data_home()/'fashion_mnist'
-    for folder in ([Path(root)] if root is not None else [checkout, home]):
+    "Where a file of Fashion-MNIST lies: `root`, or the checkout, or `data_home()`, where it is downloaded to, whole or not at all"
+    home = data_home()/'fashion_mnist'
+    for folder in ([_CHECKOUT/'data'/'fashion_mnist', home] if root is None else [Path(root)]):
         if (folder/name).is_file(): return folder/name
-    if root is None: return _download(name, sha256, home)
-    raise FileNotFoundError(f"no file {Path(root)/name}; expected the four .gz files of Fashion-MNIST in {root}")
+    if root is not None: raise FileNotFoundError(f"no file {Path(root)/name}; expected the four .gz files of Fashion-MNIST in {root}")
+    try:
+        with atomic_path(home/name) as p:
+            with urllib.request.urlopen(_FASHION_URL+name, timeout=30) as r: p.write_bytes(r.read())
+            _unpack(p, sha256, _FASHION_URL+name)
+    except OSError as e: raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put that file into {home} by hand") from e
+    return home/name
 
 @lru_cache(maxsize=8)
 def _idx(path:Path, sha256:str) -> UInt8[Tensor, "..."]:
-    "The array in a gzipped IDX file, its checksum verified; decoded once a process"
-    if (got := file_sha256(path)) != sha256:
-        raise ValueError(f"{path} is damaged: SHA-256 {got[:12]}..., expected {sha256[:12]}...; restore it (git checkout) or delete it")
-    raw = gzip.decompress(path.read_bytes())
+    "The array in a gzipped IDX file; read and verified once a process"
+    raw = _unpack(path, sha256, str(path))
     shape = np.frombuffer(raw, '>i4', count=raw[3], offset=4)
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4+4*raw[3]).view(*shape.tolist())
 
@@ -183,8 +185,7 @@ def fashion_mnist(
     images, labels = (_idx(_fashion_file(name, sha, root), sha) for name, sha in _FASHION[split])
     ds = ImageSet(images[:,None], labels, FASHION_CLASSES, f'fashion_mnist/{split}')
     if n is not None: ds = ds.subset(n)
-    if size == 28: return ds
-    return ImageSet(pad(ds.images, ((size-28)//2, (size-27)//2)*2), ds.labels, ds.classes, f'{ds.name}@{size}')
+    return ds if size == 28 else ImageSet(pad(ds.images, ((size-28)//2, (size-27)//2)*2), ds.labels, ds.classes, f'{ds.name}@{size}')
 
 # %% ../nbs/01_data.ipynb #ac50fb79
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
@@ -258,13 +259,11 @@ class ImageFolder(Indexed):
         self.labels, self.name = torch.tensor(labels), '/'.join(self.path.resolve().parts[-2:]).lstrip('/')
         if skip_broken: self._skip(self.check())
 
-    def _relative(self, path:Path) -> str: return path.relative_to(self.path).as_posix()
-
     def _read(self, position:int) -> np.ndarray|str:
         "One image as bytes (h w c), or why it cannot be read"
         path = self.files[position]
         try: image = read_image(path, self.channels)
-        except _UNREADABLE as e: return f"{self._relative(path)} ({str(e).replace(str(path), path.name)})"
+        except _UNREADABLE as e: return f"{path.relative_to(self.path).as_posix()} ({str(e).replace(str(path), path.name)})"
         try: return np.atleast_3d(np.array(center_crop(image, self.size, self.upscale)))
         except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
@@ -284,7 +283,7 @@ class ImageFolder(Indexed):
     @cached_property
     def hash(self) -> str:
         "A short name for these files' names and contents, cropped this way"
-        names, digests = [self._relative(p) for p in self.files], list(_threaded(file_sha256, self.files, f'hashing {self.name}'))
+        names, digests = [p.relative_to(self.path).as_posix() for p in self.files], [*_threaded(file_sha256, self.files, 'hashing images')]
         return stable_hash([names, digests, self.classes, self.size, self.channels, self.upscale])
 
 # %% ../nbs/01_data.ipynb #58d1a78b
@@ -303,7 +302,7 @@ def _skip(self:ImageFolder, broken:dict[int,str]):
 
 @patch
 def subset(self:ImageFolder,
-    i:int|slice|Sequence[int]|Tensor, # so many images, drawn once and for all, or which
+    i:int|slice|Sequence|Tensor|np.ndarray, # so many images, drawn once and for all, or which
 ) -> ImageFolder:
     "Part of the folder, still lazy: `i` images in a fixed mixed order, or the ones `i` points at"
     positions, name = _draw(i, self)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -87,7 +87,7 @@ def show_images(
 
 # %% ../nbs/02_show.ipynb #ab597f58
 def show_rows(
-    rows:Mapping[str, Float[Tensor, "b c h w"]], # title -> images in [-1,1]; sizes may differ between rows
+    rows:Mapping[str, Float[Tensor, "_ _ _ _"]], # title -> images in [-1,1]; sizes may differ between rows
     titles:Sequence[object]|None = None,         # text above each column
     scale:float = .78,                           # width of an image, inches
 ) -> Figure:
@@ -149,7 +149,7 @@ def _code_colours(ids:np.ndarray) -> UInt8[np.ndarray, "*shape 3"]:
     return (hsv_to_rgb(np.stack([hue, .35+.4*(ids*7%5)/4, .95-.35*(ids*11%3)/2], -1))*255).round().astype(np.uint8)
 
 def show_tokens(
-    ids:Int[Tensor, "b n"],                    # code ids
+    ids:Integer[Tensor, "b n"],                # code ids
     grid:tuple[int,int],                       # rows and columns the n tokens lie on
     changed:Bool[Tensor, "b n"]|None = None,   # tokens to outline, e.g. those that a perturbation replaced
     titles:Sequence[object]|None = None,       # text above each map
