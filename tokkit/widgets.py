@@ -160,16 +160,16 @@ class PerturbationExplorer:
 def _build(self:PerturbationExplorer):
     "The knobs and the view"
     w, k = ipywidgets, self.tok.spec.codebook_size
-    wide, style = w.Layout(width='330px'), dict(description_width='74px')
+    wide, style = w.Layout(width='280px'), dict(description_width='72px')
     knob = lambda kind, name, value, **kw: kind(value=value, description=name, layout=wide, style=style, **kw)
     pages = -(-len(self.images)//self.n)
     self.knobs = dict(
         alpha=knob(w.FloatSlider, 'rate α', .5, min=0, max=1, step=.05),
-        beta=knob(w.FloatSlider, 'images β', 1., min=0, max=1, step=1/8, readout_format='.3g'),
+        beta=knob(w.FloatSlider, 'share β', 1., min=0, max=1, step=1/8, readout_format='.3g'),
         delta=knob(w.FloatLogSlider, 'strength δ', min(k, 16), base=2, min=0, max=float(np.log2(k)), step=.25,
                    readout_format='.0f'),
         seed=knob(w.IntSlider, 'seed', 0, min=0, max=99),
-        page=knob(w.IntSlider, 'which', 0, min=0, max=pages-1, disabled=pages==1),
+        page=knob(w.IntSlider, 'images', 0, min=0, max=pages-1, disabled=pages==1),
         rate=knob(w.Dropdown, 'count', 'exact', options=[('exact (paper)', 'exact'), ('a coin per token', 'bernoulli')]),
         neighbours=knob(w.Dropdown, 'around', 'code', options=[('the code (paper)', 'code'), ('the latent', 'latent')]),
         include_self=knob(w.Checkbox, 'a redraw may give the same code', True, indent=False))
@@ -278,7 +278,7 @@ def redraw(self:PerturbationExplorer):
     "Compute, then show the picture and its line of numbers, or say in one line why not"
     try:
         shown = self.perturbed()
-        self.image.value, self.line.value = png_bytes(self.picture(shown)), f"<code>{html.escape(self.numbers(shown))}</code>"
+        self.image.value, self.line.value = png_bytes(self.picture(shown)), f"<span style='line-height:1.5'>{html.escape(self.numbers(shown))}</span>"
     except ValueError as e:
         self.line.value = f"<span role='alert' style='color:{PALETTE[1]}'><b>not possible:</b> {html.escape(str(e))}</span>"
 
