@@ -50,6 +50,13 @@ def browser():
         chrome.close()
 
 
+def pytest_collection_modifyitems(config, items):
+    "With several workers, a file stays on one of them, so that what its tests share is made once; the pages are dealt out one by one"
+    if not config.pluginmanager.hasplugin('xdist'): return
+    for item in items:
+        if item.path.name != 'test_run_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_sessionfinish(session, exitstatus):
     session.config.tokkit_exit = int(exitstatus)
 

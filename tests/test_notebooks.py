@@ -26,6 +26,9 @@ def test_form(name):
     assert re.match(r'# \S.*\n\n> \S', source(first)), f"{name}: the first markdown cell must be `# name`, an empty line, `> one-line promise`"
     size = (NBS/name).stat().st_size
     assert size <= 300_000, f"{name} has {size/1000:.0f} kB (limit 300): fewer or smaller pictures"
+    shown = any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for c in cells(name) for o in c.get('outputs', []))
+    widgets = json.loads((NBS/name).read_text(encoding='utf-8'))['metadata'].get('widgets')
+    assert shown or not widgets, f"{name}: a saved widget state that no output shows (progress bars?): delete metadata.widgets"
     counted = [c['id'] for c in cells(name) if c.get('execution_count')]
     assert not counted, f"{name}: execution counts in {counted}; run nbdev_clean"
 
