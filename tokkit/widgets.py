@@ -278,7 +278,8 @@ def redraw(self:PerturbationExplorer):
     "Compute, then show the picture and its line of numbers, or say in one line why not"
     try:
         shown = self.perturbed()
-        self.image.value, self.line.value = png_bytes(self.picture(shown)), f"<span style='line-height:1.5'>{html.escape(self.numbers(shown))}</span>"
+        self.image.value = png_bytes(self.picture(shown))
+        self.line.value = f"<span style='line-height:1.5'>{html.escape(self.numbers(shown))}</span>"
     except ValueError as e:
         self.line.value = f"<span role='alert' style='color:{PALETTE[1]}'><b>not possible:</b> {html.escape(str(e))}</span>"
 
