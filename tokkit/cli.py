@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from fastcore.docments import docments
 
-from . import __version__
+import tokkit
 
 # %% ../nbs/80_cli.ipynb #5d8fcd7d
 _SHORT = dict(params='-p', grid='-g', n='-n')
@@ -202,7 +202,8 @@ def metric(
     split:Literal['train','test'] = 'test', # part of the data, where it has parts
     n:int = 1000,                        # images; more make the error smaller
     deltas:list[int]|None = None,        # pfid: neighbours to draw among; the paper's five when left out
-    alphas:list[float]|None = None,      # pfid: fractions of images perturbed; the paper's three when left out
+    alphas:list[float]|None = None,      # pfid: fractions of an image's tokens redrawn; the paper's three when left out
+    extractor:str|None = None,           # whose features; efficientnet_lite0 when left out
     seed:int = 0,                        # moves every random draw
     json:str|None = None,                # also write the card to this file
     device:str|None = None,              # cpu, cuda, cuda:1 or mps
@@ -214,7 +215,7 @@ def metric(
     tok = Tokenizer.load(tokenizer).to(_use_device(device)).eval()
     cells = {k:v for k,v in dict(deltas=deltas, alphas=alphas).items() if v is not None}
     if cells and metric != 'pfid': raise ValueError(f"--{' and --'.join(cells)} belong to pfid; got {metric}")
-    card = getattr(evaluate, metric)(tok, _images(data, split, n, tok), seed=seed, **cells)
+    card = getattr(evaluate, metric)(tok, _images(data, split, n, tok), extractor=extractor, seed=seed, **cells)
     if json: write_json(json, card.to_dict())
     print(card)
 
@@ -320,7 +321,7 @@ def make_parser() -> argparse.ArgumentParser:
     "The parser of the whole command"
     about = 'Why an image tokenizer that reconstructs well generates badly: perturb it, measure it, heal it'
     parser = argparse.ArgumentParser('tokkit', description=about)
-    parser.add_argument('--version', action='version', version=f'tokkit {__version__}')
+    parser.add_argument('--version', action='version', version=f'tokkit {tokkit.__version__}')
     parser.add_argument('--device', help='cpu, cuda, cuda:1 or mps, for commands that compute')
     subs = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command', required=True)
     for command in COMMANDS:

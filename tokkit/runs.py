@@ -303,7 +303,9 @@ def fit_params(
         raise ValueError(f"{Path(notebook).stem} has no parameter {', '.join(unknown)}; it has: {has}")
     return {k:fit_value(k, params.get(k, p.default), p.default) for k,p in known.items()}
 
-# %% ../nbs/61_runs.ipynb #1eace958
+# %% ../nbs/61_runs.ipynb #a30bd283
+def _word(v:Any) -> str: return f'{v:g}' if isinstance(v, float) else str(v)
+
 def run_id(
     notebook:str|Path,                 # see `find_notebook`
     params:dict[str,Any]|None = None,  # what differs from the defaults
@@ -312,7 +314,7 @@ def run_id(
     path = find_notebook(notebook)
     values, known = fit_params(path, params or {}), notebook_params(path)
     changed = {k:v for k,v in values.items() if v != fit_value(k, known[k].default, known[k].default)}
-    words = [f"{k}{'+'.join(map(str, v)) if isinstance(v, list) else v}" for k,v in changed.items()]
+    words = [f"{k}{'+'.join(map(_word, v)) if isinstance(v, list) else _word(v)}" for k,v in changed.items()]
     source = [(c['cell_type'], ''.join(c['source'])) for c in _read_notebook(path)['cells']]
     return f"{_clean_name('-'.join(words) or 'default', 48)}-{stable_hash(dict(source=source, params=values, tokkit=tokkit.__version__))}"
 
@@ -362,7 +364,7 @@ def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Even
             while child.poll() is None:
                 if stop and stop.is_set(): raise KeyboardInterrupt
                 if b is not None: _show(b, notebook)
-                time.sleep(.2)
+                time.sleep(.2 if b is None else .5)
     finally:
         if child.poll() is None:
             child.terminate()
@@ -373,8 +375,9 @@ def _show(b, notebook:Path):
     "Move the bar to the cell at work; the last bar inside the notebook follows in the postfix"
     (done, heading), inner = _state(notebook), notebook.with_name('.progress')
     text = inner.read_text(errors='replace').replace('\r', '\n').strip().splitlines()[-1:] if inner.exists() else []
+    moved, b.n = done != b.n, done
     b.set_description(heading[:40], refresh=False); b.set_postfix_str(text[0][:80] if text else '', refresh=False)
-    b.n = done; b.refresh()
+    if moved or sys.stderr.isatty(): b.refresh()  # a log file gets a line a cell
 
 def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event|None, progress:bool):
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
