@@ -61,7 +61,8 @@ class Card:
     def _repr_html_(self):
         rows = dict(reference=self.reference, seed=self.seed, **self.settings, tokkit=self.version)
         more = ''.join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k,v in rows.items())
-        return f"<b>{escape(self.label)}</b> {escape(self.number)} <small>n={self.n}</small><details><summary>how</summary><table>{more}</table></details>"
+        head = f"<b>{escape(self.label)}</b> {escape(self.number)} <small>n={self.n}</small>"
+        return f"{head}<details><summary>how</summary><table>{more}</table></details>"
 
     def row(self) -> dict:
         "The columns every results table has"
@@ -86,6 +87,8 @@ def _subtract(a:Card, b:Card) -> Card:
     for what in ('extractor', 'reference'):
         if getattr(a, what) != getattr(b, what):
             raise ValueError(f"cards with different {what}s cannot be subtracted: {getattr(a, what)!r} and {getattr(b, what)!r}")
+    if a.settings.get('reference_hash') != b.settings.get('reference_hash'):
+        raise ValueError(f"cards with different reference images cannot be subtracted, although both are called {a.reference!r}")
     paired = len(a.replicates) > 1 and (a.n, a.seed, len(a.replicates)) == (b.n, b.seed, len(b.replicates))
     replicates = tuple(np.subtract(a.replicates, b.replicates)) if paired else ()
     known = a.se is not None and b.se is not None
@@ -103,8 +106,10 @@ class Reference:
         features:Float[Tensor, "n d"], # of the images
         extractor:str,                 # name of who made them
         name:str = 'features',         # name of the images
+        key:str|None = None,           # hash of the images; None takes the features' own
     ):
         self.features,self.extractor,self.name = features,extractor,name
+        self.hash = key or tensors_hash(dict(f=torch.as_tensor(features)))
         self.stats,self._resampled = FeatureStats.from_features(features),{}
 
     def __len__(self): return len(self.features)
@@ -133,7 +138,7 @@ class FeatureBank:
         "The features of these images"
         key = extractor, _about(images)['hash']
         if key not in self._kept:
-            made = Reference(extract(extractor, images, device), extractor.name, _about(images)['name'])
+            made = Reference(extract(extractor, images, device), extractor.name, _about(images)['name'], key[1])
             while len(self._kept) >= self.keep: self._kept.pop(next(iter(self._kept)))
             self._kept[key] = made
         return self._kept[key]
@@ -142,7 +147,9 @@ BANK = FeatureBank()    # what all cards of this process share unless they are g
 
 def _about(images) -> dict:
     "Name, hash, size and number of a set of images"
-    if isinstance(images, Tensor): return dict(name=f'tensor {tensors_hash(dict(x=images), 6)}', hash=tensors_hash(dict(x=images)), size=images.shape[-1], n=len(images))
+    if isinstance(images, Tensor):
+        key = tensors_hash(dict(x=images))
+        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images))
     if not all(hasattr(images, k) for k in ('hash', 'name', 'size')):
         raise ValueError(f"expected images as a tensor (n c h w) in [-1,1] or a set of images, got {type(images).__name__}")
     return dict(name=images.name, hash=images.hash, size=images.size, n=len(images))
@@ -191,9 +198,9 @@ def _frechet(f, ref:Reference, bootstrap:int, seed:int) -> tuple[float,np.ndarra
 def _se(replicates) -> float|None: return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None
 
 def _settings(images, ref, bootstrap, **more) -> dict:
-    about = _about(images) if not isinstance(images, Reference) else dict(name=images.name)
-    return dict(images=about['name'], images_hash=about.get('hash'), reference_n=len(ref), rounding='uint8', covariance='n-1',
-                error=f'bootstrap of the images, {bootstrap} replicates' if bootstrap > 1 else 'none') | more
+    about = _about(images)
+    return dict(images=about['name'], images_hash=about['hash'], reference_hash=ref.hash, reference_n=len(ref), rounding='uint8',
+                covariance='n-1', error=f'bootstrap of the images, {bootstrap} replicates' if bootstrap > 1 else 'none') | more
 
 # %% ../nbs/32_evaluate.ipynb #3c6f6951
 def rfid(
@@ -240,7 +247,8 @@ def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
         if kind is None or not strengths:
             raise ValueError("pFID is defined for codes and this tokenizer has none; for its latents give kind='gaussian' and strengths=(...)")
         return [dict(strength=float(s)) for s in strengths]
-    if kind is not None or strengths: raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give alphas and deltas")
+    if kind is not None or strengths:
+        raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give alphas and deltas")
     for a in alphas: check_range('alpha', a, hint='it is the fraction of tokens that are redrawn')
     cells = [dict(alpha=float(a), delta=int(d)) for a in alphas for d in (deltas or pfid_deltas(len(tok.codebook)))]
     if not cells: raise ValueError("pFID needs at least one alpha and one delta, got none")
@@ -296,7 +304,8 @@ def _samples(samples, n:int) -> Tensor|object:
     parts,have = [],0
     while have < n:
         x = samples(min(CHUNK*4, n-have))
-        if not isinstance(x, Tensor) or x.ndim != 4 or not len(x): raise ValueError(f"a sampler must return images (b c h w), got {getattr(x, 'shape', type(x).__name__)}")
+        if not isinstance(x, Tensor) or x.ndim != 4 or not len(x):
+            raise ValueError(f"a sampler must return images (b c h w), got {getattr(x, 'shape', type(x).__name__)}")
         parts.append(x.detach().cpu()); have += len(x)
     return torch.cat(parts)[:n]
 
@@ -340,8 +349,10 @@ def _psnr_card(tok, images, where, bootstrap, seed) -> Card:
     "Mean PSNR, with the same resampling as the distances"
     values = torch.cat([psnr(tok.reconstruct(x), x).cpu() for x in _through(lambda x: x, images, where)]).clamp(max=100).double().numpy()
     replicates = [float(values@bootstrap_weights(len(values), i, seed)/len(values)) for i in range(bootstrap)]
-    settings = dict(tokenizer=tok.fingerprint, images=_about(images)['name'], images_hash=_about(images)['hash'], error=f'bootstrap of the images, {bootstrap} replicates')
-    return Card('PSNR', float(values.mean()), _se(replicates), len(values), '', _about(images)['name'], seed, settings, replicates)
+    about = _about(images)
+    settings = dict(tokenizer=tok.fingerprint, images=about['name'], images_hash=about['hash'], reference_hash=about['hash'],
+                    error=f'bootstrap of the images, {bootstrap} replicates' if bootstrap > 1 else 'none')
+    return Card('PSNR', float(values.mean()), _se(replicates), len(values), '', about['name'], seed, settings, replicates)
 
 def evaluate_tokenizer(
     tok,                           # a tokenizer

@@ -68,7 +68,8 @@ class _Conv(nn.Module):
         super().__init__()
         gain = norm.weight/(norm.running_var+norm.eps).sqrt()
         self.k,self.stride,self.act = conv.kernel_size[0],conv.stride[0],act
-        self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, self.k, self.stride, self.k//2 if self.stride == 1 else 0, groups=conv.groups)
+        padding = self.k//2 if self.stride == 1 else 0
+        self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, self.k, self.stride, padding, groups=conv.groups)
         self.conv.load_state_dict(dict(weight=conv.weight*gain.view(-1,1,1,1), bias=norm.bias-norm.running_mean*gain))
 
     def forward(self, x):
