@@ -62,8 +62,8 @@ class ARGenerator(LatentGenerator):
         return sample_ar(self, labels, guidance, temperature, keep, rng, callback, power, top_k)
 
     def __repr__(self):
-        c = self.cfg
-        return f"ARGenerator: {c.n} tokens of {c.codebook_size} codes, {c.classes} classes, {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters"
+        c,size = self.cfg,sum(p.numel() for p in self.parameters())/1e6
+        return f"ARGenerator: {c.n} tokens of {c.codebook_size} codes, {c.classes} classes, {size:.2f} M parameters"
 
 # %% ../nbs/42_autoregressive.ipynb #fe16a228
 def draw(
@@ -97,7 +97,8 @@ def sample_ar(
     u,real,kept = _draws(b, n, keep, rng, device)
     scales = guidance_schedule(guidance, n, power).tolist()
     guided = any(s != 1 for s in scales)
-    if guided and not generator.cfg.label_dropout: raise ValueError("guidance needs a model trained with label_dropout > 0; sample with guidance=1")
+    if guided and not generator.cfg.label_dropout:
+        raise ValueError("guidance needs a model trained with label_dropout > 0; sample with guidance=1")
     cond = torch.cat([labels, torch.full_like(labels, generator.classes)]) if guided else labels
     x,ids = generator.label(cond)[:,None],torch.zeros(b, n, dtype=torch.long, device=device)
     caches = [KVCache(len(cond), k.attn.heads, n, generator.cfg.width//k.attn.heads, x) for k in generator.blocks]

@@ -6,8 +6,8 @@
 __all__ = ['LatentSpec', 'make_rng', 'set_seed', 'default_device', 'need', 'data_home', 'check_range', 'atomic_path',
            'atomic_dir', 'to_plain', 'write_json', 'read_json', 'stable_hash', 'file_sha256', 'tensors_hash', 'bar']
 
-# %% ../nbs/00_core.ipynb #73991a20
-import hashlib, importlib, json, os, random, shutil, sys, time
+# %% ../nbs/00_core.ipynb #368aa19a
+import hashlib, importlib, json, math, os, random, shutil, sys, time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -29,8 +29,8 @@ class LatentSpec:
     codebook_size:int|None = None     # K codes, or None for continuous latents
 
     def __post_init__(self):
-        if self.grid and self.grid[0]*self.grid[1] != self.shape[0]:
-            raise ValueError(f"LatentSpec: grid {self.grid} holds {self.grid[0]*self.grid[1]} tokens, shape {self.shape} says {self.shape[0]}")
+        if self.grid and math.prod(self.grid) != self.shape[0]:
+            raise ValueError(f"LatentSpec: grid {self.grid} holds {math.prod(self.grid)} tokens, shape {self.shape} says {self.shape[0]}")
         if self.std <= 0: raise ValueError(f"LatentSpec: std must be > 0, got {self.std}")
 
     def normalize(self, z): return (z-self.mean)/self.std

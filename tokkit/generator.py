@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import bar, check_range, make_rng
+from .core import bar, check_range, make_rng, tensors_hash
 
 # %% ../nbs/40_generator.ipynb #916c2fb9
 def guidance_schedule(
@@ -53,6 +53,11 @@ class LatentGenerator(nn.Module, ABC):
                rng:torch.Generator|None = None, callback:Callable|None = None) -> Tensor:
         "Draw latents for the labels; with `keep=(latents, sigma)` a fraction sigma of the real latents stays"
 
+    @property
+    def fingerprint(self) -> str:
+        "A short hash of the weights"
+        return tensors_hash(self.state_dict())
+
     def check_labels(self, labels:Tensor):
         if labels.dtype not in (torch.int32, torch.int64) or labels.ndim != 1:
             raise ValueError(f"labels must be a vector of whole numbers, got {labels.dtype} of shape {tuple(labels.shape)}")
@@ -73,7 +78,8 @@ def sample_batches(
     "Sampled latents and their labels"
     device = next((p.device for p in generator.parameters()), torch.device('cpu'))
     if isinstance(labels, int): labels = torch.arange(labels)%generator.classes
-    if keep is not None and len(keep[0]) != len(labels): raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")
+    if keep is not None and len(keep[0]) != len(labels):
+        raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")
     def draw(i):
         part = (keep[0][i:i+batch].to(device), keep[1]) if keep is not None else None
         return generator.sample(labels[i:i+batch].to(device), keep=part, rng=make_rng(seed, 'sample', i), **kwargs).cpu()

@@ -129,7 +129,8 @@ class Learner:
         for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate*phase.schedule(self.done)
         with self.accelerator.autocast(): out = phase.step(self, self.batch)
         loss = out['loss']
-        if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {loss.item()} at step {self.step} (epoch {self.epoch}); lower the learning rate or look at that batch")
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step} (epoch {self.epoch}); lower the learning rate or look at that batch")
         self.accelerator.backward(loss)
         if phase.clip: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], phase.clip)
         optimizer.step(); optimizer.zero_grad()
@@ -143,7 +144,8 @@ class Log(Callback):
     def epoch_begin(self, learner): self.rows = []
     def batch_end(self, learner):
         self.rows.append(learner.log)
-        if learner.step%self.every == 0: learner.bar.set_postfix({k:f'{float(v):.3g}' for k,v in learner.log.items() if k not in ('epoch','step')})
+        if learner.step%self.every == 0:
+            learner.bar.set_postfix({k:f'{float(v):.3g}' for k,v in learner.log.items() if k not in ('epoch','step')})
     def epoch_end(self, learner):
         keys = {k:None for r in self.rows for k in r if k not in ('epoch','step')}
         mean = {k:float(torch.tensor([float(r[k]) for r in self.rows if k in r], dtype=torch.float64).mean()) for k in keys}
@@ -212,4 +214,5 @@ class Checkpoint(Callback):
     def epoch_end(self, learner):
         with atomic_path(self.path) as p:
             torch.save(dict(model=learner.model.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers],
-                            callbacks=[c.state() for c in learner.callbacks], epoch=learner.epoch, step=learner.step, history=learner.history), p)
+                            callbacks=[c.state() for c in learner.callbacks],
+                            epoch=learner.epoch, step=learner.step, history=learner.history), p)

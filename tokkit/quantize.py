@@ -129,4 +129,5 @@ def revive(
 class NoQuantizer(nn.Module):
     "Continuous latents: nothing is snapped, no ids, no loss"
     codebook = None
+    def project(self, z:Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]: return z
     def forward(self, z:Float[Tensor, "b n d"]) -> Quantized: return Quantized(z, None, z.new_zeros(()), z.new_zeros(()))

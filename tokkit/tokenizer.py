@@ -38,7 +38,7 @@ class TokenizerCfg:
     code_dim:int = 16             # channels of a latent
     l2_norm:bool = True           # codes are compared by direction
     commitment:float = .25        # weight of the commitment loss
-    refine:int = 32               # channels of the convolutions after the pixel head (vit); 0: none
+    refine:int = 16               # channels of the convolutions after the pixel head (vit); 0: none
     drop_path:float = 0.          # stochastic depth of the last block (vit)
 
     def __post_init__(self):
@@ -124,12 +124,14 @@ class Tokenizer(nn.Module):
         self.cfg = cfg
         Encoder,Decoder = dict(vit=(ViTEncoder, ViTDecoder), cnn=(CNNEncoder, CNNDecoder))[cfg.kind]
         self.encoder,self.decoder = Encoder(cfg),Decoder(cfg)
-        self.quantizer = VectorQuantizer(cfg.codebook_size, cfg.code_dim, cfg.l2_norm, cfg.commitment) if cfg.codebook_size else NoQuantizer()
+        self.quantizer = (VectorQuantizer(cfg.codebook_size, cfg.code_dim, cfg.l2_norm, cfg.commitment) if cfg.codebook_size
+                          else NoQuantizer())
         self.spec = LatentSpec((cfg.grid[0]*cfg.grid[1], cfg.code_dim), cfg.grid, codebook_size=cfg.codebook_size or None)
 
     def _check(self, x):
         want = (self.cfg.channels, self.cfg.size, self.cfg.size)
-        if tuple(x.shape[1:]) != want: raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got {tuple(x.shape)}")
+        if tuple(x.shape[1:]) != want:
+            raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got {tuple(x.shape)}")
 
     def encode(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         "Images in [-1,1] to latents"
@@ -171,6 +173,13 @@ class Tokenizer(nn.Module):
         return self.quantizer.codebook
 
     @property
+    def last_layer(self) -> nn.Parameter:
+        "Weight of the decoder's last layer, where an adaptive adversarial weight is balanced"
+        if self.cfg.kind == 'cnn': return self.decoder.net[-1].weight
+        head = self.decoder.head
+        return head.refine[-1].weight if head.refine is not None else head.proj.weight
+
+    @property
     def fingerprint(self) -> str:
         "A short hash of configuration and weights"
         return tensors_hash(self.state_dict())
@@ -202,8 +211,9 @@ def make_tokenizer(
     if isinstance(cfg, str):
         if cfg not in TOKENIZERS: raise ValueError(f"no tokenizer preset {cfg!r}; there are {', '.join(TOKENIZERS)}")
         cfg = TOKENIZERS[cfg]
-    unknown = set(overrides)-{f.name for f in fields(TokenizerCfg)}
-    if unknown: raise ValueError(f"TokenizerCfg has no {', '.join(sorted(unknown))}; it has {', '.join(f.name for f in fields(TokenizerCfg))}")
+    known = [f.name for f in fields(TokenizerCfg)]
+    unknown = set(overrides)-set(known)
+    if unknown: raise ValueError(f"TokenizerCfg has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Tokenizer(replace(cfg, **overrides))
@@ -229,7 +239,8 @@ def load_model(
 ) -> nn.Module:
     "Read weights and configuration back, strictly"
     folder = Path(folder)
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f"{folder} holds no saved {kind}: expected config.json and model.safetensors")
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f"{folder} holds no saved {kind}: expected config.json and model.safetensors")
     config = read_json(folder/'config.json')
     if config.get('kind') != kind: raise ValueError(f"{folder} holds a {config.get('kind')}, expected a {kind}")
     try: state = load_file(folder/'model.safetensors')
@@ -239,8 +250,11 @@ def load_model(
     except TypeError as e: raise ValueError(f"{folder/'config.json'} is of another version of tokkit ({e})") from None
     mine = {k:tuple(v.shape) for k,v in model.state_dict().items()}
     wrong = sorted(k for k in mine.keys()|state.keys() if k not in mine or k not in state or mine[k] != tuple(state[k].shape))
-    if wrong: raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json, first {', '.join(wrong[:3])}; config and weights belong to different models")
-    if config.get('weights') != tensors_hash(state): raise ValueError(f"{folder/'model.safetensors'} differs from what config.json recorded; it was changed or damaged: fetch or train it again")
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json, first {', '.join(wrong[:3])}; "
+                         "config and weights belong to different models")
+    if config.get('weights') != tensors_hash(state):
+        raise ValueError(f"{folder/'model.safetensors'} differs from what config.json recorded; it was changed or damaged: train or fetch it again")
     model.load_state_dict(state)
     return model.eval()
 
