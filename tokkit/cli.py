@@ -45,6 +45,7 @@ def add_options(
         flags = [f for f in (_SHORT.get(name), '--'+name.replace('_','-')) if f]
         if name == 'params': parser.add_argument(*flags, nargs=2, action='append', metavar=('NAME','VALUE'), default=[], help=help_)
         elif name == 'grid': parser.add_argument(*flags, action='append', metavar='NAME=V,V', default=[], help=help_)
+        elif name == 'root': parser.add_argument(name, nargs='?', help=help_)
         elif p.default is Parameter.empty and kinds[name].kind is Parameter.KEYWORD_ONLY:
             parser.add_argument(*flags, required=True, help=help_, **_reader(p.anno))
         elif p.default is Parameter.empty: parser.add_argument(name, help=help_, **_reader(p.anno))
@@ -60,8 +61,8 @@ def _table(table) -> str:
     "A table for the terminal: constant columns named once above it, long words cut"
     first = [c for c in table if c in ('metric','value','se')]
     fixed = [c for c in table if c not in first and len(table) > 1 and table[c].astype(str).nunique() == 1]
-    head = ' · '.join(f'{c} {table[c].iloc[0]}' for c in fixed if table[c].notna().any())
-    body = table.drop(columns=fixed).to_string(index=False, na_rep='', max_colwidth=32, float_format=lambda v: f'{v:.4g}')
+    head = ' · '.join(f'{c} {table[c].iloc[0]}' for c in fixed if str(table[c].iloc[0]) not in ('', 'nan', 'None'))
+    body = table.drop(columns=fixed).to_string(index=False, na_rep='', max_colwidth=56, float_format=lambda v: f'{v:.4g}')
     return f'{head}\n{body}' if head else body
 
 def _checkout(what:str) -> Path:
@@ -110,22 +111,18 @@ def demo(
     params:list = (),             # a parameter of the notebook e00_demo and its value; may be repeated
 ):
     "Train, perturb, generate, heal and measure once, on the embedded images"
-    from tokkit.demo import demo_cfg, run_stages
+    from tokkit.demo import DemoCfg, demo_cfg, run_stages
+    from tokkit.plots import cards_table
     from tokkit.runs import Run, _writing, fit_params, run_experiment, runs_root
     notebook, given, root = _checkout('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb', dict(params, preset=preset), runs_root(out)
     values = fit_params(notebook, given)
     _use_device(device)
-    cfg = demo_cfg(**values)
-    with _writing(root): run_stages(cfg, root)
+    cfg = demo_cfg(preset, **{k:v for k,v in values.items() if k in DemoCfg.__dataclass_fields__})
+    with _writing(root): run_stages(cfg, root, device)
+    _say('the report')
     folder = run_experiment(notebook, given, root, device)
     with _writing(root): files = _publish(folder, root/'demo')
-    print(_demo_table(Run(folder, 'e00_demo').frame())); print(*files, sep='\n')
-
-def _demo_table(rows) -> str:
-    "Tokenizers and stages down, metrics across, each number with its standard error"
-    rows = rows.assign(cell=[f'{r.value:.1f} ± {r.se:.1f}' for r in rows.itertuples()])
-    keys = [k for k in ('tokenizer','stage') if k in rows]
-    return rows.pivot_table('cell', keys, 'metric', aggfunc='first', sort=False).to_string(na_rep='') if keys else _table(rows)
+    print(cards_table(Run(folder, 'e00_demo').frame()).to_string()); print(*files, sep='\n')
 
 # %% ../nbs/80_cli.ipynb #b59d58a0
 def run(

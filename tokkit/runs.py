@@ -352,8 +352,7 @@ def _failure(notebook:Path, log:Path, code:int) -> str:
     cells = json.loads(notebook.read_text())['cells'] if notebook.exists() else []
     for o in (o for c in cells for o in c.get('outputs', []) if o['output_type']=='error'):
         return f"{o['ename']}: {(o['evalue'].strip().splitlines() or [''])[0]}"
-    if code < 0: return f"its process was ended by signal {-code}"
-    if code == 0: return "it wrote no metrics.json; its last cell must call run.finish(...)"
+    if code <= 0: return f"ended by signal {-code}" if code else "it wrote no metrics.json; its last cell must call run.finish(...)"
     return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()] or ['no message'])[-1]
 
 # %% ../nbs/61_runs.ipynb #accf6d0d
@@ -383,7 +382,8 @@ def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
     import yaml
     out, log = tmp/'notebook.ipynb', tmp/'.log'
-    command = [sys.executable, '-c', _CHILD, str(os.getpid()), str(source), str(out), '--no-progress-bar', '--autosave-cell-every', '2']
+    command = [sys.executable, '-c', _CHILD, str(os.getpid()), str(source), str(out), '--no-progress-bar', '--autosave-cell-every', '2',
+               '--start-timeout', '600']  # a busy machine may take minutes to start a kernel
     if changed: command += ['-y', yaml.safe_dump(changed)]
     with open(log, 'wb') as f:
         child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)

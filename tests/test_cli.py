@@ -1,0 +1,196 @@
+"The tokkit command: help that explains, mistakes in one line, runs and tables"
+import json, os, signal, subprocess, sys, time, urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fastcore.docments import docments
+from tokkit import __version__
+from tokkit.cli import COMMANDS, main
+
+TINY = Path(__file__).parent/'notebooks'/'tiny.ipynb'
+SHELL = [sys.executable, '-c', 'import sys; from tokkit.cli import main; sys.exit(main())']
+
+
+def tokkit(*args, **env) -> subprocess.CompletedProcess:
+    "The command in a process of its own"
+    return subprocess.run([*SHELL, *map(str, args)], capture_output=True, text=True, timeout=300, env=os.environ | env)
+
+def wait_for(condition, seconds=60):
+    end = time.time()+seconds
+    while not (found := condition()):
+        assert time.time() < end, f'waited {seconds} s in vain'
+        time.sleep(.05)
+    return found
+
+
+# help
+def test_start_is_quick():
+    "Asking for help imports neither torch nor pandas"
+    code = "import sys; from tokkit.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch','pandas','matplotlib','papermill') if m in sys.modules])"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == '[]', done.stdout
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as e: main(['--version'])
+    assert e.value.code == 0 and capsys.readouterr().out == f'tokkit {__version__}\n'
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit): main(['--help'])
+    said = ' '.join(capsys.readouterr().out.split())
+    for command in COMMANDS: assert f'{command.__name__} {command.__doc__}' in said
+
+@pytest.mark.parametrize('command', COMMANDS, ids=lambda c: c.__name__)
+def test_every_option_is_explained(command, capsys):
+    with pytest.raises(SystemExit) as e: main([command.__name__, '--help'])
+    said = ' '.join(capsys.readouterr().out.split())
+    assert e.value.code == 0 and command.__doc__ in said
+    for name, comment in docments(command, returns=False).items():
+        assert comment and comment in said.replace('- ', '-'), f'{command.__name__} --{name} has no help'
+
+def test_the_shell_finds_it():
+    script = Path(sys.executable).parent/'tokkit'
+    if not script.exists(): pytest.skip('tokkit is not installed as a command here: pip install -e .')
+    assert subprocess.run([script, '--version'], capture_output=True, text=True).stdout == f'tokkit {__version__}\n'
+
+
+# mistakes
+@pytest.mark.parametrize('words, says', [
+    (['run', 'no_such'], "no notebook 'no_such'; there are"),
+    (['run', str(TINY), '-p', 'sed', '1'], 'tiny has no parameter sed; it has: alpha=0.5'),
+    (['run', str(TINY), '-p', 'seed', 'x'], "parameter seed must be int, like its default 1; got 'x'"),
+    (['run', str(TINY), '--out', str(TINY)], 'cannot write below'),
+    (['--device', 'gpu', 'run', str(TINY)], "device must be cpu, cuda, cuda:N or mps, got 'gpu'"),
+    (['sweep', str(TINY)], 'tokkit sweep needs a grid'),
+    (['sweep', str(TINY), '-g', 'seed'], "-g expects NAME=VALUE,VALUE such as alpha=0,.5; got 'seed'"),
+    (['sweep', str(TINY), '-g', 'seed=1', '--workers', '0'], 'workers must be at least 1, got 0'),
+    (['metric', 'pfid', '--tokenizer', 'nowhere'], 'nowhere'),
+    (['metric', 'rfid', '--tokenizer', 'nowhere', '--deltas', '3'], ''),
+    (['posttrain', '--tokenizer', 'a', '--generator', 'b', '--out', str(TINY)], 'is there already; choose another --out'),
+    (['demo', '--preset', 'huge'], "preset must be one of"),
+    (['clean', '--all'], 'add --yes if you mean it'),
+])
+def test_mistakes_are_one_line(words, says, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('tokkit: ') and said.count('\n') == 1 and says in said, said
+
+def test_debug_shows_the_traceback():
+    done = tokkit('run', 'no_such', TOKKIT_DEBUG='1')
+    assert done.returncode == 1 and 'Traceback' in done.stderr and "no notebook 'no_such'" in done.stderr
+
+def test_bugs_are_not_hidden(monkeypatch):
+    def broken(*args, **kwargs): raise KeyError('a bug')
+    monkeypatch.setattr('tokkit.runs.collect', broken)
+    with pytest.raises(KeyError): main(['results'])
+
+
+# runs, sweeps, tables
+def test_run_sweep_results(tmp_path, capsys):
+    out = ['--out', str(tmp_path/'runs')]
+    assert main(['run', str(TINY), '-p', 'seed', '3', '-p', 'deltas', '1,2', *out]) == 0
+    said = capsys.readouterr().out
+    assert 'rFID' in said and Path(said.splitlines()[-1]).name.startswith('seed3-deltas1+2-')
+    (tmp_path/'two.yaml').write_text(f'notebook: {TINY}\ngrid:\n  seed: [1, 2]\nparams:\n  mode: fail2\nworkers: 2\n')
+    assert main(['sweep', str(tmp_path/'two.yaml'), '--devices', '0,1', *out]) == 1  # seed 2 fails
+    said = capsys.readouterr()
+    assert 'ValueError: delta must be in [1, 64]' in said.err and '1 done, 1 failed' in said.err
+    assert main(['sweep', str(TINY), '-g', 'seed=1', '-p', 'mode', 'fail2', *out]) == 0
+    assert '1 reused' in capsys.readouterr().err
+    assert main(['results', str(tmp_path/'runs'), '--csv', str(tmp_path/'all.csv')]) == 0
+    said = capsys.readouterr()
+    assert 'left out: tiny/seed2' in said.err and '2 runs, 2 values' in said.err and said.out.count('experiment tiny') == 1  # constant, so named once
+    table = pd.read_csv(tmp_path/'all.csv')
+    assert sorted(table.seed) == [1, 3] and {'metric','value','run_id','commit','alpha','deltas'} <= set(table)
+
+@pytest.mark.parametrize('text, says', [('notebook: [', 'not valid YAML'), ('grid: {seed: [1]}', 'must have notebook and grid'), ('notebook: x\ngrid: {}\nworker: 2', 'worker')])
+def test_damaged_sweep_files(tmp_path, text, says, capsys):
+    (tmp_path/'s.yaml').write_text(text)
+    assert main(['sweep', str(tmp_path/'s.yaml')]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count('\n') == 1
+
+def test_results_of_nothing(tmp_path, capsys):
+    assert main(['results', str(tmp_path)]) == 0 and 'no finished runs' in capsys.readouterr().err
+
+def test_interrupt_says_how_to_go_on(tmp_path):
+    "Ctrl-C ends the runs at work, says one line, and a second call does what is missing"
+    gate = tmp_path/'gate'
+    words = ['sweep', TINY, '-g', 'seed=1,2', '-p', 'mode', 'wait', '-p', 'gate', gate, '--out', tmp_path/'runs']
+    first = subprocess.Popen([*SHELL, *map(str, words)], stderr=subprocess.PIPE, text=True, env=os.environ | dict(TOKKIT_QUIET='1'))
+    kernel = int(wait_for(lambda: gate.with_suffix('.pids').exists() and gate.with_suffix('.pids').read_text()).split()[0])
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 130 and 'interrupted; the same command goes on from here' in said and 'Traceback' not in said
+    wait_for(lambda: not Path(f'/proc/{kernel}').exists() if sys.platform == 'linux' else True, 10)
+    gate.write_text('')
+    done = tokkit(*words)
+    assert done.returncode == 0 and '2 done' in done.stderr, done.stderr
+
+
+# a tokenizer of one's own, on a folder of one's own
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    "A folder of colour images, an untrained tokenizer of such images and a generator of its tokens"
+    import numpy as np, torch
+    from PIL import Image
+    from tokkit.autoregressive import ARCfg, ARGenerator
+    from tokkit.tokenizer import make_tokenizer, save_model
+    home, draw = tmp_path_factory.mktemp('own'), np.random.default_rng(0)
+    for i in range(120):
+        (home/'images'/f'class{i%2}').mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(home/'images'/f'class{i%2}'/f'{i:03d}.png')
+    tok = make_tokenizer('tiny', size=28, channels=3, width=32, depth=1, codebook_size=32).eval()
+    tok.save(home/'tokenizer')
+    torch.manual_seed(0); save_model(ARGenerator(ARCfg(tok.spec.shape[0], 32, 2, 32, 1)), home/'generator')
+    return home
+
+def test_metric_on_a_folder(own, tmp_path, capsys):
+    words = ['--device', 'cpu', 'metric', 'pfid', '--tokenizer', str(own/'tokenizer'), '--data', str(own/'images'), '--deltas', '2,4', '--alphas', '.5,1', '--json', str(tmp_path/'card.json')]
+    assert main(words) == 0
+    card = json.loads((tmp_path/'card.json').read_text())
+    assert card['metric'] == 'pFID' and card['n'] == 120 and len(card['cells']) == 4 and card['se'] > 0
+    assert capsys.readouterr().out.startswith('pFID[')
+    assert main(['metric', 'rfid', '--tokenizer', str(own/'tokenizer'), '--data', str(own/'images'), '--deltas', '2']) == 2
+    assert '--deltas belong to pfid' in capsys.readouterr().err
+    assert main(['metric', 'rfid', '--tokenizer', str(own/'tokenizer'), '--data', str(own/'nowhere')]) == 2
+    assert capsys.readouterr().err.count('\n') == 1
+
+def test_posttrain_on_a_folder(own, tmp_path, capsys):
+    words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
+             '-n', '64', '--epochs', '1', '--out', str(tmp_path/'healed')]
+    assert main([*words, '--sigma', '90']) == 2 and 'sigma must be in [0, 1], got 90' in capsys.readouterr().err
+    assert not [p for p in tmp_path.iterdir() if not p.name.startswith('.work')]
+    assert main(words) == 0
+    from tokkit.tokenizer import Tokenizer
+    before, after = Tokenizer.load(own/'tokenizer').state_dict(), Tokenizer.load(tmp_path/'healed').state_dict()
+    moved = {k.split('.')[0] for k in before if not before[k].equal(after[k])}
+    assert moved == {'decoder'}, moved
+    assert main(words) == 2 and 'is there already' in capsys.readouterr().err
+
+
+# leftovers, lab
+def test_clean_leaves_what_is_in_use(tmp_path, capsys):
+    from tokkit.runs import _locked
+    for name in ('idle/.work-1', 'idle/.a-1.1-2.tmp', 'idle/b-2.failed', 'idle/c-3', 'busy/.work-4'): (tmp_path/name).mkdir(parents=True)
+    with _locked(tmp_path/'busy'/'.d-4.lock', 'run d-4'):
+        assert main(['clean', str(tmp_path)]) == 0
+        assert f'left alone: busy: process {os.getpid()} is at work' in capsys.readouterr().err
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob('*/*')) == ['busy/.work-4', 'idle/c-3']
+
+def test_lab_answers_on_this_machine_alone(tmp_path):
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    lab = subprocess.Popen([*SHELL, 'lab', '--port', str(port), '--no-browser'], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                           env=os.environ | dict(JUPYTER_TOKEN='for-this-test', JUPYTER_RUNTIME_DIR=str(tmp_path)))
+    def answers():
+        try: return json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=2))
+        except OSError: assert lab.poll() is None, lab.stderr.read(); return None
+    try:
+        assert wait_for(answers, 90)['version']
+        names = json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/api/contents?token=for-this-test', timeout=10))['content']
+        assert any(o['name'].startswith('x1') for o in names)
+        addresses = [line.split()[1] for line in Path('/proc/net/tcp').read_text().splitlines()[1:] if line.split()[1].endswith(f':{port:04X}')] if sys.platform == 'linux' else []
+        assert all(a.startswith('0100007F') for a in addresses)
+    finally: lab.terminate(); lab.wait(20)
