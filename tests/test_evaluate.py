@@ -85,7 +85,12 @@ def test_rfid_is_the_distance(images):
 def test_measuring_leaves_the_tokenizer_as_it_was(images):
     tok = Grey().train(); tok.norm.eval()
     rfid(tok, images, judge(), bootstrap=0)
-    assert tok.training and not tok.norm.training
+    assert tok.training and not tok.norm.training and torch.is_grad_enabled()
+    class Broken(Grey):
+        def reconstruct(self, x): raise OSError('decoder gone')
+    broken = Broken().train()
+    with pytest.raises(OSError, match='decoder gone'): rfid(broken, images, judge())
+    assert broken.training and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize('k,want', [(16384, (200, 280, 360)), (8192, (100, 140, 180)), (4096, (50, 70, 90)), (1024, (10, 15, 20)), (512, (6, 9, 11)), (256, (3, 4, 6))])

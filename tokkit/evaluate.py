@@ -76,7 +76,8 @@ class Card:
     def from_dict(cls, d:dict) -> 'Card':
         "A card from `to_dict`, or a one-line error about what is wrong with it"
         names = {f.name for f in fields(cls)}
-        if missing := {'metric','value','se','n','extractor','reference'}-set(d): raise ValueError(f"not a card: it lacks {', '.join(sorted(missing))}")
+        missing = {'metric','value','se','n','extractor','reference'}-set(d)
+        if missing: raise ValueError(f"not a card: it lacks {', '.join(sorted(missing))}")
         if unknown := set(d)-names: raise ValueError(f"not a card of this version: it has {', '.join(sorted(unknown))}")
         return cls(**d)
 
@@ -182,7 +183,8 @@ def _measured(tok, device) -> Iterator[torch.device]:
 def _through(f:Callable, items, device) -> Iterator[Tensor]:
     "`f` of items (images, ids or latents), chunk by chunk"
     for x in chunks(items, CHUNK):
-        with torch.no_grad(): yield f(x.to(device))
+        with torch.no_grad(): out = f(x.to(device))
+        yield out                                       # outside the block: a generator must not leave its mode behind
 
 def _features_of(images:Iterator[Tensor], extractor, device, progress) -> Float[Tensor, "n d"]:
     "Features of images that are made while we look"
@@ -220,7 +222,8 @@ def rfid(
         ref = _reference(reference, images, judge, where, bank)
         f = _features_of(_through(tok.reconstruct, images, where), judge, where, progress)
     value,replicates = _frechet(f, ref, bootstrap, seed)
-    return Card('rFID', value, _se(replicates), len(f), judge.name, ref.name, seed, _settings(images, ref, bootstrap, tokenizer=tok.fingerprint), replicates)
+    settings = _settings(images, ref, bootstrap, tokenizer=tok.fingerprint)
+    return Card('rFID', value, _se(replicates), len(f), judge.name, ref.name, seed, settings, replicates)
 
 # %% ../nbs/32_evaluate.ipynb #187c843b
 PFID_ALPHAS = (.9,.8,.7,.6,.5)      # fractions of an image's tokens redrawn
@@ -245,7 +248,8 @@ def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
     "The cells: (alpha, delta) for codes, strengths for continuous latents"
     if tok.codebook is None:
         if kind is None or not strengths:
-            raise ValueError("pFID is defined for codes and this tokenizer has none; for its latents give kind='gaussian' and strengths=(...)")
+            raise ValueError("pFID is defined for codes and this tokenizer has none; "
+                             "for its latents give kind='gaussian' and strengths=(...)")
         return [dict(strength=float(s)) for s in strengths]
     if kind is not None or strengths:
         raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give alphas and deltas")
@@ -295,7 +299,8 @@ def pfid(
     mean = np.mean(replicates, 0)
     how = how | dict(rate_measured=float(np.mean([c['rate'] for c in cells.values()]))) if discrete else dict(kind=kind)
     settings = _settings(images, ref, bootstrap, tokenizer=tok.fingerprint, beta=1., **how)
-    return Card('pFID', float(np.mean([c['value'] for c in cells.values()])), _se(mean), len(clean), judge.name, ref.name, seed, settings, mean, cells)
+    value = float(np.mean([c['value'] for c in cells.values()]))
+    return Card('pFID', value, _se(mean), len(clean), judge.name, ref.name, seed, settings, mean, cells)
 
 # %% ../nbs/32_evaluate.ipynb #a742c8c5
 def _samples(samples, n:int) -> Tensor|object:
@@ -324,7 +329,8 @@ def evaluate_generator(
 ) -> list[Card]:                   # gFID, precision, recall
     "gFID, precision and recall of samples, from one pass of features"
     samples = _samples(samples, n or len(reference))
-    judge = _judge(extractor if extractor is not None or not isinstance(reference, Reference) else reference.extractor, _about(samples)['size'])
+    if extractor is None and isinstance(reference, Reference): extractor = reference.extractor
+    judge = _judge(extractor, _about(samples)['size'])
     ref = _reference(reference, None, judge, device, bank)
     f = extract(judge, samples, device, desc='gFID')
     value,replicates = _frechet(f, ref, bootstrap, seed)
@@ -332,7 +338,8 @@ def evaluate_generator(
     cards = [Card('gFID', value, _se(replicates), len(f), judge.name, ref.name, seed, how, replicates)]
     if k is None: return cards
     for metric,v,m in zip(('precision','recall'), precision_recall(ref.features, f, k), (len(f), len(ref))):
-        cards.append(Card(metric, v, math.sqrt(v*(1-v)/m), len(f), judge.name, ref.name, seed, how | dict(k=k, error='binomial, at fixed manifolds')))
+        binomial = how | dict(k=k, error='binomial, at fixed manifolds')
+        cards.append(Card(metric, v, math.sqrt(v*(1-v)/m), len(f), judge.name, ref.name, seed, binomial))
     return cards
 
 def gfid(
@@ -375,5 +382,6 @@ def evaluate_tokenizer(
         hits = _encode(tok, images, where, True).flatten().bincount(minlength=len(tok.codebook)).double()
     p,about = hits/hits.sum(),_about(images)
     for metric,v in (('usage', (hits > 0).double().mean()), ('perplexity', torch.special.entr(p).sum().exp())):
-        cards.append(Card(metric, float(v), None, about['n'], '', about['name'], seed, dict(tokenizer=tok.fingerprint, images=about['name'])))
+        settings = dict(tokenizer=tok.fingerprint, images=about['name'], images_hash=about['hash'])
+        cards.append(Card(metric, float(v), None, about['n'], '', about['name'], seed, settings))
     return cards
