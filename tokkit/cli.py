@@ -97,7 +97,7 @@ def _publish(folder:Path, out:Path) -> tuple[Path,Path]:
     from nbconvert import HTMLExporter
     from tokkit.core import atomic_path
     notebook, metrics = (folder/'notebook.ipynb').read_bytes(), (folder/'metrics.json').read_bytes()
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url='', require_js_url='')  # offline
     page, _ = exporter.from_notebook_node(nbformat.reads(notebook.decode(), 4))
     files = {'report.ipynb':notebook, 'metrics.json':metrics, 'report.html':page.encode()}
     for name,content in files.items():
@@ -111,18 +111,20 @@ def demo(
     params:list = (),             # a parameter of the notebook e00_demo and its value; may be repeated
 ):
     "Train, perturb, generate, heal and measure once, on the embedded images"
-    from tokkit.demo import DemoCfg, demo_cfg, run_stages
+    from tokkit.demo import demo_cfg, demo_rows, finding, run_stages
     from tokkit.plots import cards_table
-    from tokkit.runs import Run, _writing, fit_params, run_experiment, runs_root
-    notebook, given, root = _checkout('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb', dict(params, preset=preset), runs_root(out)
-    values = fit_params(notebook, given)
+    from tokkit.runs import _writing, fit_params, fit_value, run_experiment, runs_root
+    notebook, root, base = _checkout('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb', runs_root(out), demo_cfg(preset)
+    fit_params(notebook, given := dict(params, preset=preset))  # refuses unknown names
+    given = {k:fit_value(k, v, getattr(base, k, preset)) for k,v in given.items()}
     _use_device(device)
-    cfg = demo_cfg(preset, **{k:v for k,v in values.items() if k in DemoCfg.__dataclass_fields__})
-    with _writing(root): run_stages(cfg, root, device)
+    with _writing(root): made = run_stages(demo_cfg(**given), root, device)
     _say('the report')
     folder = run_experiment(notebook, given, root, device)
     with _writing(root): files = _publish(folder, root/'demo')
-    print(cards_table(Run(folder, 'e00_demo').frame()).to_string()); print(*files, sep='\n')
+    rows = demo_rows(made)
+    print(cards_table([r['card'].row()|r for r in rows if r['card'].metric in ('rFID','pFID','gFID')]).to_string())
+    print(finding(rows), *files, sep='\n')
 
 # %% ../nbs/80_cli.ipynb #b59d58a0
 def run(
