@@ -42,7 +42,7 @@ class DemoCfg:
     "Everything the demo's numbers depend on"
     data:str = 'fashion_mnist'     # or a folder of images
     size:int = 28                  # side of the images, pixels
-    train_images:int = 10_000      # images everything is trained on
+    train_images:int = 8_000      # images everything is trained on
     seed:int = 0                   # moves every random choice
     batch:int = 64                 # images a step
     # tokenizers
@@ -59,27 +59,27 @@ class DemoCfg:
     # generators
     width:int = 96                # channels of the generator
     depth:int = 3                  # blocks of the generator
-    generator_epochs:int = 6       # passes over the tokens
+    generator_epochs:int = 5       # passes over the tokens
     guidance:float = 1.5           # final guidance scale, here and in gFID
     power:float = 1.               # power of the guidance curve
     temperature:float = 1.         # of sampling
     # post-training
     sigma:float = .9               # preservation ratio of the pairs
     source:str = 'reencode'        # 'reencode' (paper) or 'tokens'
-    pairs:int = 5_000              # pairs made
+    pairs:int = 4_000              # pairs made
     post_epochs:int = 2            # passes over the pairs
     # measuring
     extractor:str = 'efficientnet_lite0' # whose features the distances use
-    n:int = 2_000                  # images of rFID and gFID
-    n_pfid:int = 500               # images of each of pFID's 15 cells
-    bootstrap:int = 50             # resamples behind every standard error
+    n:int = 1_000                  # images of rFID and gFID
+    n_pfid:int = 400               # images of each of pFID's 15 cells
+    bootstrap:int = 20             # resamples behind every standard error
 
 DEMOS = {
     'smoke':   DemoCfg(train_images=1_000, base_epochs=1, branch_epochs=1, generator_epochs=1, width=64, depth=2, pairs=250, post_epochs=1,
                        n=200, n_pfid=150, bootstrap=10),
     'default': DemoCfg(),
-    'full':    DemoCfg(train_images=60_000, base_epochs=6, branch_epochs=6, generator_epochs=12, width=192, depth=6,
-                       pairs=20_000, post_epochs=4, perceptual_every=1, n=10_000, n_pfid=2_000, bootstrap=100),
+    'full':    DemoCfg(train_images=60_000, base_epochs=4, branch_epochs=4, generator_epochs=6, width=128, depth=4,
+                       pairs=20_000, n=5_000, n_pfid=1_000, bootstrap=50),
 }
 
 def demo_cfg(
@@ -250,7 +250,7 @@ Demo._sampler,Demo.pairs,Demo.decoder,Demo.samples = _sampler,_pairs,_decoder,_s
 # %% ../nbs/65_demo.ipynb #087d75ff
 class SmallClassifier(nn.Module):
     "A few convolutions that tell the classes apart"
-    def __init__(self, channels:int, classes:int, width:int = 32): # image channels, number of labels, channels of the first layer
+    def __init__(self, channels:int, classes:int, width:int = 16): # image channels, number of labels, channels of the first layer
         super().__init__()
         def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
         self.net = nn.Sequential(block(channels, width), block(width, 2*width), block(2*width, 4*width),
@@ -267,7 +267,7 @@ def _classifier(self:Demo) -> SmallClassifier:
         model = new()
         def step(learner, batch): return dict(loss=F.cross_entropy(model(batch[0]), batch[1]))
         phase = Phase(step, torch.optim.AdamW(model.parameters(), lr=2e-3), WarmupCosine())
-        Learner(model, loader(train, c.batch, c.seed), phase, 3, [Log()], str(self.device), c.seed, desc='classifier').fit()
+        Learner(model, loader(train, c.batch, c.seed), phase, 2, [Log()], str(self.device), c.seed, desc='classifier').fit()
         save_file({k:v.cpu().contiguous() for k,v in model.state_dict().items()}, tmp/'classifier.safetensors')
     def load(folder):
         model = new(); model.load_state_dict(load_file(folder/'classifier.safetensors')); return model.to(self.device).eval()

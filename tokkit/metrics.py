@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Float64
 from scipy import linalg
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .core import make_rng
@@ -117,7 +118,8 @@ def bootstrap_frechet(
     if isinstance(r, FeatureStats): other = lambda i: r
     elif callable(r): other = r
     else: r = _features(r, 'bootstrap_frechet'); other = lambda i: weighted_stats(r, bootstrap_weights(len(r), i, seed))
-    return np.array([frechet_distance(weighted_stats(f, bootstrap_weights(len(f), i, seed)), other(i)) for i in range(replicates)])
+    with threadpool_limits(1 if f.shape[1] <= 512 else None, 'blas'):      # small matrices: threads would only wait for each other
+        return np.array([frechet_distance(weighted_stats(f, bootstrap_weights(len(f), i, seed)), other(i)) for i in range(replicates)])
 
 # %% ../nbs/31_metrics.ipynb #4f7d69ef
 def _covered(points:np.ndarray, manifold:np.ndarray, k:int) -> float:

@@ -193,6 +193,7 @@ class Tokenizer(nn.Module):
 # %% ../nbs/12_tokenizer.ipynb #1ef467a4
 TOKENIZERS = {
     'tiny':      TokenizerCfg(),                                             # 28 px grey, 49 tokens, CPU
+    'tiny-16':   TokenizerCfg(patch=7),                                      # 16 coarse tokens: quick generators
     'tiny-rgb':  TokenizerCfg(size=32, channels=3),                          # 32 px colour, 64 tokens, CPU
     'tiny-1d':   TokenizerCfg(latents=16),                                   # 16 learnable latents
     'tiny-kl0':  TokenizerCfg(codebook_size=0, code_dim=8),                  # continuous latents
