@@ -187,19 +187,14 @@ def results(
         with atomic_path(csv) as p: table.to_csv(p, index=False)
     print(_table(table)); _say(f'{table.run_id.nunique()} runs, {len(table)} values'+(f', written to {csv}' if csv else ''))
 
-# %% ../nbs/80_cli.ipynb #b7f0014b
-def _images(data:str, split:str, n:int|None, tokenizer):
-    "The images a tokenizer can take: its own size and channels"
-    from tokkit.data import load_images
-    return load_images(data, split, n, size=tokenizer.cfg.size, channels=tokenizer.cfg.channels)
-
+# %% ../nbs/80_cli.ipynb #b485609a
 def metric(
     metric:Literal['rfid','pfid'],       # rfid: clean tokens; pfid: the mean over perturbed tokens
     *,
     tokenizer:str,                       # folder of a saved tokenizer
     data:str = 'fashion_mnist',          # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'test', # part of the data, where it has parts
-    n:int = 1000,                        # images; more make the error smaller
+    n:int|None = None,                   # images; 1000, or all where there are fewer, when left out
     deltas:list[int]|None = None,        # pfid: neighbours to draw among; the paper's five when left out
     alphas:list[float]|None = None,      # pfid: fractions of an image's tokens redrawn; the paper's three when left out
     extractor:str|None = None,           # whose features; efficientnet_lite0 when left out
@@ -210,11 +205,14 @@ def metric(
     "Measure a saved tokenizer on images of your own"
     from tokkit import evaluate
     from tokkit.core import write_json
+    from tokkit.data import load_images
     from tokkit.tokenizer import Tokenizer
     tok = Tokenizer.load(tokenizer).to(_use_device(device)).eval()
     cells = {k:v for k,v in dict(deltas=deltas, alphas=alphas).items() if v is not None}
     if cells and metric != 'pfid': raise ValueError(f"--{' and --'.join(cells)} belong to pfid; got {metric}")
-    card = getattr(evaluate, metric)(tok, _images(data, split, n, tok), extractor=extractor, seed=seed, **cells)
+    images = load_images(data, split, None, tok.cfg.size, tok.cfg.channels, memory=0.)  # read as needed
+    images = images.subset(min(1000, len(images)) if n is None else n)
+    card = getattr(evaluate, metric)(tok, images, extractor=extractor, seed=seed, **cells)
     if json: write_json(json, card.to_dict())
     print(card)
 
@@ -234,6 +232,7 @@ def posttrain(
 ):
     "Train a tokenizer's decoder on the latents its generator makes"
     from tokkit.core import atomic_dir, stable_hash
+    from tokkit.data import load_images
     from tokkit.demo import load_generator
     from tokkit.posttrain import latent_pairs, posttrain_decoder
     from tokkit.tokenizer import Tokenizer
@@ -242,13 +241,14 @@ def posttrain(
     place, folder = _use_device(device), Path(out).absolute()
     if folder.exists(): raise FileExistsError(f"{out} is there already; choose another --out or delete it")
     tok, gen = Tokenizer.load(tokenizer).to(place).eval(), load_generator(generator).to(place)
-    images = _images(data, 'train', n, tok)
+    images = load_images(data, 'train', n, tok.cfg.size, tok.cfg.channels)
     made_by = [tok.fingerprint, gen.fingerprint, images.hash, sigma, source, guidance, epochs, seed]
     work = folder.with_name(f'.work-{folder.name}-{stable_hash(made_by)}')  # the checkpoint of a killed call
     with _writing(folder), atomic_dir(folder) as tmp:
         work.mkdir(exist_ok=True)
         pairs = latent_pairs(gen, tok, images, sigma, source, seed, guidance=guidance)
-        healed, history = posttrain_decoder(tok, pairs, ImageTraining(epochs=epochs, lr=1e-3), work, device=str(place), seed=seed)
+        how = ImageTraining(epochs=epochs, batch=min(128, len(pairs)), lr=1e-3)
+        healed, history = posttrain_decoder(tok, pairs, how, work, device=str(place), seed=seed)
         healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)
     shutil.rmtree(work, ignore_errors=True)
     print(out)
