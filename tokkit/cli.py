@@ -348,4 +348,4 @@ def main(
 def _expected(e:Exception) -> bool:
     "A mistake of the caller or a lack of the machine, not a bug"
     names = {k.__name__ for k in type(e).__mro__}
-    return isinstance(e, (ValueError, OSError, ImportError)) or bool(names & {'RunError','OutOfMemoryError','SafetensorError'})
+    return isinstance(e, (ValueError, OSError, ImportError, FloatingPointError)) or bool(names & {'RunError','OutOfMemoryError','SafetensorError'})
