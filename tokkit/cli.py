@@ -348,4 +348,5 @@ def main(
 def _expected(e:Exception) -> bool:
     "A mistake of the caller or a lack of the machine, not a bug"
     names = {k.__name__ for k in type(e).__mro__}
-    return isinstance(e, (ValueError, OSError, ImportError, FloatingPointError)) or bool(names & {'RunError','OutOfMemoryError','SafetensorError'})
+    known = ValueError, OSError, ImportError, FloatingPointError
+    return isinstance(e, known) or bool(names & {'RunError','OutOfMemoryError','SafetensorError'})
