@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMOS', 'KINDS', 'STAGES', 'DemoCfg', 'demo_cfg', 'Demo', 'split_images', 'load_generator', 'SmallClassifier',
-           'class_accuracy', 'stages', 'run_stages', 'demo_rows', 'demo_tokenizer', 'compare', 'finding']
+           'class_accuracy', 'stages', 'run_stages', 'demo_rows', 'demo_tokenizer', 'differences', 'verdict', 'finding']
 
 # %% ../nbs/65_demo.ipynb #17a2659e
 import math, sys
@@ -288,6 +288,7 @@ def class_accuracy(
     p = right.mean().item()
     return Card(metric, p, math.sqrt(p*(1-p)/len(x)), len(x), 'small_classifier', 'labels', settings=settings)
 
+# %% ../nbs/65_demo.ipynb #d5651710
 def _decoded(self:Demo, kind:str, stage:str) -> Tensor:
     "The samples as 8-bit images"
     tok = self.decoder(kind, stage)
@@ -357,24 +358,34 @@ def demo_tokenizer(
     "One of the demo's tokenizers, trained now if it was not before"
     return Demo(demo_cfg(preset, **overrides), root).tokenizer(kind)
 
-# %% ../nbs/65_demo.ipynb #08ca8e87
-def compare(
-    new:Card, # with the change
-    old:Card, # without
-) -> tuple[str, Card]:
-    "'lower', 'higher' or 'not clearly different', and the difference with its paired error"
-    d = new-old
-    if d.se is None or abs(d.value) <= 2*d.se: return 'not clearly different', d
-    return ('lower' if d.value < 0 else 'higher'), d
+# %% ../nbs/65_demo.ipynb #e0c0b18c
+def differences(
+    rows:list[dict], # of `demo_rows`
+) -> list[dict]:
+    "The finding's comparisons as cards with paired errors: perturbed against plain, after against control"
+    card = {(r['tokenizer'], r['stage'], r['card'].metric):r['card'] for r in rows}
+    def all_of(tokenizer, stage, other, against):
+        made = [card[tokenizer,stage,m]-card[*other,m] for m in ('rFID','pFID','gFID')]
+        return [dict(card=c, tokenizer=tokenizer, stage=stage, against=against) for c in made]
+    healed = [row for k in KINDS for row in all_of(k, 'after', (k, 'control'), 'control')]
+    return all_of('perturbed', 'before', ('plain', 'before'), 'plain')+healed
+
+def verdict(
+    value:float,   # a difference
+    se:float|None, # its standard error
+) -> str:
+    "'lower', 'higher' or 'not clearly different', and the difference"
+    word = 'not clearly different' if se is None or not abs(value) > 2*se else 'lower' if value < 0 else 'higher'
+    return f'{word} ({value:+.1f} ± {se:.1f})' if se is not None else word
 
 def finding(
-    rows:list[dict], # of `demo_rows`
+    rows:list[dict], # of `demo_rows`, or rows of a table with tokenizer, stage, against, metric, value, se
 ) -> str:
     "What came of the paper's two questions, in two sentences"
-    card = {(r['tokenizer'], r['stage'], r['card'].metric):r['card'] for r in rows}
-    def said(new, old): word,d = compare(new, old); return f'{word} ({d.value:+.1f} ± {d.se:.1f})'
-    p,r,g = (said(card['perturbed','before',m], card['plain','before',m]) for m in ('pFID','rFID','gFID'))
-    plain,perturbed = (said(card[k,'after','gFID'], card[k,'control','gFID']) for k in KINDS)
+    rows = [dict(r, **r['card'].row()) for r in differences(rows)] if 'card' in rows[0] else rows
+    said = {(r['tokenizer'], r['against'], r['metric']):verdict(r['value'], r['se']) for r in rows if r.get('against') in ('plain','control')}
+    p,r,g = (said['perturbed','plain',f'Δ{m}'] for m in ('pFID','rFID','gFID'))
+    plain,perturbed = (said[k,'control','ΔgFID'] for k in KINDS)
     return (f"Beside the plain tokenizer, the one trained on damaged latents has a pFID that is {p}, an rFID that is {r}, "
             f"and a generator whose gFID is {g}. Beside a control trained equally long on clean tokens, post-training on generated "
             f"tokens left a gFID that is {plain} for the plain tokenizer and {perturbed} for the perturbed one.")

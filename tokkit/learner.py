@@ -130,7 +130,8 @@ class Learner:
         with self.accelerator.autocast(): out = phase.step(self, self.batch)
         loss = out['loss']
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step} (epoch {self.epoch}); lower the learning rate or look at that batch")
+            where = f"step {self.step} (epoch {self.epoch})"
+            raise FloatingPointError(f"the loss is {loss.item()} at {where}; lower the learning rate or look at that batch")
         self.accelerator.backward(loss)
         if phase.clip: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], phase.clip)
         optimizer.step(); optimizer.zero_grad()

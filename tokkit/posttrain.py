@@ -63,6 +63,7 @@ def tokenize_all(
     device = next(tok.parameters()).device
     return torch.cat([tok.tokenize(images[i:i+batch][0].to(device)).cpu() for i in bar(range(0, len(images), batch), 'encoding')])
 
+# %% ../nbs/53_posttrain.ipynb #fb2caf8c
 def latent_pairs(
     generator:LatentGenerator,  # of this tokenizer's ids, in eval mode
     tok:Tokenizer,              # in eval mode

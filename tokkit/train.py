@@ -177,7 +177,8 @@ def train_tokenizer(
     "Train a tokenizer; returns the losses, one row an epoch"
     tok.train()
     loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'))
-    phase = Phase(tokenizer_step(tok, loss, perturbation, cfg.revive), adamw(matrices_decay(tok, cfg.weight_decay), cfg.lr), WarmupCosine(), cfg.clip)
+    step = tokenizer_step(tok, loss, perturbation, cfg.revive)
+    phase = Phase(step, adamw(matrices_decay(tok, cfg.weight_decay), cfg.lr), WarmupCosine(), cfg.clip)
     return _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)
 
 def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc):
