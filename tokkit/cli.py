@@ -269,8 +269,10 @@ def lab(
     browser:bool = True,   # open a browser
 ):
     "Open the explorers in JupyterLab, on this machine only"
+    from tokkit.runs import runs_root
     folder = _checkout('tokkit lab')/'nbs'/'explore'
     command = lab_command(folder, port, browser)
+    os.environ.setdefault('TOKKIT_RUNS', str(runs_root()))      # the explorers find what was made where the command is called
     os.chdir(folder); sys.stdout.flush(); os.execv(command[0], command)
 
 def docs(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from tqdm.std import tqdm as tqdm_plain
 
 # %% ../nbs/00_core.ipynb #bc0e5376
 @dataclass(frozen=True)
@@ -189,7 +190,9 @@ def bar(
     desc:str = '',               # what is being done
     total:int|None = None,       # number of items, when `items` cannot say
     **kwargs,                    # further arguments of `tqdm`
-) -> tqdm:
-    "A progress bar that appears after two seconds; `$TOKKIT_QUIET` switches it off"
-    return tqdm(items, desc=desc, total=total, delay=2, dynamic_ncols=True, leave=False, mininterval=.5,
-                disable=bool(os.environ.get('TOKKIT_QUIET')), **kwargs)
+) -> tqdm_plain:
+    "A progress bar that appears after two seconds; `$TOKKIT_QUIET` switches it off, `$TOKKIT_PROGRESS` names a file to write it to"
+    log = os.environ.get('TOKKIT_PROGRESS')     # a run by papermill: no dead bars in its notebook, its parent reads the file instead
+    make,where = (tqdm_plain,dict(file=open(log, 'a'))) if log else (tqdm,{})
+    return make(items, desc=desc, total=total, delay=2, dynamic_ncols=True, leave=False, mininterval=.5,
+                disable=bool(os.environ.get('TOKKIT_QUIET')), **where, **kwargs)
