@@ -127,8 +127,8 @@ class Demo:
 
     def _training(self, epochs, **changes):
         c = self.cfg
-        cfg = ImageTraining(epochs, c.batch, perceptual=c.perceptual, perceptual_every=c.perceptual_every, perceptual_size=c.size, adversarial=c.adversarial)
-        return replace(cfg, **changes)
+        perceptual = dict(perceptual=c.perceptual, perceptual_every=c.perceptual_every, perceptual_size=c.size)
+        return replace(ImageTraining(epochs, c.batch, adversarial=c.adversarial, **perceptual), **changes)
 
 def split_images(
     data:str,    # 'fashion_mnist', a folder with train and test (or val) folders, or one without
@@ -383,7 +383,8 @@ def finding(
 ) -> str:
     "What came of the paper's two questions, in two sentences"
     rows = [dict(r, **r['card'].row()) for r in differences(rows)] if 'card' in rows[0] else rows
-    said = {(r['tokenizer'], r['against'], r['metric']):verdict(r['value'], r['se']) for r in rows if r.get('against') in ('plain','control')}
+    compared = [r for r in rows if r.get('against') in ('plain', 'control')]
+    said = {(r['tokenizer'], r['against'], r['metric']):verdict(r['value'], r['se']) for r in compared}
     p,r,g = (said['perturbed','plain',f'Δ{m}'] for m in ('pFID','rFID','gFID'))
     plain,perturbed = (said[k,'control','ΔgFID'] for k in KINDS)
     return (f"Beside the plain tokenizer, the one trained on damaged latents has a pFID that is {p}, an rFID that is {r}, "

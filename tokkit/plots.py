@@ -161,7 +161,8 @@ def plot_heat(
         fig, axes = _panels(len(names), width=3., height=3.3)
         for ax,name in zip(axes, names):
             grid = points[points[panel]==name].pivot(index=y, columns=x, values=['value', 'se']).sort_index(ascending=False)
-            text = grid.value.map(lambda v: f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}') + grid.se.map(lambda s: f'\n±{s:.2g}' if np.isfinite(s) else '')
+            shown = grid.value.map(lambda v: f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}')
+            text = shown + grid.se.map(lambda s: f'\n±{s:.2g}' if np.isfinite(s) else '')
             sns.heatmap(grid.value, annot=text, fmt='', cmap='crest', vmin=lo, vmax=hi, linewidths=1.5, cbar=False, ax=ax,
                         annot_kws=dict(fontsize=9))
             ax.set(title=name, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')

@@ -138,7 +138,8 @@ def posttrain_decoder(
     healed = copy.deepcopy(tok)
     with only_train(healed, healed.decoder):
         loss = ImageLoss(cfg, healed.cfg.channels, healed.last_layer, torch.device('cpu'))
-        phase = Phase(posttrain_step(healed, loss), adamw(matrices_decay(healed.decoder, cfg.weight_decay), cfg.lr), WarmupCosine(), cfg.clip)
+        optimizer = adamw(matrices_decay(healed.decoder, cfg.weight_decay), cfg.lr)
+        phase = Phase(posttrain_step(healed, loss), optimizer, WarmupCosine(), cfg.clip)
         history = _fit(_DecoderOnly(healed), pairs, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)
     return healed.eval(), history
 

@@ -471,6 +471,6 @@ def collect(
             try: rows += _collect_run(folder)
             except (ValueError, KeyError, TypeError) as e: skipped.append(f'{name}: {e}')
     table = pd.DataFrame(rows)
-    table = table[[c for c in _FIRST if c in table] + [c for c in table if c not in _FIRST]]
+    table = table[[c for c in _FIRST if c in table] + [c for c in table if c not in _FIRST and table[c].notna().any()]]
     table.attrs['skipped'] = skipped
     return table

@@ -255,7 +255,8 @@ def load_model(
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json, first {', '.join(wrong[:3])}; "
                          "config and weights belong to different models")
     if config.get('weights') != tensors_hash(state):
-        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; it was changed or damaged: train or fetch it again")
+        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
+                         "it was changed or damaged: train or fetch it again")
     model.load_state_dict(state)
     return model.eval()
 
