@@ -75,7 +75,9 @@ def draw(
     "Draw one token a row by inverting the cumulative distribution"
     if top_k is not None: logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:,-1:], -torch.inf)
     cumulative = (logits/temperature).softmax(-1, dtype=torch.float32).cumsum(-1)
-    return torch.searchsorted(cumulative, (u[:,None]*cumulative[:,-1:])).clamp_(max=logits.shape[-1]-1)[:,0]
+    total = cumulative[:,-1:]
+    place = torch.minimum(u[:,None]*total, torch.nextafter(total, torch.zeros_like(total)))     # below the end, whatever rounding did
+    return torch.searchsorted(cumulative, place, right=True)[:,0]
 
 # %% ../nbs/42_autoregressive.ipynb #bff533f1
 @torch.no_grad()

@@ -195,8 +195,8 @@ def metric(
     data:str = 'fashion_mnist',          # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'test', # part of the data, where it has parts
     n:int|None = None,                   # images; 1000, or all where there are fewer, when left out
-    deltas:list[int]|None = None,        # pfid: neighbours to draw among; the paper's five when left out
-    alphas:list[float]|None = None,      # pfid: fractions of an image's tokens redrawn; the paper's three when left out
+    deltas:list[int]|None = None,        # pfid: neighbours to draw among; three that follow from K when left out
+    alphas:list[float]|None = None,      # pfid: fractions of an image's tokens redrawn; the paper's five when left out
     extractor:str|None = None,           # whose features; efficientnet_lite0 when left out
     seed:int = 0,                        # moves every random draw
     json:str|None = None,                # also write the card to this file

@@ -141,6 +141,7 @@ def split_images(
     named = any((Path(data).expanduser()/s).is_dir() for s in ('train','training'))
     if named: return tuple(load_images(data, s, n, size) for s,n in (('train', n_train), ('test', n_test)))
     whole = load_images(data, 'train', None, size)
+    whole = whole.subset(len(whole))        # in the fixed mixed order, also when the folder stays on disk
     n_test = min(n_test, len(whole)//4)
     if not n_test: raise ValueError(f"{data} holds {len(whole)} images; the demo needs at least 4, and reasonably thousands")
     return whole.subset(range(n_test, min(len(whole), n_test+n_train))),whole.subset(range(n_test))
@@ -170,7 +171,7 @@ def _tokenizer(self:Demo, kind:str) -> Tokenizer:
         tok = make_tokenizer(shape, c.seed)
         if base is not None: tok.load_state_dict(base.state_dict())
         look = test[:8][0].to(self.device)
-        preview = _preview(lambda: tok.reconstruct(look), work)
+        preview = _preview(lambda: tok.eval().reconstruct(look), work)
         history = train_tokenizer(tok, train, cfg, damage, work, preview, str(self.device), c.seed, f'{kind} tokenizer')
         tok.save(tmp); history.to_csv(tmp/'history.csv', index=False)
     return self._stage('tokenizer', kind, params, make, lambda p: Tokenizer.load(p).to(self.device))
@@ -271,7 +272,7 @@ def _classifier(self:Demo) -> SmallClassifier:
         save_file({k:v.cpu().contiguous() for k,v in model.state_dict().items()}, tmp/'classifier.safetensors')
     def load(folder):
         model = new(); model.load_state_dict(load_file(folder/'classifier.safetensors')); return model.to(self.device).eval()
-    return self._stage('classifier', 'small', dict(images=train.hash, seed=c.seed), make, load)
+    return self._stage('classifier', 'small', dict(images=train.hash, batch=c.batch, seed=c.seed), make, load)
 
 @torch.no_grad()
 def class_accuracy(

@@ -166,11 +166,17 @@ def _reference(reference, images, extractor, device, bank) -> Reference:
         raise ValueError(f"the reference features are by {reference.extractor}, the card is by {extractor.name}; use one extractor")
     return reference
 
-# %% ../nbs/32_evaluate.ipynb #c4091b33
+# %% ../nbs/32_evaluate.ipynb #682bc226
+def _print(tok) -> str:
+    "A tokenizer's fingerprint, when it has one"
+    return getattr(tok, 'fingerprint', 'unnamed')
+
 @contextmanager
 def _measured(tok, device) -> Iterator[torch.device]:
     "Tokenizer in evaluation mode on the device where it is measured"
-    if not isinstance(tok, nn.Module): yield default_device(str(device) if device else None); return
+    if not isinstance(tok, nn.Module):
+        yield default_device(str(device)) if device else getattr(tok.codebook, 'device', torch.device('cpu'))
+        return
     if device is not None: tok.to(default_device(str(device)))
     modes = {m: m.training for m in tok.modules()}
     where = next((p.device for p in tok.parameters()), default_device('cpu'))
@@ -222,7 +228,7 @@ def rfid(
         ref = _reference(reference, images, judge, where, bank)
         f = _features_of(_through(tok.reconstruct, images, where), judge, where, progress)
     value,replicates = _frechet(f, ref, bootstrap, seed)
-    settings = _settings(images, ref, bootstrap, tokenizer=tok.fingerprint)
+    settings = _settings(images, ref, bootstrap, tokenizer=_print(tok))
     return Card('rFID', value, _se(replicates), len(f), judge.name, ref.name, seed, settings, replicates)
 
 # %% ../nbs/32_evaluate.ipynb #187c843b
@@ -298,7 +304,7 @@ def pfid(
             replicates.append(r)
     mean = np.mean(replicates, 0)
     how = how | dict(rate_measured=float(np.mean([c['rate'] for c in cells.values()]))) if discrete else dict(kind=kind)
-    settings = _settings(images, ref, bootstrap, tokenizer=tok.fingerprint, beta=1., **how)
+    settings = _settings(images, ref, bootstrap, tokenizer=_print(tok), beta=1., **how)
     value = float(np.mean([c['value'] for c in cells.values()]))
     return Card('pFID', value, _se(mean), len(clean), judge.name, ref.name, seed, settings, mean, cells)
 
@@ -357,7 +363,7 @@ def _psnr_card(tok, images, where, bootstrap, seed) -> Card:
     values = torch.cat([psnr(tok.reconstruct(x), x).cpu() for x in _through(lambda x: x, images, where)]).clamp(max=100).double().numpy()
     replicates = [float(values@bootstrap_weights(len(values), i, seed)/len(values)) for i in range(bootstrap)]
     about = _about(images)
-    settings = dict(tokenizer=tok.fingerprint, images=about['name'], images_hash=about['hash'], reference_hash=about['hash'],
+    settings = dict(tokenizer=_print(tok), images=about['name'], images_hash=about['hash'], reference_hash=about['hash'],
                     error=f'bootstrap of the images, {bootstrap} replicates' if bootstrap > 1 else 'none')
     return Card('PSNR', float(values.mean()), _se(replicates), len(values), '', about['name'], seed, settings, replicates)
 
@@ -382,6 +388,6 @@ def evaluate_tokenizer(
         hits = _encode(tok, images, where, True).flatten().bincount(minlength=len(tok.codebook)).double()
     p,about = hits/hits.sum(),_about(images)
     for metric,v in (('usage', (hits > 0).double().mean()), ('perplexity', torch.special.entr(p).sum().exp())):
-        settings = dict(tokenizer=tok.fingerprint, images=about['name'], images_hash=about['hash'])
+        settings = dict(tokenizer=_print(tok), images=about['name'], images_hash=about['hash'])
         cards.append(Card(metric, float(v), None, about['n'], '', about['name'], seed, settings))
     return cards

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from .core import atomic_path, bar, default_device, make_rng
@@ -70,6 +71,12 @@ class Callback:
     def state(self) -> dict: "What a checkpoint must keep"; return {}
     def restore(self, state:dict): "Take it back"
 
+def _accelerator(device, precision) -> Accelerator:
+    "An accelerator for this device; accelerate keeps one state a process, and would stay with the first device and precision"
+    if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True)
+    return Accelerator(cpu=device.type == 'cpu', mixed_precision=precision)
+
 class Learner:
     "Go through the batches, epoch by epoch, and let each phase take its step"
     def __init__(self,
@@ -84,7 +91,7 @@ class Learner:
         desc:str = 'training',        # for the bar
     ):
         device = default_device(device if device is None else str(device))
-        self.accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=precision)
+        self.accelerator = _accelerator(device, precision)
         self.device = self.accelerator.device
         self.phases = [phases] if isinstance(phases, Phase) else list(phases)
         self.model,self.loader,*optimizers = self.accelerator.prepare(model.to(self.device), loader, *[p.optimizer for p in self.phases])
@@ -132,6 +139,7 @@ class Learner:
         if not torch.isfinite(loss):
             where = f"step {self.step} (epoch {self.epoch})"
             raise FloatingPointError(f"the loss is {loss.item()} at {where}; lower the learning rate or look at that batch")
+        optimizer.zero_grad()      # an earlier phase's backward may have reached these weights too
         self.accelerator.backward(loss)
         if phase.clip: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], phase.clip)
         optimizer.step(); optimizer.zero_grad()
@@ -201,12 +209,16 @@ def ema_weights(
 # %% ../nbs/50_learner.ipynb #c5fee60d
 class Checkpoint(Callback):
     "Save everything after each epoch; take up again where the last one ended"
-    def __init__(self, path:str|Path): # one file, replaced whole
-        self.path = Path(path)
+    def __init__(self,
+        path:str|Path,    # one file, replaced whole
+        key:str = '',     # what makes this training what it is, e.g. a hash of its settings
+    ):
+        self.path,self.key = Path(path),key
 
     def begin(self, learner):
         if not self.path.exists(): return
         saved = torch.load(self.path, map_location=learner.device, weights_only=True)
+        if saved['key'] != self.key: raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another folder")
         learner.model.load_state_dict(saved['model'])
         for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
         for c,s in zip(learner.callbacks, saved['callbacks']): c.restore(s)
@@ -216,4 +228,4 @@ class Checkpoint(Callback):
         with atomic_path(self.path) as p:
             torch.save(dict(model=learner.model.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers],
                             callbacks=[c.state() for c in learner.callbacks],
-                            epoch=learner.epoch, step=learner.step, history=learner.history), p)
+                            epoch=learner.epoch, step=learner.step, history=learner.history, key=self.key), p)

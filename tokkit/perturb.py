@@ -62,7 +62,8 @@ class NeighbourTable:
     ) -> Int[Tensor, "k delta"]:
         "The table for this codebook, made anew only when codebook or choice changed, or more neighbours are wanted"
         codes = codebook.detach()
-        same = self.key is not None and self.key[1] == include_self and self.key[0].shape == codes.shape and torch.equal(self.key[0], codes)
+        kept,kept_self = self.key or (None, None)
+        same = kept is not None and kept_self == include_self and kept.device == codes.device and torch.equal(kept, codes)
         if not same or self.table.shape[1] < delta:
             self.table = code_neighbours(torch.arange(len(codes), device=codes.device), codes, delta, include_self)
             self.key = codes.clone(),include_self

@@ -45,12 +45,14 @@ def nearest_codes(
     check_range('m', m, 1, len(codebook), f'the codebook has {len(codebook)} codes')
     if v.shape[-1] != codebook.shape[1]:
         raise ValueError(f"vectors have {v.shape[-1]} channels, codes have {codebook.shape[1]}; pass latents of the same tokenizer")
+    v,codebook = v.float(),codebook.float()
     half = codebook.square().sum(1)/2
     rows = v.reshape(-1, v.shape[-1]).split(max(1, chunk//len(codebook)))
     def near(r):
         closeness = torch.addmm(-half, r, codebook.T)
         return closeness.argmax(1, keepdim=True) if m == 1 else closeness.topk(m).indices
-    return torch.cat([near(r) for r in rows]).view(*v.shape[:-1], m)
+    with torch.autocast(v.device.type, enabled=False):      # half precision would choose other codes
+        return torch.cat([near(r) for r in rows]).view(*v.shape[:-1], m)
 
 # %% ../nbs/10_quantize.ipynb #b41a6bcd
 class VectorQuantizer(nn.Module):

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .core import check_range
+from .core import check_range, stable_hash
 from .data import loader
 from .generator import LatentGenerator
 from .learner import EMA, Callback, Checkpoint, EveryEpoch, Learner, Log, Phase, WarmupCosine, history_frame
@@ -58,14 +58,14 @@ class GeneratorTraining:
     epochs:int = 8                # passes over the tokens
     batch:int = 128               # images a step
     lr:float = 2e-3               # largest learning rate
-    weight_decay:float = .05      # of AdamW, on matrices only
+    weight_decay:float = .05      # of AdamW; not on biases and norms
     ema:float = .99               # decay of the averaged weights, which are the result
     clip:float = 1.               # largest gradient norm
     precision:str = 'no'          # 'no' or 'bf16'
 
-# %% ../nbs/52_train.ipynb #ad62fd46
-class ImageLoss:
-    "Pixel, perceptual and adversarial loss of a decoded image, by their weights"
+# %% ../nbs/52_train.ipynb #ab4b576c
+class ImageLoss(Callback):
+    "Pixel, perceptual and adversarial loss of a decoded image, by their weights; a callback, so that a checkpoint keeps the critic"
     def __init__(self,
         cfg:ImageTraining,          # weights
         channels:int,               # image channels
@@ -97,6 +97,11 @@ class ImageLoss:
         "The critic's own phase, if there is a critic"
         if self.critic is None: return []
         return [Phase(self._critic_step, torch.optim.AdamW(self.critic.parameters(), lr=self.cfg.critic_lr, betas=(.5,.9)))]
+
+    def state(self): return {k:m.state_dict() for k,m in self._learned().items()}
+    def restore(self, state):
+        for k,m in self._learned().items(): m.load_state_dict(state[k])
+    def _learned(self): return dict(critic=self.critic, lecam=self.lecam) if self.critic is not None else {}
 
     def _critic_step(self, learner, batch):
         real,fake = self.critic(batch[-1] if batch[0].ndim == 2 else batch[0]),self.critic(self.fake)
@@ -143,15 +148,15 @@ class TensorPairs(Dataset):
     def __getitem__(self, i): return self.a[i],self.b[i]
     def __getitems__(self, i): return self.a[i],self.b[i]
 
-def _callbacks(ema, work, preview) -> list[Callback]:
-    extra = [EveryEpoch(preview)] if preview else []
-    return [Log(), ema, *extra]+([Checkpoint(Path(work)/'checkpoint.pt')] if work else [])
+def _callbacks(ema, loss, work, preview, key) -> list[Callback]:
+    extra = ([loss] if loss else [])+([EveryEpoch(preview)] if preview else [])
+    return [Log(), ema, *extra]+([Checkpoint(Path(work)/'checkpoint.pt', key)] if work else [])
 
 def matrices_decay(
     model:nn.Module,       # whose parameters
-    weight_decay:float,    # for matrices; vectors and embeddings of position get none
+    weight_decay:float,    # for tensors of two or more dimensions, embeddings included; biases and norms get none
 ) -> list[dict]:
-    "Parameter groups for AdamW: decay matrices only"
+    "Parameter groups for AdamW: no decay for vectors"
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.)]
@@ -184,7 +189,7 @@ def train_tokenizer(
 def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc):
     "Run the loop and leave the averaged weights in the model"
     ema = EMA(cfg.ema)
-    callbacks = _callbacks(ema, work, preview)
+    callbacks = _callbacks(ema, loss, work, preview, stable_hash([cfg, seed, desc, len(data)]))
     learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc)
     for part in (loss.perceptual, loss.critic, loss.lecam) if loss else (): part.to(learner.device) if part is not None else None
     learner.fit()
