@@ -137,7 +137,7 @@ def posttrain_decoder(
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
     healed = copy.deepcopy(tok)
     with only_train(healed, healed.decoder):
-        loss = ImageLoss(cfg, healed.cfg.channels, healed.last_layer, torch.device('cpu'))
+        loss = ImageLoss(cfg, healed.cfg.channels, healed.last_layer, torch.device('cpu'), seed)
         optimizer = adamw(matrices_decay(healed.decoder, cfg.weight_decay), cfg.lr)
         phase = Phase(posttrain_step(healed, loss), optimizer, WarmupCosine(), cfg.clip)
         history = _fit(_DecoderOnly(healed), pairs, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)

@@ -71,10 +71,13 @@ class ImageLoss(Callback):
         channels:int,               # image channels
         last:Tensor,                # weight of the decoder's last layer, for the adaptive weight
         device:torch.device,        # where the networks go
+        seed:int = 0,               # of the critic's initial weights
     ):
         self.cfg,self.last = cfg,last
         self.perceptual = PerceptualLoss(cfg.perceptual_size).to(device) if cfg.perceptual else None
-        self.critic = PatchCritic(channels).to(device) if cfg.adversarial else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.critic = PatchCritic(channels).to(device) if cfg.adversarial else None
         self.lecam = LeCAM().to(device)
         self.fake = None
 
@@ -181,7 +184,7 @@ def train_tokenizer(
 ) -> pd.DataFrame:
     "Train a tokenizer; returns the losses, one row an epoch"
     tok.train()
-    loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'))
+    loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed)
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
     phase = Phase(step, adamw(matrices_decay(tok, cfg.weight_decay), cfg.lr), WarmupCosine(), cfg.clip)
     return _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)
