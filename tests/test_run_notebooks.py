@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
-SECONDS = 300  # a page that takes longer does not belong among the pages that a reader runs
+SECONDS = 600  # a page that takes longer does not belong among the pages that a reader runs
 PAGES = [str(p.relative_to(NBS)) for p in sorted(NBS.rglob('*.ipynb'))
          if not (p.parent/'.notest').exists() and not any(part.startswith(('_', '.')) for part in p.relative_to(NBS).parts)]
 
