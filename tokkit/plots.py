@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from scipy.stats import rankdata
 
+from .core import stable_hash
+
 # %% ../nbs/70_plots.ipynb #223a7603
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#555555')
 MARKERS = 'osD^vPX'
@@ -256,7 +258,8 @@ def plot_table(
     table = cards_table(cards, index)
     numbers = table.map(lambda s: float(s.split()[0]) if s != 'n/a' else np.nan)
     bold = numbers.eq(getattr(numbers, best)()) if best else numbers != numbers
-    style = Styler(table, uuid='tokkit', cell_ids=False, caption=caption or None)
+    own = stable_hash([table.to_string(), best], 6)     # not random, so that the same table gives the same page
+    style = Styler(table, uuid=own, cell_ids=False, caption=caption or None)
     style = style.apply(lambda _: bold.map(lambda b: 'font-weight: bold' if b else ''), axis=None)
     return style.set_properties(**{'text-align':'right', 'white-space':'nowrap', 'padding':'.2em .9em'})
 
