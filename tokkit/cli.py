@@ -144,9 +144,9 @@ def _sweep_file(path:Path) -> dict:
     import yaml
     try: spec = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e: raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
-    known = {'notebook','grid','params','workers','devices','threads'}
+    known = {'notebook','grid','params','workers','devices','threads','minutes'}
     if not isinstance(spec, dict) or not {'notebook','grid'} <= set(spec) <= known:
-        raise ValueError(f"{path} must have notebook and grid, and may have params, workers, devices, threads; got {list(spec or {})}")
+        raise ValueError(f"{path} must have notebook and grid, and may have params, workers, devices, threads, minutes; got {list(spec or {})}")
     beside = path.parent/str(spec['notebook'])
     return spec | dict(notebook=beside if beside.is_file() else spec['notebook'])
 
@@ -157,6 +157,7 @@ def sweep(
     workers:int|None = None,             # runs at the same time (default 1)
     devices:list[str]|None = None,       # GPUs handed to the workers in turn, e.g. 0,1
     threads:int|None = None,             # threads a run; the cores are shared out when left out
+    minutes:float|None = None,           # start no run after this long; a second call goes on
     out:str|None = None,                 # folder for all runs; $TOKKIT_RUNS or runs when left out
 ) -> int: # 1 when a run failed
     "Execute an experiment at every point of a grid; a second call goes on where the first ended"
@@ -164,9 +165,10 @@ def sweep(
     is_file = notebook.endswith(('.yaml','.yml'))
     spec = _sweep_file(Path(notebook)) if is_file else dict(notebook=notebook)
     if is_file and spec.get('devices') is not None and not isinstance(spec['devices'], list): spec['devices'] = [spec['devices']]
-    given = dict(workers=workers, devices=devices, threads=threads)
+    given = dict(workers=workers, devices=devices, threads=threads, minutes=minutes)
     spec = dict(workers=1) | spec | {k:v for k,v in given.items() if v is not None}
-    spec |= dict(grid={**spec.get('grid', {}), **read_grid(grid)}, params={**(spec.get('params') or {}), **dict(params)})
+    more, grids = read_grid(grid), spec.get('grid') or {}
+    spec |= dict(grid=[{**g, **more} for g in grids] if isinstance(grids, list) else {**grids, **more}, params={**(spec.get('params') or {}), **dict(params)})
     if not spec['grid']: raise ValueError("tokkit sweep needs a grid; give at least one -g NAME=VALUE,VALUE")
     report = sweep_experiment(root=out, **spec)
     print(_table(report.drop(columns=['error','folder'])))

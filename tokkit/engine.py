@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cores', 'run_pool', 'sweep_experiment']
 
-# %% ../nbs/62_engine.ipynb #b75862d0
-import os, queue, sys, threading
+# %% ../nbs/62_engine.ipynb #0742ab05
+import os, queue, sys, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -43,20 +43,22 @@ def run_pool(
 # %% ../nbs/62_engine.ipynb #68c27827
 def sweep_experiment(
     notebook:str|Path,                    # path of a parameterised notebook, or the name of one of tokkit's experiments
-    grid:dict[str,Any],                   # parameter -> values
+    grid:dict[str,Any]|list[dict],        # parameter -> values, or several such grids, see `grid_points`
     workers:int = 1,                      # runs at the same time
     devices:list[str]|None = None,        # handed to the workers in turn, e.g. ['0','1'] or ['cpu']; None leaves the choice to each run
     params:dict[str,Any]|None = None,     # parameters that all runs share
     root:str|Path|None = None,            # None asks `$TOKKIT_RUNS`, then takes `runs` in the working directory
     threads:int|None = None,              # threads a run; None shares the cores out
-) -> pd.DataFrame: # a row a run: its grid columns, status (done, reused, failed), folder, error
+    minutes:float|None = None,            # no run is started after this long; a later call goes on
+) -> pd.DataFrame: # a row a run: its grid columns, status (done, reused, failed, left), folder, error
     "Run every point of the grid, `workers` at a time"
     if workers < 1: raise ValueError(f"workers must be at least 1, got {workers}")
     specs, threads = grid_runs(notebook, grid, params, root), threads or max(1, cores()//workers)
-    free, stop = queue.Queue(), threading.Event()
+    free, stop, end = queue.Queue(), threading.Event(), time.monotonic()+60*(float('inf') if minutes is None else minutes)
     for i in range(workers): free.put(str(devices[i%len(devices)]) if devices else None)
     def one(spec):
         if spec.complete: return dict(status='reused', folder=spec.folder, error=None)
+        if time.monotonic() >= end: return dict(status='left', folder=None, error=None)
         device = free.get()
         try: folder = run_experiment(spec.notebook, spec.params, root, device, threads, False, stop)
         except (RunError, OSError, ValueError) as e: return dict(status='failed', folder=None, error=str(e))

@@ -16,9 +16,12 @@ from .core import bar
 
 # %% ../nbs/60_sweep.ipynb #983a48bc
 def grid_points(
-    grid:dict[str,Any], # name -> values to go through; a single value counts as a list of one
+    grid:dict[str,Any]|list[dict], # name -> values to go through; a single value counts as a list of one; or several such grids
 ) -> list[dict[str,Any]]: # one dict a point, the last name moving fastest
-    "Every combination of the values in `grid`"
+    "Every combination of the values in `grid`; of several grids, one after the other, each point once"
+    if isinstance(grid, list):
+        points = [p for g in grid for p in grid_points(g)]
+        return [p for i,p in enumerate(points) if p not in points[:i]]
     lists = {k:list(v) if isinstance(v, (list, tuple, range, set)) else [v] for k,v in grid.items()}
     empty = [k for k,v in lists.items() if not v]
     if empty: raise ValueError(f"grid: no values for {', '.join(empty)}; give at least one value for each name")
