@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LatentSpec', 'make_rng', 'set_seed', 'default_device', 'need', 'data_home', 'check_range', 'atomic_path',
-           'atomic_dir', 'to_plain', 'write_json', 'read_json', 'stable_hash', 'file_sha256', 'tensors_hash', 'bar']
+           'atomic_dir', 'to_plain', 'write_json', 'read_json', 'stable_hash', 'file_sha256', 'tensors_hash',
+           'read_tensors', 'misfits', 'load_strictly', 'save_model', 'load_model', 'bar']
 
 # %% ../nbs/00_core.ipynb #368aa19a
 import hashlib, importlib, json, math, os, random, shutil, sys, time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as tqdm_plain
 
@@ -28,6 +32,7 @@ class LatentSpec:
     mean:float = 0.                   # subtracted by `normalize`
     std:float = 1.                    # divided by `normalize`, > 0
     codebook_size:int|None = None     # K codes, or None for continuous latents
+    ids_shape:tuple[int,...]|None = None # shape of one image's ids; None: one id a token, (n,)
 
     def __post_init__(self):
         if self.grid and math.prod(self.grid) != self.shape[0]:
@@ -40,7 +45,7 @@ class LatentSpec:
     @property
     def bits(self) -> float|None:
         "Bits an image costs when every code is equally likely; None for continuous latents"
-        return None if self.codebook_size is None else self.shape[0]*float(np.log2(self.codebook_size))
+        return None if self.codebook_size is None else math.prod(self.ids_shape or self.shape[:1])*float(np.log2(self.codebook_size))
 
 # %% ../nbs/00_core.ipynb #01ac98e9
 def make_rng(
@@ -183,6 +188,76 @@ def tensors_hash(
         t = tensors[k].detach().cpu().contiguous()
         h.update(f'{k}|{t.dtype}|{tuple(t.shape)}|'.encode()); h.update(t.flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:n]
+
+# %% ../nbs/00_core.ipynb #a7ecb9bb
+def read_tensors(
+    weights:dict[str,torch.Tensor]|str|Path, # tensors, or a safetensors file of them
+) -> dict[str,torch.Tensor]:
+    "Named tensors of a safetensors file, or say in one line what is wrong with it"
+    if isinstance(weights, dict): return weights
+    if not Path(weights).is_file(): raise FileNotFoundError(f"no file {weights}; expected a safetensors file")
+    try: return load_file(weights)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{weights} is damaged or no safetensors file ({str(e)[:80]}); make or fetch it again") from None
+
+def misfits(
+    model:nn.Module,               # what the tensors are for
+    state:dict[str,torch.Tensor],  # named tensors
+) -> list[str]:
+    "What keeps `state` from being the weights of `model`, a phrase a kind; empty when it fits"
+    mine,given = ({k:tuple(v.shape) for k,v in o.items()} for o in (model.state_dict(), state))
+    kinds = {'missing':[k for k in mine if k not in given], 'unknown':[k for k in given if k not in mine],
+             'of another shape':[f"{k}: {given[k]} instead of {mine[k]}" for k in mine if k in given and given[k] != mine[k]]}
+    def said(kind, names): return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return [said(kind, names) for kind,names in kinds.items() if names]
+
+def load_strictly(
+    model:nn.Module,               # gets the weights, in place
+    state:dict[str,torch.Tensor],  # named tensors
+    where:str|Path,                # where they come from, for the message
+) -> nn.Module:
+    "Load exactly these weights, or say which keys do not fit"
+    if wrong := misfits(model, state):
+        raise ValueError(f"{where}: {', '.join(wrong)}; expected the weights of a {type(model).__name__} of this size")
+    model.load_state_dict(state)
+    return model
+
+# %% ../nbs/00_core.ipynb #ef09725b
+def save_model(
+    model:nn.Module,      # has `.cfg`, a dataclass
+    folder:str|Path,      # made if it is not there
+    **extra,              # plain values kept in config.json
+) -> Path:
+    "Write weights and configuration"
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    temporary = folder/'.model.safetensors.tmp'
+    save_file(state, temporary); temporary.replace(folder/'model.safetensors')
+    write_json(folder/'config.json', dict(kind=type(model).__name__, cfg=asdict(model.cfg), weights=tensors_hash(state), **extra))
+    return folder
+
+def load_model(
+    folder:str|Path,              # written by `save_model`
+    kind:str,                     # class name that must stand there
+    build:Callable[[dict],nn.Module], # makes the model from config.json's content
+) -> nn.Module:
+    "Read weights and configuration back, strictly"
+    folder = Path(folder)
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f"{folder} holds no saved {kind}: expected config.json and model.safetensors")
+    config = read_json(folder/'config.json')
+    if config.get('kind') != kind: raise ValueError(f"{folder} holds a {config.get('kind')}, expected a {kind}")
+    try: state = read_tensors(folder/'model.safetensors')
+    except FileNotFoundError: raise ValueError(f"{folder/'model.safetensors'} is missing; make or fetch it again") from None
+    try: model = build(config)
+    except TypeError as e: raise ValueError(f"{folder/'config.json'} is of another version of tokkit ({e})") from None
+    if wrong := misfits(model, state):
+        raise ValueError(f"{folder}: tensors do not fit config.json: {', '.join(wrong)}; config and weights belong to different models")
+    if config.get('weights') != tensors_hash(state):
+        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
+                         "it was changed or damaged: train or fetch it again")
+    model.load_state_dict(state)
+    return model.eval()
 
 # %% ../nbs/00_core.ipynb #a0269e8b
 def bar(

@@ -4,21 +4,18 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TOKENIZERS', 'TokenizerCfg', 'LatentViT', 'ViTEncoder', 'ViTDecoder', 'CNNEncoder', 'CNNDecoder',
-           'Tokenizer', 'make_tokenizer', 'save_model', 'load_model', 'save_tokenizer', 'load_tokenizer', 'fit_spec']
+           'Tokenizer', 'make_tokenizer', 'save_tokenizer', 'load_tokenizer', 'fit_spec']
 
-# %% ../nbs/12_tokenizer.ipynb #4929b481
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+# %% ../nbs/12_tokenizer.ipynb #9d97b386
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import LatentSpec, read_json, tensors_hash, to_plain, write_json
+from .core import LatentSpec, load_model, save_model, tensors_hash, to_plain
 from .layers import Down, PatchEmbed, PixelHead, ResBlock, Up, group_norm, sincos_pos, transformer
 from .quantize import NoQuantizer, Quantized, VectorQuantizer
 
@@ -219,47 +216,7 @@ def make_tokenizer(
         torch.manual_seed(seed)
         return Tokenizer(replace(cfg, **overrides))
 
-# %% ../nbs/12_tokenizer.ipynb #6d172a2b
-def save_model(
-    model:nn.Module,      # has `.cfg`, a dataclass
-    folder:str|Path,      # made if it is not there
-    **extra,              # plain values kept in config.json
-) -> Path:
-    "Write weights and configuration"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
-    temporary = folder/'.model.safetensors.tmp'
-    save_file(state, temporary); temporary.replace(folder/'model.safetensors')
-    write_json(folder/'config.json', dict(kind=type(model).__name__, cfg=asdict(model.cfg), weights=tensors_hash(state), **extra))
-    return folder
-
-def load_model(
-    folder:str|Path,              # written by `save_model`
-    kind:str,                     # class name that must stand there
-    build:Callable[[dict],nn.Module], # makes the model from config.json's content
-) -> nn.Module:
-    "Read weights and configuration back, strictly"
-    folder = Path(folder)
-    if not (folder/'config.json').exists():
-        raise FileNotFoundError(f"{folder} holds no saved {kind}: expected config.json and model.safetensors")
-    config = read_json(folder/'config.json')
-    if config.get('kind') != kind: raise ValueError(f"{folder} holds a {config.get('kind')}, expected a {kind}")
-    try: state = load_file(folder/'model.safetensors')
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{folder/'model.safetensors'} is damaged or missing ({str(e)[:80]}); make or fetch it again") from None
-    try: model = build(config)
-    except TypeError as e: raise ValueError(f"{folder/'config.json'} is of another version of tokkit ({e})") from None
-    mine = {k:tuple(v.shape) for k,v in model.state_dict().items()}
-    wrong = sorted(k for k in mine.keys()|state.keys() if k not in mine or k not in state or mine[k] != tuple(state[k].shape))
-    if wrong:
-        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json, first {', '.join(wrong[:3])}; "
-                         "config and weights belong to different models")
-    if config.get('weights') != tensors_hash(state):
-        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
-                         "it was changed or damaged: train or fetch it again")
-    model.load_state_dict(state)
-    return model.eval()
-
+# %% ../nbs/12_tokenizer.ipynb #caf4de9c
 def _tokenizer_from(config:dict) -> Tokenizer:
     tok = Tokenizer(TokenizerCfg(**config['cfg']))
     s = config['spec']
