@@ -201,11 +201,12 @@ def read_tensors(
         raise ValueError(f"{weights} is damaged or no safetensors file ({str(e)[:80]}); make or fetch it again") from None
 
 def misfits(
-    model:nn.Module,               # what the tensors are for
-    state:dict[str,torch.Tensor],  # named tensors
+    model:nn.Module|dict[str,torch.Tensor], # what the tensors are for: a module, or named tensors of the right shapes
+    state:dict[str,torch.Tensor],           # named tensors
 ) -> list[str]:
     "What keeps `state` from being the weights of `model`, a phrase a kind; empty when it fits"
-    mine,given = ({k:tuple(v.shape) for k,v in o.items()} for o in (model.state_dict(), state))
+    wanted = model if isinstance(model, dict) else model.state_dict()
+    mine,given = ({k:tuple(v.shape) for k,v in o.items()} for o in (wanted, state))
     kinds = {'missing':[k for k in mine if k not in given], 'unknown':[k for k in given if k not in mine],
              'of another shape':[f"{k}: {given[k]} instead of {mine[k]}" for k in mine if k in given and given[k] != mine[k]]}
     def said(kind, names): return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIMM_NAMES', 'sincos_pos', 'KVCache', 'Attention', 'DropPath', 'ViTBlock', 'transformer', 'PatchEmbed', 'PixelHead',
            'resize_positions', 'resize_patches', 'ViT', 'from_timm', 'to_timm', 'load_vit', 'group_norm', 'ResBlock',
-           'Down', 'Up']
+           'Down', 'Up', 'DownFar', 'MapAttention']
 
 # %% ../nbs/11_layers.ipynb #ce69f3c6
 import re
@@ -146,6 +146,9 @@ class PixelHead(nn.Module):
         x = rearrange(self.proj(x), 'b (h w) (p q c) -> b c (h p) (w q)', h=h, w=w, p=self.patch, q=self.patch)
         return x if self.refine is None else x+self.refine(x)
 
+    @property
+    def last_layer(self) -> nn.Parameter: return self.proj.weight if self.refine is None else self.refine[-1].weight
+
 # %% ../nbs/11_layers.ipynb #14db1fd7
 def resize_positions(
     pos:Float[Tensor, "1 n d"],  # positions, after `prefix` entries row-major on a grid
@@ -238,11 +241,11 @@ def to_timm(
 def load_vit(
     vit:ViT,                          # gets the weights, in place
     weights:dict[str,Tensor]|str|Path, # a state dict in timm's names, or a safetensors file of one
-    optional:tuple[str,...] = (),     # names that `vit` need not have, by their beginning
+    where:str|Path|None = None,       # where they come from, for a message; None: the file
 ) -> ViT:
     "Load weights in timm's names, positions and patch kernel resized; strict"
-    where = 'these weights' if isinstance(weights, dict) else str(weights)
-    state = {from_timm(k):v for k,v in read_tensors(weights).items() if not k.startswith(('head', 'mask_token', 'x_scale', 'x_shift', *optional))}
+    where = where or ('these weights' if isinstance(weights, dict) else weights)
+    state = {from_timm(k):v for k,v in read_tensors(weights).items() if not k.startswith(('head', 'mask_token', 'x_scale', 'x_shift'))}
     if vit.patch_embed is None: state = {k:v for k,v in state.items() if not k.startswith('patch_embed')}
     pos,kernel = state.get('pos_embed'),state.get('patch_embed.proj.weight')
     side = int((pos.shape[1]-vit.prefix)**.5) if pos is not None and pos.ndim == 3 else 0
@@ -274,3 +277,22 @@ class Down(nn.Conv2d):
 class Up(nn.Sequential):
     "Double rows and columns: nearest, then a convolution, so no checkerboard"
     def __init__(self, i:int, o:int): super().__init__(nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(i, o, 3, padding=1))
+
+# %% ../nbs/11_layers.ipynb #c1731bff
+class DownFar(nn.Conv2d):
+    "Halve rows and columns: a 3x3 convolution with zeros at the bottom and on the right only"
+    def __init__(self, i:int, o:int): super().__init__(i, o, 3, 2)
+    def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]: return super().forward(F.pad(x, (0,1,0,1)))
+
+class MapAttention(nn.Module):
+    "Single-head self-attention over all places of a map, around a skip"
+    def __init__(self, dim:int): # channels
+        super().__init__()
+        self.norm = group_norm(dim)
+        self.q,self.k,self.v,self.proj_out = (nn.Conv2d(dim, dim, 1) for _ in range(4))
+
+    def forward(self, x:Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+        y = self.norm(x)
+        q,k,v = (f(y).flatten(2).mT[:,None] for f in (self.q, self.k, self.v))                  # (b 1 n d)
+        y = F.scaled_dot_product_attention(q, k, v)[:,0].mT.unflatten(2, x.shape[2:])           # (b d h w)
+        return x+self.proj_out(y)
