@@ -48,14 +48,16 @@ class DemoCfg:
     # tokenizers
     tokenizer:str = 'tiny'         # preset of `tokkit.tokenizer`
     codebook_size:int = 512        # K
-    base_epochs:int = 3            # plain epochs both tokenizers share
+    base_epochs:int = 3            # plain epochs both tokenizers share; 0: each trains from the start
     branch_epochs:int = 3          # epochs each goes on alone
     perceptual:float = .1          # weight of the perceptual loss
     perceptual_every:int = 2       # steps between its uses
     adversarial:float = 0.         # weight of the adversarial loss
+    semantic:float = 0.            # weight of the semantic loss
     alpha:float = 1.               # perturbation rate at full strength
     beta:float = .25               # fraction of perturbed images
     delta:int = 11                 # perturbation strength: neighbours to draw from
+    end_ratio:float = .5           # annealing: what is left of alpha and delta at the end, 0..1
     # generators
     width:int = 96                # channels of the generator
     depth:int = 3                  # blocks of the generator
@@ -80,10 +82,14 @@ DEMOS = {
     'default': DemoCfg(),
     'full':    DemoCfg(train_images=60_000, base_epochs=4, branch_epochs=4, generator_epochs=6, width=128, depth=4,
                        pairs=20_000, n=5_000, n_pfid=1_000, bootstrap=50),
+    # of studies that train many tokenizers: no shared start
+    'study':   DemoCfg(train_images=4_000, base_epochs=0, branch_epochs=8, semantic=.1, generator_epochs=8, width=64, depth=2),
+    'study-large': DemoCfg(train_images=60_000, base_epochs=0, branch_epochs=16, semantic=.1, generator_epochs=16, width=192, depth=6,
+                       batch=128, n=5_000, n_pfid=2_000, bootstrap=50),
 }
 
 def demo_cfg(
-    preset:str = 'default',  # 'smoke' (seconds), 'default' (minutes), 'full' (an hour, or a GPU)
+    preset:str = 'default',  # 'smoke' (seconds), 'default' (minutes), 'full' (an hour, or a GPU); 'study', 'study-large': of experiments
     **overrides,             # fields of `DemoCfg`; None leaves the preset's value
 ) -> DemoCfg:
     "A preset with some settings changed"
@@ -128,7 +134,7 @@ class Demo:
     def _training(self, epochs, **changes):
         c = self.cfg
         perceptual = dict(perceptual=c.perceptual, perceptual_every=c.perceptual_every, perceptual_size=c.size)
-        return replace(ImageTraining(epochs, c.batch, adversarial=c.adversarial, **perceptual), **changes)
+        return replace(ImageTraining(epochs, c.batch, adversarial=c.adversarial, semantic=c.semantic, **perceptual), **changes)
 
 def split_images(
     data:str,    # 'fashion_mnist', a folder with train and test (or val) folders, or one without
@@ -157,15 +163,15 @@ def _preview(make:Callable, work:Path) -> Callable:
 
 def _perturbation(self:Demo, kind:str) -> LatentPerturbation|None:
     c,e = self.cfg,self.cfg.branch_epochs
-    return LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(e*.2, e*.6)) if kind == 'perturbed' else None
+    return LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(e*.2, e*.6, c.end_ratio)) if kind == 'perturbed' else None
 
 def _tokenizer(self:Demo, kind:str) -> Tokenizer:
     "The tokenizer 'base', 'plain' or 'perturbed'"
     c = self.cfg
-    base = None if kind == 'base' else self.tokenizer('base')
+    base = None if kind == 'base' or not c.base_epochs else self.tokenizer('base')
     train,test = self.images
     shape = replace(make_tokenizer(c.tokenizer).cfg, size=train.size, channels=train.channels, codebook_size=c.codebook_size)
-    cfg,damage = self._training(c.base_epochs if base is None else c.branch_epochs),self._perturbation(kind)
+    cfg,damage = self._training(c.base_epochs if kind == 'base' else c.branch_epochs),self._perturbation(kind)
     params = dict(images=train.hash, shape=shape, training=cfg, perturbation=damage, seed=c.seed, base=base and base.fingerprint)
     def make(tmp, work):
         tok = make_tokenizer(shape, c.seed)
@@ -324,7 +330,7 @@ def stages(
     demo:Demo, # whose stages
 ) -> dict[str, Callable]:
     "Every stage by name, in order"
-    out = {f'{k} tokenizer':(lambda k=k: demo.tokenizer(k)) for k in ('base', *KINDS)}
+    out = {f'{k} tokenizer':(lambda k=k: demo.tokenizer(k)) for k in (('base',) if demo.cfg.base_epochs else ())+KINDS}
     for k in KINDS:
         out |= {f'{what} of {k}':lambda k=k,what=what: getattr(demo, what)(k) for what in ('tokens', 'generator', 'samples')}
         out |= {f'{s} decoder of {k}':lambda k=k,s=s: demo.decoder(k, s) for s in ('control', 'after')}

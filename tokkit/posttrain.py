@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from .core import bar, check_range, read_json, write_json
 from .data import ImageSet, from_uint8, to_uint8
 from .generator import LatentGenerator, sample_batches
-from .learner import Learner, Phase, WarmupCosine, only_train
+from .learner import Learner, Phase, only_train
 from .tokenizer import Tokenizer
-from .train import ImageLoss, ImageTraining, _fit, adamw, matrices_decay
+from .train import ImageLoss, ImageTraining, _fit, _schedule, adamw, matrices_decay
 
 # %% ../nbs/53_posttrain.ipynb #22b88d86
 SOURCES = 'reencode', 'tokens'
@@ -139,7 +139,7 @@ def posttrain_decoder(
     with only_train(healed, healed.decoder):
         loss = ImageLoss(cfg, healed.cfg.channels, healed.last_layer, torch.device('cpu'), seed)
         optimizer = adamw(matrices_decay(healed.decoder, cfg.weight_decay), cfg.lr)
-        phase = Phase(posttrain_step(healed, loss), optimizer, WarmupCosine(), cfg.clip)
+        phase = Phase(posttrain_step(healed, loss), optimizer, _schedule(cfg), cfg.clip)
         history = _fit(_DecoderOnly(healed), pairs, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)
     return healed.eval(), history
 

@@ -8,6 +8,7 @@ __all__ = ['ImageTraining', 'GeneratorTraining', 'ImageLoss', 'tokenizer_step', 
 
 # %% ../nbs/52_train.ipynb #704efcfe
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from torch.utils.data import Dataset
 from .core import check_range, stable_hash
 from .data import loader
 from .generator import LatentGenerator
-from .learner import EMA, Callback, Checkpoint, EveryEpoch, Learner, Log, Phase, WarmupCosine, history_frame
-from .losses import LeCAM, PatchCritic, PerceptualLoss, adaptive_weight, hinge_d, hinge_g, recon_loss
+from .learner import (EMA, Callback, Checkpoint, EpochCosine, EveryEpoch, Learner, Log, Phase, WarmupCosine, constant,
+                            history_frame)
+from .losses import LeCAM, PatchCritic, PerceptualLoss, SemanticLoss, adaptive_weight, hinge_d, hinge_g, recon_loss
 from .perturb import LatentPerturbation
 from .quantize import codebook_usage, revive
 from .tokenizer import Tokenizer
@@ -29,28 +31,48 @@ from .tokenizer import Tokenizer
 # %% ../nbs/52_train.ipynb #565d11d4
 @dataclass(frozen=True)
 class ImageTraining:
-    "How a tokenizer, or only its decoder, is trained on images"
+    "How a tokenizer, or only its decoder, is trained on images; a term of weight 0 is left out"
     epochs:int = 8                # passes over the images
     batch:int = 128               # images a step
     lr:float = 2e-3               # largest learning rate
     weight_decay:float = 0.       # of AdamW
+    schedule:str = 'cosine'       # of the learning rate: 'cosine' after a warm-up, 'epoch' (in steps of an epoch) or 'constant'
+    reconstruction:float = 1.     # weight of the pixel loss
     recon:str = 'l2'              # pixel loss, 'l2' or 'l1'
-    perceptual:float = .1         # weight of the perceptual loss; 0 leaves it out
+    perceptual:float = .1         # weight of the perceptual loss
     perceptual_size:int = 32      # side at which it looks, pixels
     perceptual_every:int = 1      # steps between its uses (its weight makes up for it)
-    adversarial:float = 0.        # weight of the adversarial loss; 0 leaves it out
+    semantic:float = 0.           # weight of the semantic loss (paper .1)
+    semantic_kind:str = 'class'   # 'class' or 'patch' feature of the teacher
+    semantic_on:str = 'clean'     # latents it sees: 'clean' (paper) or 'perturbed' (released code)
+    adversarial:float = 0.        # weight of the adversarial loss
     adversarial_start:float = .5  # fraction of training after which it is on
-    adaptive:bool = True          # balance it by `adaptive_weight`
     critic_lr:float = 1e-3        # learning rate of the critic
+    adaptive:bool = True          # balance it by `adaptive_weight`
     lecam:float = .001            # weight of the leash on the critic
     ema:float = .99               # decay of the averaged weights, which are the result
     clip:float = 1.               # largest gradient norm
     revive:int = 50               # steps between revivals of dead codes; 0 never
     precision:str = 'no'          # 'no' or 'bf16'
+    accumulate:int = 1            # parts in which a batch is gone through
+    compile:str = ''              # backend of torch.compile, e.g. 'inductor'; '' runs as it is
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch < 1: raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")
         check_range('adversarial_start', self.adversarial_start); check_range('ema', self.ema)
+        for name in _WEIGHTS: check_range(f'the weight {name}', getattr(self, name), 0, float('inf'), 'a weight of 0 leaves the term out')
+        if not any(getattr(self, name) for name in _WEIGHTS[:4]):
+            raise ValueError(f"nothing to learn from: {', '.join(_WEIGHTS[:4])} are all 0; give one of them a weight")
+        for name,known in _CHOICES.items():
+            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.accumulate < 1 or self.batch%self.accumulate:
+            raise ValueError(f"accumulate must divide batch, got {self.accumulate} parts of {self.batch} images")
+
+_WEIGHTS = 'reconstruction', 'perceptual', 'semantic', 'adversarial', 'lecam'
+_CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'), semantic_kind=('class','patch'))
+
+def _schedule(cfg:ImageTraining) -> Callable:
+    return dict(cosine=WarmupCosine(), epoch=EpochCosine(cfg.epochs), constant=constant)[cfg.schedule]
 
 @dataclass(frozen=True)
 class GeneratorTraining:
@@ -65,49 +87,75 @@ class GeneratorTraining:
 
 # %% ../nbs/52_train.ipynb #ab4b576c
 class ImageLoss(Callback):
-    "Pixel, perceptual and adversarial loss of a decoded image, by their weights; a callback, so that a checkpoint keeps the critic"
+    "All terms that look at the decoded image or at its latents, by their weights; a callback, so that a checkpoint keeps what they learn"
     def __init__(self,
         cfg:ImageTraining,          # weights
         channels:int,               # image channels
         last:Tensor,                # weight of the decoder's last layer, for the adaptive weight
         device:torch.device,        # where the networks go
-        seed:int = 0,               # of the critic's initial weights
+        seed:int = 0,               # of the initial weights of critic and projection
+        dim:int = 0,                # channels of the latents, for the semantic loss
     ):
-        self.cfg,self.last = cfg,last
-        self.perceptual = PerceptualLoss(cfg.perceptual_size).to(device) if cfg.perceptual else None
+        self.cfg,self.last,self.fake = cfg,last,{}
+        self.perceptual = PerceptualLoss(cfg.perceptual_size) if cfg.perceptual else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.critic = PatchCritic(channels).to(device) if cfg.adversarial else None
-        self.lecam = LeCAM().to(device)
-        self.fake = None
+            self.critic = PatchCritic(channels) if cfg.adversarial else None
+            self.semantic = SemanticLoss(dim, kind=cfg.semantic_kind) if cfg.semantic and dim else None
+        self.lecam = LeCAM()
+        self.to(device)
 
-    def __call__(self, learner:Learner, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"]) -> dict:
-        "The decoder's loss and its parts"
-        out = dict(recon=recon_loss(xh, x, self.cfg.recon))
-        loss = out['recon']
-        if self.perceptual is not None and learner.step%self.cfg.perceptual_every == 0:
+    def to(self, device:torch.device) -> 'ImageLoss':
+        "Move the networks"
+        for part in (self.perceptual, self.critic, self.semantic, self.lecam):
+            if part is not None: part.to(device)
+        return self
+
+    def __call__(self, learner:Learner, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"],
+                 zq:Float[Tensor, "b n d"]|None = None) -> dict:
+        "The loss and its parts; `zq` are the latents the semantic term looks at"
+        c,out,loss = self.cfg,{},0.
+        if c.reconstruction:
+            out['recon'] = recon_loss(xh, x, c.recon)
+            loss = c.reconstruction*out['recon']
+        if self.perceptual is not None and learner.step%c.perceptual_every == 0:
             out['perceptual'] = self.perceptual(xh, x)
-            loss = loss+self.cfg.perceptual*self.cfg.perceptual_every*out['perceptual']
+            loss = loss+c.perceptual*c.perceptual_every*out['perceptual']
         if self.critic is not None:
-            self.fake = xh.detach()
-            if learner.done >= self.cfg.adversarial_start:
-                out['adversarial'] = hinge_g(self.critic(xh))
-                balance = adaptive_weight(loss, out['adversarial'], self.last) if self.cfg.adaptive else 1.
-                loss = loss+self.cfg.adversarial*balance*out['adversarial']
+            self.fake[getattr(learner, 'part', 0)] = xh.detach()
+            if learner.done >= c.adversarial_start:
+                out['adversarial'] = hinge_g(self._scores(learner, xh, 'decoder'))
+                balance = adaptive_weight(loss, out['adversarial'], self.last) if c.adaptive else 1.
+                loss = loss+c.adversarial*balance*out['adversarial']
+        if self.semantic is not None and zq is not None:
+            out['semantic'] = self.semantic(zq, x)
+            loss = loss+c.semantic*out['semantic']
         return dict(loss=loss)|out
+
+    def _scores(self, learner, x, who):
+        "What the critic says of images, blurred and augmented as the moment asks"
+        return self.critic(x)
 
     def phases(self) -> list[Phase]:
         "The critic's own phase, if there is a critic"
         if self.critic is None: return []
-        return [Phase(self._critic_step, torch.optim.AdamW(self.critic.parameters(), lr=self.cfg.critic_lr, betas=(.5,.9)))]
+        weights = [p for p in self.critic.parameters() if p.requires_grad]
+        return [Phase(self._critic_step, torch.optim.AdamW(weights, lr=self.cfg.critic_lr, betas=(.5,.9)))]
+
+    def weights(self) -> list[Tensor]:
+        "What learns together with the tokenizer: the projection of the semantic loss"
+        return [p for p in self.semantic.parameters() if p.requires_grad] if self.semantic is not None else []
 
     def state(self): return {k:m.state_dict() for k,m in self._learned().items()}
     def restore(self, state):
         for k,m in self._learned().items(): m.load_state_dict(state[k])
-    def _learned(self): return dict(critic=self.critic, lecam=self.lecam) if self.critic is not None else {}
+    def _learned(self):
+        game = dict(critic=self.critic, lecam=self.lecam) if self.critic is not None else {}
+        return game|(dict(semantic=self.semantic) if self.semantic is not None else {})
 
     def _critic_step(self, learner, batch):
-        real,fake = self.critic(batch[-1] if batch[0].ndim == 2 else batch[0]),self.critic(self.fake)
+        real = self._scores(learner, batch[-1] if batch[0].ndim == 2 else batch[0], 'real')
+        fake = self._scores(learner, self.fake[getattr(learner, 'part', 0)], 'fake')
         loss = hinge_d(real, fake)
         return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), critic=loss.detach())
 
@@ -126,7 +174,7 @@ def tokenizer_step(
         if perturbation is not None:
             p = perturbation(tok.quantizer.project(z), q, tok.codebook, learner.step/len(learner.loader), learner.rng('perturb'))
             zq,log['replaced'] = p.zq,p.rate
-        out = loss(learner, tok.decode(zq), x)
+        out = loss(learner, tok.decode(zq), x, q.zq if loss.cfg.semantic_on == 'clean' else zq)
         if q.ids is not None:
             log['usage'] = codebook_usage(tok.quantizer.usage)[0]
             if revive_every and (learner.step+1)%revive_every == 0 and learner.done < .7:   # late ones would have no time to settle
@@ -184,17 +232,31 @@ def train_tokenizer(
 ) -> pd.DataFrame:
     "Train a tokenizer; returns the losses, one row an epoch"
     tok.train()
-    loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed)
+    loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed, tok.spec.shape[1])
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
-    phase = Phase(step, adamw(matrices_decay(tok, cfg.weight_decay), cfg.lr), WarmupCosine(), cfg.clip)
-    return _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)
+    groups = matrices_decay(tok, cfg.weight_decay)
+    if loss.weights(): groups.append(dict(params=loss.weights(), weight_decay=0.))
+    phase = Phase(step, adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
+    with _compiled(cfg.compile, tok.encoder, tok.decoder):
+        return _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)
+
+@contextmanager
+def _compiled(backend:str, *parts:nn.Module):
+    "The parts compiled while the block lasts"
+    try:
+        if backend:
+            for part in parts: part.compile(backend=backend)
+        yield
+    finally:
+        for part in parts: part._compiled_call_impl = None
 
 def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc):
     "Run the loop and leave the averaged weights in the model"
     ema = EMA(cfg.ema)
     callbacks = _callbacks(ema, loss, work, preview, stable_hash([cfg, seed, desc, len(data)]))
-    learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc)
-    for part in (loss.perceptual, loss.critic, loss.lecam) if loss else (): part.to(learner.device) if part is not None else None
+    learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc,
+                      getattr(cfg, 'accumulate', 1), work)
+    if loss: loss.to(learner.device)
     learner.fit()
     model.load_state_dict(ema.average)
     model.eval()
