@@ -144,7 +144,7 @@ class PatchGAN(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0., .02)
             if isinstance(m, nn.BatchNorm2d): nn.init.normal_(m.weight, 1., .02)
 
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]:
         if min(x.shape[-2:]) < self.least:
             raise ValueError(f"this PatchGAN needs images of at least {self.least} pixels, got {tuple(x.shape)}; use a smaller depth")
         return self.main(x)

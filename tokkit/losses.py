@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PERCEPTUAL', 'CRITICS', 'ADVERSARIAL', 'recon_loss', 'PerceptualLoss', 'perceptual_loss', 'contrastive_loss',
-           'SemanticLoss', 'PatchCritic', 'hinge_d', 'hinge_g', 'make_critic', 'logistic_d', 'non_saturating_g',
-           'vanilla_g', 'adaptive_weight', 'LeCAM']
+           'VitTeacher', 'dinov2_teacher', 'SemanticLoss', 'PatchCritic', 'hinge_d', 'hinge_g', 'make_critic',
+           'logistic_d', 'non_saturating_g', 'vanilla_g', 'adaptive_weight', 'LeCAM']
 
-# %% ../nbs/51_losses.ipynb #f074b61e
+# %% ../nbs/51_losses.ipynb #c7c8f08d
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,8 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
+from .core import read_tensors
 from .critics import DinoCritic, FeatureCritic, Frozen, PatchGAN, blur_fade
-from .features import efficientnet_taps
+from .features import IMAGENET_MEAN, IMAGENET_STD, efficientnet_taps
+from .layers import ViT, load_vit
 from .lpips import LPIPSLoss
 
 # %% ../nbs/51_losses.ipynb #993574f9
@@ -85,11 +89,44 @@ def _rows(
     maps = out.flatten(2).mT                                                     # (b h*w d)
     return F.layer_norm(maps.mean(1, keepdim=True) if kind == 'class' else maps, maps.shape[-1:])
 
+class VitTeacher(nn.Module):
+    "A vision transformer that looks at images in [-1,1], as DINOv2 was trained to see them"
+    def __init__(self, vit:ViT): # with its weights
+        super().__init__()
+        self.vit = vit
+        for name,v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)): self.register_buffer(name, torch.tensor(v).view(1,-1,1,1), persistent=False)
+
+    def seen(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 s s"]:
+        "What the transformer gets"
+        x = x.expand(-1, 3, -1, -1)
+        if x.shape[-2:] != (self.vit.size,)*2: x = F.interpolate(x, (self.vit.size,)*2, mode='bicubic', antialias=True)
+        return (x/2+.5-self.mean)/self.std
+
+    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]: return self.vit(self.seen(x))
+
+def dinov2_teacher(
+    weights:dict[str,Tensor]|str|Path, # in timm's names, e.g. a safetensors file of vit_base_patch14_dinov2
+    size:int = 256,                    # side the teacher sees, pixels
+    patch:int = 16,                    # side of its patches; the kernel is resized
+) -> VitTeacher:
+    "DINOv2 as a teacher; width and depth follow from the weights"
+    state = read_tensors(weights)
+    if 'cls_token' not in state: raise ValueError(f"expected DINOv2 weights in timm's names, with a cls_token; got {', '.join(list(state)[:3])}, ...")
+    width,depth = state['cls_token'].shape[-1],1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
+    return VitTeacher(load_vit(ViT(size, patch, 3, width, depth, max(1, width//64)), weights))
+
+def _teacher(of, layer, size) -> nn.Module:
+    "The teacher of that name"
+    if isinstance(of, nn.Module): return of
+    if of == 'efficientnet_lite2': return efficientnet_taps('lite2', (layer,), size)
+    if of.startswith('dinov2:'): return dinov2_teacher(of.removeprefix('dinov2:'))
+    raise ValueError(f"teacher must be 'efficientnet_lite2', 'dinov2:PATH.safetensors' or a module, got {of!r}")
+
 class SemanticLoss(nn.Module):
     "Latents must say which image they are of, to a frozen teacher"
     def __init__(self,
         dim:int,                                    # channels of the latents
-        teacher:str|nn.Module = 'efficientnet_lite2', # offline, or any module (b c h w) -> features; frozen in place
+        teacher:str|nn.Module = 'efficientnet_lite2', # offline; 'dinov2:PATH'; or any module, images in [-1,1] -> features, frozen in place
         kind:str = 'class',                         # 'class': the teacher's one vector; 'patch': mean of its projected places
         size:int = 24,                              # side the offline teacher sees, pixels
         layer:int = 9,                              # block of the offline teacher
@@ -98,9 +135,7 @@ class SemanticLoss(nn.Module):
     ):
         super().__init__()
         if kind not in ('class', 'patch'): raise ValueError(f"kind must be 'class' or 'patch', got {kind!r}")
-        if teacher == 'efficientnet_lite2': teacher = efficientnet_taps('lite2', (layer,), size)
-        elif isinstance(teacher, str): raise ValueError(f"teacher must be 'efficientnet_lite2' or a module, got {teacher!r}")
-        self.kind,self.scale,self.normalize,self.teacher = kind,scale,normalize,Frozen(teacher)
+        self.kind,self.scale,self.normalize,self.teacher = kind,scale,normalize,Frozen(_teacher(teacher, layer, size))
         with torch.no_grad(): width = self.features(torch.zeros(1,3,32,32)).shape[-1]
         self.project = nn.Linear(width, dim)
 
@@ -133,7 +168,7 @@ class PatchCritic(nn.Module):
         widths = [channels]+[width*2**i for i in range(depth)]
         layers = [m for i,o in zip(widths, widths[1:]) for m in (conv(i, o, 2), nn.LeakyReLU(.2))]
         self.net = nn.Sequential(*layers, conv(widths[-1], widths[-1], 1), nn.LeakyReLU(.2), conv(widths[-1], 1, 1))
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]: return self.net(x)
+    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]: return self.net(x)
 
 def hinge_d(
     real:Tensor, # critic's scores of real images
