@@ -16,3 +16,103 @@ GOLDEN = {  # preset: fingerprints of seeds 0 and 1. Published results were made
 @pytest.mark.parametrize('name', GOLDEN)
 def test_weights_of_a_preset_never_change(name):
     assert tuple(make_tokenizer(name, seed=s).fingerprint for s in (0, 1)) == GOLDEN[name]
+
+
+def images(cfg, n=2): return torch.rand(n, cfg.channels, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))*2-1
+
+
+SMALL = [name for name, cfg in TOKENIZERS.items() if cfg.size <= 64]
+
+
+@pytest.mark.parametrize('name', SMALL)
+@torch.no_grad()
+def test_verbs_agree(name):
+    tok = make_tokenizer(name).eval()
+    x, spec = images(tok.cfg), tok.spec
+    q = tok.quantize(tok.encode(x))
+    assert q.zq.shape == (2, *spec.shape)
+    assert tok.reconstruct(x).shape == x.shape
+    if spec.codebook_size is None:
+        with pytest.raises(ValueError, match='continuous latents'): tok.tokenize(x)
+        return
+    ids = tok.tokenize(x)
+    assert tuple(ids.shape[1:]) == (spec.ids_shape or spec.shape[:1]) and int(ids.max()) < spec.codebook_size
+    assert (tok.detokenize(ids)-tok.reconstruct(x)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_gradients_reach_every_weight(name):
+    tok = make_tokenizer(name).train()
+    x = images(tok.cfg, 4)
+    q = tok.quantize(tok.encode(x))
+    ((tok.decode(q.zq)-x).square().mean()+q.loss).backward()
+    unreached = [k for k, p in tok.named_parameters() if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all())]
+    assert not unreached
+    assert tok.last_layer.grad.abs().sum() > 0 and any(tok.last_layer is p for p in tok.decoder.parameters())
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_files(name, tmp_path):
+    tok = make_tokenizer(name)
+    back = Tokenizer.load(tok.save(tmp_path/'tok'))
+    assert back.fingerprint == tok.fingerprint and back.spec == tok.spec and back.cfg == tok.cfg and not back.training
+
+
+def test_files_of_earlier_versions_load(tmp_path):
+    tok = make_tokenizer('tiny-1d')
+    tok.save(tmp_path)
+    config = json.loads((tmp_path/'config.json').read_text())
+    for field in ('quantizer', 'quantizer_options', 'positions', 'class_token', 'layer_scale', 'multipliers', 'z_channels'): del config['cfg'][field]
+    del config['spec']['ids_shape']
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    back = Tokenizer.load(tmp_path)
+    assert back.fingerprint == tok.fingerprint and back.spec == tok.spec and back.cfg == tok.cfg
+
+
+@pytest.mark.parametrize('fields,said', [
+    (dict(size=30), 'patch must divide size, got patch 4 and size 30'),
+    (dict(kind='mamba'), "kind must be one of vit, robustok, cnn, taming, got 'mamba'"),
+    (dict(quantizer='magic'), 'quantizer must be one of vq, pq'),
+    (dict(heads=5), 'heads must divide width, got 5 heads and width 64'),
+    (dict(kind='robustok', heads=5), 'heads must divide width, got 5 heads and width 64'),
+    (dict(kind='robustok', latents=10), 'shared positions need a square number of latents, got 10'),
+    (dict(kind='robustok', positions='none'), "positions must be shared or own, got 'none'"),
+    (dict(kind='robustok', quantizer='pq'), '2 groups need latents > 0'),
+    (dict(kind='cnn', latents=4), 'a cnn needs a patch that is a power of 2'),
+    (dict(kind='taming'), '5 multipliers need patch 16 and latents 0, got patch 4'),
+    (dict(latents=-1), 'latents must be >= 0, got -1'),
+])
+def test_a_bad_configuration_is_one_clear_line(fields, said):
+    with pytest.raises(ValueError) as e: TokenizerCfg(**fields)
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
+def test_an_unknown_option_of_a_quantizer_is_one_clear_line():
+    with pytest.raises(ValueError) as e: make_tokenizer('tiny', quantizer_options=dict(magic=1))
+    assert 'magic' in str(e.value) and 'commitment' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_images_of_another_shape():
+    for name in ('tiny', 'tiny-robustok', 'tiny-taming'):
+        with pytest.raises(ValueError, match=r'takes images \(b, 1, 28, 28\), got \(2, 3, 28, 28\)'):
+            make_tokenizer(name).encode(torch.zeros(2, 3, 28, 28))
+
+
+def test_weights_do_not_depend_on_the_global_generator():
+    torch.manual_seed(1); one = make_tokenizer('tiny-robustok').fingerprint
+    before = torch.get_rng_state()
+    assert make_tokenizer('tiny-robustok').fingerprint == one and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_backbone_of_ones_own(monkeypatch):
+    from tokkit.tokenizer import BACKBONES, CNNDecoder, CNNEncoder
+    monkeypatch.setitem(BACKBONES, 'mine', (CNNEncoder, CNNDecoder))
+    assert make_tokenizer('tiny', kind='mine').encode(torch.zeros(1, 1, 28, 28)).shape == (1, 49, 16)
+
+
+def test_drop_path_grows_with_depth_and_rests_in_evaluation():
+    tok = make_tokenizer('tiny-robustok', depth=3, drop_path=.5)
+    for part in (tok.encoder, tok.decoder): assert [b.drop_path.rate for b in part.vit.blocks] == [0, .25, .5]
+    x = images(tok.cfg)
+    with torch.no_grad():
+        assert not torch.equal(tok.train().encode(x), tok.encode(x)) and torch.equal(tok.eval().encode(x), tok.encode(x))
