@@ -6,8 +6,8 @@
 __all__ = ['BANK', 'PFID_ALPHAS', 'PFID_DELTAS', 'Card', 'Reference', 'FeatureBank', 'rfid', 'pfid_deltas', 'pfid',
            'evaluate_generator', 'gfid', 'evaluate_tokenizer']
 
-# %% ../nbs/32_evaluate.ipynb #d8c6a12a
-import math
+# %% ../nbs/32_evaluate.ipynb #216e9130
+import copy, math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +22,9 @@ import tokkit
 from .core import bar, check_range, default_device, make_rng, tensors_hash, to_plain
 from .features import CHUNK, FeatureExtractor, chunks, default_extractor, extract, get_extractor, stream
 from .metrics import FeatureStats, bootstrap_frechet, bootstrap_weights, frechet_distance, precision_recall, psnr, weighted_stats
-from .perturb import NeighbourTable, effective_rate, perturb_codes, perturb_latents
+from .neighbours import NeighbourTable
+from .perturb import effective_rate, perturb_codes, perturb_latents
+from .quantize import Quantizer, VectorQuantizer
 
 # %% ../nbs/32_evaluate.ipynb #591696c9
 @dataclass(frozen=True)
@@ -260,15 +262,20 @@ def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
     if kind is not None or strengths:
         raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give alphas and deltas")
     for a in alphas: check_range('alpha', a, hint='it is the fraction of tokens that are redrawn')
-    cells = [dict(alpha=float(a), delta=int(d)) for a in alphas for d in (deltas or pfid_deltas(len(tok.codebook)))]
+    cells = [dict(alpha=float(a), delta=int(d)) for a in alphas for d in (deltas or pfid_deltas(tok.codebook.shape[-2]))]
     if not cells: raise ValueError("pFID needs at least one alpha and one delta, got none")
     return cells
 
-def _perturbed(tok, clean, dose, table, kind, seed, how) -> tuple[Tensor,float|None]:
+def _codes(tok) -> Tensor|Quantizer:
+    "Who knows the neighbours of codes, on the CPU where the ids are: the codebook, or a quantizer with more to it"
+    q = getattr(tok, 'quantizer', None)
+    return copy.deepcopy(q).cpu() if isinstance(q, Quantizer) and not isinstance(q, VectorQuantizer) else tok.codebook.detach().cpu()
+
+def _perturbed(tok, codes, clean, dose, table, kind, seed, how) -> tuple[Tensor,float|None]:
     "Perturbed ids or latents of all images, and the rate at which tokens really changed"
     rng = make_rng(seed, 'pfid', *map(str, dose.values()))
-    if tok.codebook is None: return perturb_latents(clean, dose['strength'], kind, std=clean.std().item(), rng=rng), None
-    ids = perturb_codes(clean, tok.codebook.detach().cpu(), dose['alpha'], dose['delta'], table=table, rng=rng, **how)
+    if codes is None: return perturb_latents(clean, dose['strength'], kind, std=clean.std().item(), rng=rng), None
+    ids = perturb_codes(clean, codes, dose['alpha'], dose['delta'], table=table, rng=rng, **how)
     return ids, effective_rate(clean, ids)
 
 # %% ../nbs/32_evaluate.ipynb #39e42779
@@ -292,12 +299,14 @@ def pfid(
     "Mean Fréchet distance of reconstructions from perturbed tokens, over a grid of doses"
     doses,judge,cells,replicates = _doses(tok, alphas, deltas, kind, strengths),_judge(extractor, _about(images)['size']),{},[]
     discrete,table,how = tok.codebook is not None,NeighbourTable(),dict(rate=rate, neighbours='code', include_self=include_self)
-    if discrete: table(tok.codebook.detach().cpu(), max(d['delta'] for d in doses), include_self)       # once, for all cells
+    codes = _codes(tok) if discrete else None
+    if getattr(codes, 'lattice', None): table = None                              # found faster than kept
+    elif discrete: table(codes, max(d['delta'] for d in doses), include_self)     # once, for all cells
     with _measured(tok, device) as where, bar(total=len(doses)*len(images), desc='pFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
         clean = _encode(tok, images, where, discrete)
         for dose in doses:
-            moved,measured = _perturbed(tok, clean, dose, table, kind, seed, how)
+            moved,measured = _perturbed(tok, codes, clean, dose, table, kind, seed, how)
             f = _features_of(_through(tok.detokenize if discrete else tok.decode, moved, where), judge, where, progress)
             value,r = _frechet(f, ref, bootstrap, seed)
             cells[' '.join(f'{k}={v:g}' for k,v in dose.items())] = dose | dict(value=value, se=_se(r), rate=measured)
@@ -367,6 +376,11 @@ def _psnr_card(tok, images, where, bootstrap, seed) -> Card:
                     error=f'bootstrap of the images, {bootstrap} replicates' if bootstrap > 1 else 'none')
     return Card('PSNR', float(values.mean()), _se(replicates), len(values), '', about['name'], seed, settings, replicates)
 
+def _hits(ids:Tensor, codebook:Tensor) -> Float[Tensor, "l k"]:
+    "How often each code of each level was chosen"
+    each = ids.flatten(0, 1).unbind(-1) if codebook.ndim == 3 else (ids.flatten(),)
+    return torch.stack([i.bincount(minlength=codebook.shape[-2]) for i in each]).double()
+
 def evaluate_tokenizer(
     tok,                           # a tokenizer
     images,                        # set of images, or a tensor (n c h w) in [-1,1]
@@ -385,9 +399,9 @@ def evaluate_tokenizer(
     with _measured(tok, device) as where:
         cards.append(_psnr_card(tok, images, where, bootstrap, seed))
         if not discrete: return cards
-        hits = _encode(tok, images, where, True).flatten().bincount(minlength=len(tok.codebook)).double()
-    p,about = hits/hits.sum(),_about(images)
-    for metric,v in (('usage', (hits > 0).double().mean()), ('perplexity', torch.special.entr(p).sum().exp())):
+        hits = _hits(_encode(tok, images, where, True), tok.codebook)
+    p,about = hits/hits.sum(1, keepdim=True),_about(images)
+    for metric,v in (('usage', (hits > 0).double().mean()), ('perplexity', torch.special.entr(p).sum(1).exp().mean())):   # a level
         settings = dict(tokenizer=_print(tok), images=about['name'], images_hash=about['hash'])
         cards.append(Card(metric, float(v), None, about['n'], '', about['name'], seed, settings))
     return cards

@@ -21,9 +21,11 @@ from torch.utils.data import Dataset
 from .core import check_range, stable_hash
 from .data import loader
 from .generator import LatentGenerator
+from .critics import DiffAug
 from .learner import (EMA, Callback, Checkpoint, EpochCosine, EveryEpoch, Learner, Log, Phase, WarmupCosine, constant,
                             history_frame)
-from .losses import LeCAM, PatchCritic, PerceptualLoss, SemanticLoss, adaptive_weight, hinge_d, hinge_g, recon_loss
+from .losses import (ADVERSARIAL, CRITICS, PERCEPTUAL, LeCAM, SemanticLoss, adaptive_weight, make_critic, perceptual_loss,
+                           recon_loss)
 from .perturb import LatentPerturbation
 from .quantize import codebook_usage, revive
 from .tokenizer import Tokenizer
@@ -40,6 +42,7 @@ class ImageTraining:
     reconstruction:float = 1.     # weight of the pixel loss
     recon:str = 'l2'              # pixel loss, 'l2' or 'l1'
     perceptual:float = .1         # weight of the perceptual loss
+    perceptual_kind:str = 'efficientnet_lite2' # whose features: 'efficientnet_lite2', or 'lpips' where its weights are
     perceptual_size:int = 32      # side at which it looks, pixels
     perceptual_every:int = 1      # steps between its uses (its weight makes up for it)
     semantic:float = 0.           # weight of the semantic loss (paper .1)
@@ -47,8 +50,12 @@ class ImageTraining:
     semantic_on:str = 'clean'     # latents it sees: 'clean' (paper) or 'perturbed' (released code)
     adversarial:float = 0.        # weight of the adversarial loss
     adversarial_start:float = .5  # fraction of training after which it is on
+    game:str = 'hinge'            # 'hinge', 'non-saturating' or 'vanilla'
+    critic:str = 'patch'          # who plays it, of `tokkit.losses.CRITICS`
     critic_lr:float = 1e-3        # learning rate of the critic
     adaptive:bool = True          # balance it by `adaptive_weight`
+    augment:float = 0.            # probability of each augmentation of what the critic sees
+    blur:float = 0.               # fraction of training over which a blur before the critic fades away
     lecam:float = .001            # weight of the leash on the critic
     ema:float = .99               # decay of the averaged weights, which are the result
     clip:float = 1.               # largest gradient norm
@@ -59,7 +66,7 @@ class ImageTraining:
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch < 1: raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")
-        check_range('adversarial_start', self.adversarial_start); check_range('ema', self.ema)
+        for name in ('adversarial_start', 'ema', 'augment', 'blur'): check_range(name, getattr(self, name))
         for name in _WEIGHTS: check_range(f'the weight {name}', getattr(self, name), 0, float('inf'), 'a weight of 0 leaves the term out')
         if not any(getattr(self, name) for name in _WEIGHTS[:4]):
             raise ValueError(f"nothing to learn from: {', '.join(_WEIGHTS[:4])} are all 0; give one of them a weight")
@@ -69,7 +76,8 @@ class ImageTraining:
             raise ValueError(f"accumulate must divide batch, got {self.accumulate} parts of {self.batch} images")
 
 _WEIGHTS = 'reconstruction', 'perceptual', 'semantic', 'adversarial', 'lecam'
-_CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'), semantic_kind=('class','patch'))
+_CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'), semantic_kind=('class','patch'),
+                perceptual_kind=tuple(PERCEPTUAL), game=tuple(ADVERSARIAL), critic=tuple(CRITICS))
 
 def _schedule(cfg:ImageTraining) -> Callable:
     return dict(cosine=WarmupCosine(), epoch=EpochCosine(cfg.epochs), constant=constant)[cfg.schedule]
@@ -97,12 +105,13 @@ class ImageLoss(Callback):
         dim:int = 0,                # channels of the latents, for the semantic loss
     ):
         self.cfg,self.last,self.fake = cfg,last,{}
-        self.perceptual = PerceptualLoss(cfg.perceptual_size) if cfg.perceptual else None
+        self.perceptual = perceptual_loss(cfg.perceptual_kind, size=cfg.perceptual_size) if cfg.perceptual else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.critic = PatchCritic(channels) if cfg.adversarial else None
+            self.critic = make_critic(cfg.critic, channels) if cfg.adversarial else None
             self.semantic = SemanticLoss(dim, kind=cfg.semantic_kind) if cfg.semantic and dim else None
-        self.lecam = LeCAM()
+        self.lecam,self.augment = LeCAM(),DiffAug(cfg.augment)
+        self.critic_loss,self.decoder_loss = ADVERSARIAL[cfg.game]
         self.to(device)
 
     def to(self, device:torch.device) -> 'ImageLoss':
@@ -124,8 +133,8 @@ class ImageLoss(Callback):
         if self.critic is not None:
             self.fake[getattr(learner, 'part', 0)] = xh.detach()
             if learner.done >= c.adversarial_start:
-                out['adversarial'] = hinge_g(self._scores(learner, xh, 'decoder'))
-                balance = adaptive_weight(loss, out['adversarial'], self.last) if c.adaptive else 1.
+                out['adversarial'] = self.decoder_loss(self._scores(learner, xh, 'decoder'))
+                balance = adaptive_weight(loss, out['adversarial'], self.last, synchronize=True) if c.adaptive else 1.
                 loss = loss+c.adversarial*balance*out['adversarial']
         if self.semantic is not None and zq is not None:
             out['semantic'] = self.semantic(zq, x)
@@ -134,6 +143,8 @@ class ImageLoss(Callback):
 
     def _scores(self, learner, x, who):
         "What the critic says of images, blurred and augmented as the moment asks"
+        fade = min(1., max(0., 1-(learner.done-self.cfg.adversarial_start)/self.cfg.blur)) if self.cfg.blur else 0.
+        if fade or self.cfg.augment: x = self.augment(x, learner.rng('augment', who, learner.shard[0]), fade)
         return self.critic(x)
 
     def phases(self) -> list[Phase]:
@@ -156,7 +167,7 @@ class ImageLoss(Callback):
     def _critic_step(self, learner, batch):
         real = self._scores(learner, batch[-1] if batch[0].ndim == 2 else batch[0], 'real')
         fake = self._scores(learner, self.fake[getattr(learner, 'part', 0)], 'fake')
-        loss = hinge_d(real, fake)
+        loss = self.critic_loss(real, fake)
         return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), critic=loss.detach())
 
 # %% ../nbs/52_train.ipynb #553822ec
@@ -172,15 +183,22 @@ def tokenizer_step(
         z = tok.encode(x)
         q = tok.quantize(z); zq,log = q.zq,{}
         if perturbation is not None:
-            p = perturbation(tok.quantizer.project(z), q, tok.codebook, learner.step/len(learner.loader), learner.rng('perturb'))
+            slope = _slope(tok, q.zq, x) if perturbation.needs_gradient else None
+            p = perturbation(z, q, tok.quantizer, learner.step/len(learner.loader), learner.rng('perturb'), slope, learner.shard)
             zq,log['replaced'] = p.zq,p.rate
         out = loss(learner, tok.decode(zq), x, q.zq if loss.cfg.semantic_on == 'clean' else zq)
         if q.ids is not None:
             log['usage'] = codebook_usage(tok.quantizer.usage)[0]
-            if revive_every and (learner.step+1)%revive_every == 0 and learner.done < .7:   # late ones would have no time to settle
-                revive(tok.quantizer, z.detach(), rng=learner.rng('revive'))
+            due = revive_every and (learner.step+1)%revive_every == 0 and learner.part == learner.accumulate-1
+            if due and learner.done < .7:                                      # late ones would have no time to settle
+                revive(tok.quantizer, learner.accelerator.gather(z.detach()), rng=learner.rng('revive'))   # the same on every process
         return out|dict(loss=out['loss']+q.loss, quantizer=q.loss)|log
     return step
+
+def _slope(tok, zq, x) -> Float[Tensor, "b n d"]:
+    "How the pixel loss rises with the latents; what an adversarial perturbation goes by"
+    zq = zq.detach().requires_grad_()
+    return torch.autograd.grad(recon_loss(tok.decode(zq), x), zq)[0]
 
 def generator_step(
     generator:LatentGenerator, # what learns
