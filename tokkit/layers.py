@@ -96,7 +96,8 @@ class ViTBlock(nn.Module):
         if gelu not in ('erf', 'tanh'): raise ValueError(f"gelu must be erf or tanh, got {gelu!r}")
         self.norm1,self.attn = nn.LayerNorm(dim, eps=1e-6),Attention(dim, heads, causal)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, int(ratio*dim)), nn.GELU('tanh' if gelu == 'tanh' else 'none'), nn.Linear(int(ratio*dim), dim))
+        hidden,gelu = int(ratio*dim),'tanh' if gelu == 'tanh' else 'none'
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(gelu), nn.Linear(hidden, dim))
         self.gamma = nn.ParameterList([nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)]) if layer_scale else None
         self.drop_path,self.dropout = DropPath(drop_path),nn.Dropout(dropout)
 

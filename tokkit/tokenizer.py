@@ -46,7 +46,7 @@ class TokenizerCfg:
     positions:str = 'shared'      # latent tokens share the patches' positions, with level embeddings, or have their 'own' (robustok)
     class_token:bool = True       # one more token in front (robustok)
     layer_scale:float|None = 1e-5 # initial LayerScale, or none (robustok)
-    multipliers:tuple = (1, 1, 2, 2, 4) # width of each level over `width`, finest first; halved between them (taming)
+    multipliers:tuple|list = (1, 1, 2, 2, 4) # width of each level over `width`, finest first; halved between them (taming)
     z_channels:int = 256          # channels between network and quantizer (taming)
 
     def __post_init__(self):
@@ -121,14 +121,17 @@ class ViTDecoder(nn.Module):
 
 BACKBONES['vit'] = ViTEncoder, ViTDecoder
 
-# %% ../nbs/12_tokenizer.ipynb #aba0c280
+# %% ../nbs/12_tokenizer.ipynb #01d11dec
+def _vit(cfg, channels):
+    return ViT(cfg.size, cfg.patch, channels, cfg.width, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path, class_token=cfg.class_token)
+
 class RobusTokEncoder(nn.Module):
     "Image to latents, as the paper has it: a DINOv2 network with latent tokens"
     def __init__(self, cfg:TokenizerCfg, dim:int): # sizes, channels of a latent
         super().__init__()
         p,n,w = cfg.groups,cfg.latents,cfg.width
         self.groups,self.tokens,self.latent_grid = p,cfg.tokens,cfg.grid
-        self.vit = ViT(cfg.size, cfg.patch, cfg.channels, w, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path, class_token=cfg.class_token)
+        self.vit = _vit(cfg, cfg.channels)
         shared = cfg.positions == 'shared'
         self.latent_tokens = nn.Parameter(torch.randn(1, p*n, w)*1e-6) if n else None
         self.level = nn.Parameter(torch.randn(1+p, w)/(3*w)**.5) if n and shared else None
@@ -165,14 +168,14 @@ class RobusTokDecoder(nn.Module):
         super().__init__()
         w,shared = cfg.width,cfg.positions == 'shared'
         self.latent_grid,self.patches = cfg.grid,cfg.patches[0]*cfg.patches[1]
-        self.vit = ViT(cfg.size, cfg.patch, 0, w, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path, class_token=cfg.class_token)
+        self.vit = _vit(cfg, channels=0)
         self.mask_token = nn.Parameter(torch.randn(1, 1, w)*1e-6)
         self.level = nn.Parameter(torch.randn(2, w)/(3*w)**.5) if shared else None
         self.latent_pos = None if shared else nn.Parameter(torch.randn(1, cfg.tokens, w)*.02)
         self.embed = nn.Linear(dim, w)
         self.head = PixelHead(w, cfg.channels, cfg.patch, cfg.patches, cfg.refine)
 
-    def sequence(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+    def sequence(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b m w"]:
         "Both groups of tokens as they enter the first block"
         z = self.embed(zq)
         a = self.vit.place(self.mask_token.expand(len(z), self.patches, -1))                    # (b 1+N w)
@@ -222,7 +225,12 @@ BACKBONES['cnn'] = CNNEncoder, CNNDecoder
 # %% ../nbs/12_tokenizer.ipynb #42cebad6
 class Stage(nn.Module):
     "Residual blocks of one level, each followed by attention or not, then another size or not"
-    def __init__(self, i:int, o:int, blocks:int, attend:bool, resample:nn.Module|None): # channels in, out, residual blocks, attention, last step
+    def __init__(self,
+        i:int, o:int,            # channels in, out
+        blocks:int,              # residual blocks
+        attend:bool,             # attention after each of them
+        resample:nn.Module|None, # last step: to another size
+    ):
         super().__init__()
         self.res = nn.ModuleList([ResBlock(o if r else i, o) for r in range(blocks)])
         self.attn = nn.ModuleList([MapAttention(o) for _ in range(blocks if attend else 0)])
