@@ -146,7 +146,8 @@ def _sweep_file(path:Path) -> dict:
     except yaml.YAMLError as e: raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     known = {'notebook','grid','params','workers','devices','threads','minutes'}
     if not isinstance(spec, dict) or not {'notebook','grid'} <= set(spec) <= known:
-        raise ValueError(f"{path} must have notebook and grid, and may have params, workers, devices, threads, minutes; got {list(spec or {})}")
+        raise ValueError(f"{path} must have notebook and grid, and may have params, workers, devices, threads, minutes; "
+                         f"got {list(spec or {})}")
     beside = path.parent/str(spec['notebook'])
     return spec | dict(notebook=beside if beside.is_file() else spec['notebook'])
 
@@ -168,7 +169,8 @@ def sweep(
     given = dict(workers=workers, devices=devices, threads=threads, minutes=minutes)
     spec = dict(workers=1) | spec | {k:v for k,v in given.items() if v is not None}
     more, grids = read_grid(grid), spec.get('grid') or {}
-    spec |= dict(grid=[{**g, **more} for g in grids] if isinstance(grids, list) else {**grids, **more}, params={**(spec.get('params') or {}), **dict(params)})
+    spec |= dict(grid=[{**g, **more} for g in grids] if isinstance(grids, list) else {**grids, **more},
+                 params={**(spec.get('params') or {}), **dict(params)})
     if not spec['grid']: raise ValueError("tokkit sweep needs a grid; give at least one -g NAME=VALUE,VALUE")
     report = sweep_experiment(root=out, **spec)
     print(_table(report.drop(columns=['error','folder'])))

@@ -195,7 +195,7 @@ def _tokens(self:Demo, kind:str) -> TokenCache:
 def _generator(self:Demo, kind:str) -> ARGenerator:
     "A generator of a tokenizer's ids"
     c,tok,tokens = self.cfg,self.tokenizer(kind),self.tokens(kind)
-    shape = ARCfg(tok.spec.shape[0], tok.spec.codebook_size, max(1, len(tokens.classes)), c.width, c.depth)
+    shape = ARCfg(_length(tok), tok.spec.codebook_size, max(1, len(tokens.classes)), c.width, c.depth)
     cfg = GeneratorTraining(epochs=c.generator_epochs, batch=c.batch)
     params = dict(tokenizer=tok.fingerprint, tokens=tokens.hash, shape=shape, training=cfg, seed=c.seed)
     def make(tmp, work):
@@ -206,6 +206,14 @@ def _generator(self:Demo, kind:str) -> ARGenerator:
         history = train_generator(gen, tokens, cfg, work, _preview(picture, work), str(self.device), c.seed, f'generator ({kind})')
         save_model(gen, tmp); history.to_csv(tmp/'history.csv', index=False)
     return self._stage('generator', kind, params, make, lambda p: load_generator(p).to(self.device))
+
+def _length(tok) -> int:
+    "Ids an image, where they are one sequence"
+    ids = tok.spec.ids_shape or tok.spec.shape[:1]
+    if tok.spec.codebook_size is None or len(ids) > 1:
+        many = 'several ids a token' if len(ids) > 1 else 'no ids'
+        raise ValueError(f"the generator draws one id after the other, and this tokenizer has {many}; use one with a single codebook")
+    return ids[0]
 
 def load_generator(
     folder:str|Path, # of a saved `ARGenerator`

@@ -200,7 +200,8 @@ class Learner:
 def _parts(batch, n) -> list:
     "A batch in `n` equal parts"
     if n == 1: return [batch]
-    if len(batch[0])%n: raise ValueError(f"a batch of {len(batch[0])} cannot be gone through in {n} equal parts; change batch or accumulate")
+    if len(batch[0])%n:
+        raise ValueError(f"a batch of {len(batch[0])} cannot be gone through in {n} equal parts; change batch or accumulate")
     return list(zip(*[t.chunk(n) for t in batch]))
 
 def _mean(outs:list[dict]) -> dict:

@@ -25,8 +25,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .core import make_rng
-from .perturb import effective_rate, NeighbourTable, perturb_codes
+from .neighbours import NeighbourTable
+from .perturb import effective_rate, perturb_codes
 from .plots import PALETTE
+from .quantize import Quantizer
 from .show import to_pil_grid
 
 # %% ../nbs/71_widgets.ipynb #80c5b082
@@ -149,8 +151,13 @@ class PerturbationExplorer:
     ):
         if tok.spec.codebook_size is None:
             raise ValueError("PerturbationExplorer needs a tokenizer with codes; this one has continuous latents")
+        if getattr(tok.spec, 'ids_shape', None):
+            raise ValueError("PerturbationExplorer shows tokenizers with one id a token; "
+                             f"an image of this one has ids of shape {tok.spec.ids_shape}")
         if not len(images): raise ValueError("PerturbationExplorer needs at least one image, got none")
         self.tok, self.images, self.n = tok, images, min(n, len(images))
+        own = getattr(tok, 'quantizer', None)
+        self.own = own if isinstance(own, Quantizer) else None      # a quantizer knows what near means; beside others the codebook tells
         self._cache, self._table = (None, None), NeighbourTable()
         self.live, self._quiet = False, False   # live: every move of a knob redraws
         self._build(); self.set(**state)
@@ -214,7 +221,7 @@ def _page(self:PerturbationExplorer, page:int) -> tuple:
         got = self.images[page*self.n:(page+1)*self.n]; x = got[0] if isinstance(got, tuple) else got
         x = x.to(tensors[0].device) if tensors else x
         z = self.tok.encode(x); q = self.tok.quantize(z)
-        z = getattr(getattr(self.tok, 'quantizer', None), 'project', lambda z: z)(z)   # as compared with codes
+        if self.own is None: z = getattr(getattr(self.tok, 'quantizer', None), 'project', lambda z: z)(z)   # as compared with codes
         self._cache = key, (x, z, q.ids, self.tok.decode(self.tok.codes(q.ids)), code_colors(self.tok.codebook))
     return self._cache[1]
 
@@ -224,8 +231,9 @@ def perturbed(self:PerturbationExplorer) -> Shown:
     s = self.state
     with _evaluating(self.tok):
         x, z, ids, clean, _ = self._page(s['page'])
+        codes = self.tok.codebook if self.own is None else self.own
         table = self._table if s['delta']*len(self.tok.codebook) < 2**22 else None      # everybody's neighbours must fit
-        moved = perturb_codes(ids, self.tok.codebook, s['alpha'], s['delta'], s['beta'], rate=s['rate'], z=z, table=table,
+        moved = perturb_codes(ids, codes, s['alpha'], s['delta'], s['beta'], rate=s['rate'], z=z, table=table,
                               neighbours=s['neighbours'], include_self=s['include_self'],
                               rng=make_rng(s['seed'], 'explore', s['page']))
         damaged, changed = self.tok.decode(self.tok.codes(moved)), moved != ids
