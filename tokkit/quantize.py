@@ -399,10 +399,10 @@ class LookupFreeQuantizer(Quantizer):
         sure,spread = self.entropies(zh) if self.entropy else (0., 0.)
         return Quantized(straight_through(zh, zq), ids, z.new_zeros(()), self.commitment*F.mse_loss(zh, zq), self.entropy*(sure-self.diversity*spread))
 
-def _process_mean(p):       # with its gradient
+def _process_mean(p):       # averaged over the processes, gradients are those of one process with all the latents
     if not _processes(): return p
-    from torch.distributed.nn.functional import all_reduce      # not in every build of torch
-    return all_reduce(p)/dist.get_world_size()
+    total = p.detach().clone(); dist.all_reduce(total)
+    return straight_through(p, total/dist.get_world_size())
 
 # %% ../nbs/10_quantize.ipynb #04f4d826
 class FiniteScalarQuantizer(Quantizer):
