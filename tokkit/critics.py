@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .core import check_range
+from .core import check_range, data_home
 from .features import IMAGENET_MEAN, IMAGENET_STD, efficientnet_taps
 from .layers import ViT, load_vit
 
@@ -184,14 +184,17 @@ class _Residual(nn.Module):
 def _dino(weights, width, depth, heads) -> ViT:
     "DINO's ViT with weights in timm's names"
     if isinstance(weights, nn.Module): return weights
-    if weights is None: raise ValueError("DinoCritic needs DINO's ViT-S/16: backbone='PATH.safetensors' (timm's names); without one use critic 'features'")
+    if weights is None: weights = data_home()/'dino_vits16.safetensors'
+    if isinstance(weights, Path) and not weights.is_file():
+        raise FileNotFoundError(f"no file {weights}; the DINO critic needs DINO's ViT-S/16 in timm's names there or at backbone=PATH; "
+                                "the critic 'features' needs nothing")
     return load_vit(ViT(224, 16, 3, width, depth, heads, layer_scale=None, gelu='tanh'), weights)
 
 class DinoCritic(nn.Module):
     "Small heads on frozen DINO features, as in the paper; parameters are named as in the released code"
     def __init__(self,
         channels:int = 3,                      # image channels; grey is shown three times
-        backbone:ViT|dict|str|Path|None = None, # network, or weights in timm's names, or a safetensors file of them
+        backbone:ViT|dict|str|Path|None = None, # network, or weights in timm's names, or a file of them; None: in the data folder
         width:int = 384, depth:int = 12, heads:int = 6, # of the backbone
         after:Sequence[int] = (2,5,8,11),      # blocks after which it is read; also before the first
         kernel:int = 9,                        # tokens a head's second convolution sees
@@ -200,7 +203,8 @@ class DinoCritic(nn.Module):
         net = _dino(backbone, width, depth, heads)
         width = net.norm.normalized_shape[0]
         self.backbone,self.after = Frozen(net),tuple(after)
-        self.heads = nn.ModuleList([nn.Sequential(_ring(width, 1), _Residual(_ring(width, kernel)), _sn(width, 1, 1)) for _ in range(len(after)+1)])
+        def head(): return nn.Sequential(_ring(width, 1), _Residual(_ring(width, kernel)), _sn(width, 1, 1))
+        self.heads = nn.ModuleList([head() for _ in range(len(after)+1)])
 
     def view(self, x:Float[Tensor, "b c h w"], rng:torch.Generator|None = None) -> Float[Tensor, "b 3 s s"]:
         "What the backbone sees: a random crop, or all of it"

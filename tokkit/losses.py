@@ -94,7 +94,8 @@ class VitTeacher(nn.Module):
     def __init__(self, vit:ViT): # with its weights
         super().__init__()
         self.vit = vit
-        for name,v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)): self.register_buffer(name, torch.tensor(v).view(1,-1,1,1), persistent=False)
+        for name,v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(v).view(1,-1,1,1), persistent=False)
 
     def seen(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 s s"]:
         "What the transformer gets"
@@ -111,7 +112,8 @@ def dinov2_teacher(
 ) -> VitTeacher:
     "DINOv2 as a teacher; width and depth follow from the weights"
     state = read_tensors(weights)
-    if 'cls_token' not in state: raise ValueError(f"expected DINOv2 weights in timm's names, with a cls_token; got {', '.join(list(state)[:3])}, ...")
+    if 'cls_token' not in state:
+        raise ValueError(f"expected DINOv2 weights in timm's names, with a cls_token; got {', '.join(list(state)[:3])}, ...")
     width,depth = state['cls_token'].shape[-1],1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
     return VitTeacher(load_vit(ViT(size, patch, 3, width, depth, max(1, width//64)), weights))
 
@@ -187,7 +189,7 @@ def hinge_g(
 CRITICS = {'patch': PatchCritic, 'patchgan': PatchGAN, 'features': FeatureCritic, 'dino': DinoCritic}   # name -> class
 
 def make_critic(
-    kind:str,          # 'patch', 'patchgan' (released code, BatchNorm), 'features' (offline) or 'dino' (paper; needs `backbone=`)
+    kind:str,          # 'patch', 'patchgan' (released code, BatchNorm), 'features' (offline) or 'dino' (paper; needs DINO's weights)
     channels:int = 1,  # image channels
     **options,         # further arguments of the class
 ) -> nn.Module:
@@ -215,7 +217,7 @@ def vanilla_g(
     "The decoder's loss of the minimax game; has no pull where the critic is sure"
     return -F.softplus(fake).mean()
 
-ADVERSARIAL = {'hinge': (hinge_d, hinge_g), 'non-saturating': (logistic_d, non_saturating_g), 'vanilla': (logistic_d, vanilla_g)}  # name -> (critic's, decoder's)
+ADVERSARIAL = {'hinge': (hinge_d, hinge_g), 'non-saturating': (logistic_d, non_saturating_g), 'vanilla': (logistic_d, vanilla_g)}
 
 # %% ../nbs/51_losses.ipynb #7c595df7
 def _mean_over_processes(*tensors:Tensor) -> list[Tensor]:

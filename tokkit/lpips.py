@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class _VGG(nn.Module):
     "VGG16 up to its last convolution; gives the map after each slice"
     def __init__(self, channels):
         super().__init__()
-        for i,(numbers,given,width) in enumerate(zip(SLICES, (3,*channels), channels), 1): self.add_module(f'slice{i}', _slice(numbers, given, width))
+        for i,sizes in enumerate(zip(SLICES, (3,*channels), channels), 1): self.add_module(f'slice{i}', _slice(*sizes))
 
     def forward(self, x):                                                        # (b 3 h w)
         maps = []
@@ -76,7 +77,8 @@ class LPIPS(nn.Module):
     ) -> Float[Tensor, "b"]:
         "Distance of each pair"
         if x.shape != xh.shape or x.shape[1] not in (1,3) or min(x.shape[-2:]) < 16:
-            raise ValueError(f"LPIPS compares two batches of images of one shape, 1 or 3 channels, at least 16 pixels; got {tuple(x.shape)} and {tuple(xh.shape)}")
+            raise ValueError("LPIPS compares two batches of images of one shape, 1 or 3 channels, at least 16 pixels; "
+                             f"got {tuple(x.shape)} and {tuple(xh.shape)}")
         pairs = zip(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(xh)))
         return sum(getattr(self, f'lin{i}')((_unit(a)-_unit(b)).square()).mean((1,2,3)) for i,(a,b) in enumerate(pairs))
 
@@ -114,10 +116,12 @@ class LPIPSLoss(nn.Module):
     "Mean LPIPS distance of reconstructions from their targets"
     def __init__(self,
         weights:dict[str,Tensor]|str|Path|Sequence = 'pretrained', # as in `lpips_weights`
-        size:int|None = None,                                      # accepted for likeness with `PerceptualLoss`; images are seen as they are
+        size:int|None = None,                                      # images are resized to this side; None (the original) leaves them
         **options,                                                 # further arguments of `LPIPS`
     ):
         super().__init__()
-        self.metric = LPIPS(weights, **options)
+        self.metric,self.size = LPIPS(weights, **options),size
 
-    def forward(self, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"]) -> Tensor: return self.metric(x, xh).mean()
+    def forward(self, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"]) -> Tensor:
+        if self.size: x,xh = (F.interpolate(t, (self.size,)*2, mode='bilinear', antialias=True) for t in (x, xh))
+        return self.metric(x, xh).mean()
