@@ -2,7 +2,8 @@ __version__ = "0.1.0"
 
 _NAMES = dict(    # what a newcomer meets first; each is imported from its module when it is first asked for
     core='LatentSpec make_rng set_seed', data='fashion_mnist ImageFolder load_images', quantize='Quantized VectorQuantizer',
-    tokenizer='Tokenizer make_tokenizer', perturb='perturb_codes perturb_latents perturbation LatentPerturbation Annealing', features='FeatureExtractor',
+    tokenizer='Tokenizer make_tokenizer', perturb='perturb_codes perturb_latents perturbation Annealing', plugin='LatentPerturbation',   # with its `attach`
+    features='FeatureExtractor',
     evaluate='Card rfid pfid gfid', generator='LatentGenerator', autoregressive='ARGenerator', learner='Learner',
     train='train_tokenizer train_generator', posttrain='latent_pairs posttrain_decoder', runs='Run')
 _MODULE = {name:module for module,names in _NAMES.items() for name in names.split()}
