@@ -25,7 +25,6 @@ from .quantize import Quantized, Quantizer, straight_through
 
 # %% ../nbs/20_perturb.ipynb #39e01251
 def _uniform(shape, rng, **kw):
-    "Uniform numbers, drawn where `rng` lives, on the CPU"
     return torch.rand(shape, generator=rng, device=rng.device if rng else None, **kw).cpu()
 
 def choose_images(
@@ -80,7 +79,8 @@ def _block(u, rows, columns, count):
 # %% ../nbs/20_perturb.ipynb #b9162fe8
 class Level(NamedTuple):
     "One level of a quantizer: its codes"
-    vectors:Float[Tensor, "k d"]       # code vectors
+    size:int                           # codes
+    vectors:Float[Tensor, "k d"]|None  # code vectors; on a lattice only when asked for
     lattice:tuple[int,...]|None        # levels of each channel where the codes lie on a lattice, else None
     usage:Float[Tensor, "k"]|None      # running mean of hits, if anybody counts
 
@@ -90,18 +90,20 @@ class Level(NamedTuple):
         return code_neighbours(ids, self.vectors, delta, include_self)
 
     def weight(self, kind):
-        "In proportion to what a code is drawn: its use, or 0 for all alike"
-        return self.usage if kind == 'frequency' and self.usage is not None else self.vectors.new_zeros(len(self.vectors))
+        "In proportion to what a code is drawn: its use, or 1"
+        return self.usage if kind == 'frequency' and self.usage is not None else torch.ones(self.size)
 
 def split_levels(
     codes:Tensor|Quantizer, # codebook (k d), or a quantizer
     *parts:Tensor,          # tensors in the shape of ids
+    vectors:bool = True,    # code vectors also where neighbours are counted on a lattice
 ) -> list[tuple]:
     "For each level: the `Level`, and its share of each tensor"
-    if isinstance(codes, Tensor): return [(Level(codes.detach(), None, None), *parts)]
-    cut,vectors,lattice = [codes.split_levels(p) for p in parts],codes.codebook.detach(),codes.lattice
-    usage = codes.usage.view(-1, codes.codebook_size)
-    return [(Level(vectors[i] if vectors.ndim == 3 else vectors, lattice, usage[min(i, len(usage)-1)]), *p) for i,p in enumerate(zip(*cut))]
+    if isinstance(codes, Tensor): return [(Level(len(codes), codes.detach(), None, None), *parts)]
+    k,book = codes.codebook_size,codes.codebook.detach() if vectors or not codes.lattice else None
+    places = codes.split_levels(torch.arange(parts[0][:1].numel(), device=parts[0].device).view(parts[0][:1].shape))
+    return [(Level(k, book[i] if book is not None and book.ndim == 3 else book, codes.lattice, u), *(t.flatten(1)[:,at.flatten()] for t in parts))
+            for i,(u,at) in enumerate(zip(codes.usage.view(-1, k), places))]
 
 def multi_scale(codes) -> bool:
     "Whether ids lie on several grids, so that no id belongs to one position"
@@ -142,7 +144,7 @@ CODE_KINDS = ('nearest', 'uniform', 'frequency', 'adversarial')
 
 def _by_weight(ids, u, weight, include_self):
     "Codes drawn in proportion to `weight` from uniform numbers u; all weights 0 count as equal"
-    weight = weight.double() if weight.sum() > 0 else torch.ones_like(weight, dtype=torch.double)
+    weight = (weight if weight.sum() > 0 else torch.ones_like(weight)).to(ids.device, torch.double)
     upto = weight.cumsum(0); total,own = upto[-1],weight[ids]
     if include_self: at = u.to(ids.device)*total
     else:                                                      # leave out the stretch that belongs to the code itself
@@ -182,8 +184,8 @@ def perturb_codes(
     if kind in ('nearest', 'adversarial'): check_delta(delta, codes.codebook_size if isinstance(codes, Quantizer) else len(codes), include_self)
     _check_needs(codes, kind, neighbours, z, gradient)
     hit,draw = _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard)
-    levels,clean,hit,draw = zip(*split_levels(codes, ids, hit, draw))
     near = kind in ('nearest', 'adversarial')
+    levels,clean,hit,draw = zip(*split_levels(codes, ids, hit, draw, vectors=near and neighbours == 'latent' or kind == 'adversarial'))
     around = _around(z, clean, levels, codes) if near and neighbours == 'latent' else None
     gradients = _share(gradient, levels) if kind == 'adversarial' else None
     rows = table(codes, delta, include_self) if near and neighbours == 'code' and table is not None else None
@@ -229,7 +231,6 @@ def _around(z, ids, levels, codes):
     return left
 
 def _redraw(ids, rank, level, delta, include_self, rows, v, gradient):
-    "New codes for tokens that were hit"
     own = 0 if include_self else 1
     if gradient is None and v is not None: return nth_nearest(v, level.vectors, rank+own)
     if v is not None: return _worst(nearest_codes(v, level.vectors, min(delta+own, len(level.vectors)))[:,own:], gradient, level.vectors)
@@ -407,13 +408,11 @@ class LatentPerturbation:
         return Perturbed(_with_codes(z, quantized, codes, ids), ids, effective_rate(quantized.ids, ids))
 
     def _noise(self, q, kind, gradient, how):
-        "Noise on the latents that the decoder gets"
         std = q.zq.detach().std().item() if self.std is None else self.std
         moved = perturb_latents(q.zq, self.strength, kind, std=std, gamma=self.gamma, draw=self.draw, gradient=gradient, **how)
         return Perturbed(moved, q.ids, (moved != q.zq).any(2).any(1).double().mean().item())
 
     def _drop(self, q, codes, how):
-        "Tokens without content"
         moved = drop_tokens(q.zq, self.alpha, mean_code(codes), where=self.where, rate=self.rate, **how)
         gone = (moved != q.zq).any(2)
         ids = q.ids if q.ids is None or multi_scale(codes) else q.ids.masked_fill(gone.view(*gone.shape, *[1]*(q.ids.ndim-2)), -1)
