@@ -93,7 +93,7 @@ def trained(dino, monkeypatch):
     z = tok.encode(given['images'])
     q = tok.quantize(z)
     plug = LatentPerturbation(config['alpha'], config['beta'], config['delta'], **OFFICIAL)
-    p = plug(tok.quantizer.project(z), q, tok.codebook)
+    p = plug(z, q, tok.quantizer)
     xh = tok.decode(p.zq)
     semantic = config['sem_loss_weight']*contrastive_loss(tok.encoder.out(out['sem_feature']), p.zq.mean(1))
     return tok, q, p, xh, semantic
