@@ -196,6 +196,9 @@ def test_augmentation_draws_the_same_number_whatever_it_decides():
         rng = make_rng(0); DiffAug(prob)(images(), rng); after.append(torch.rand(1, generator=rng))
     assert after[0] == after[1] == after[2]
 
+def test_draws_come_from_the_generator_wherever_the_images_are():
+    assert DiffAug()(images().to('meta'), make_rng(0), fade=.5).device.type == 'meta'
+
 def test_augmentation_treats_an_image_alike_in_any_company():
     "The gradient of one image never reaches another"
     x = images(3).requires_grad_()

@@ -120,9 +120,8 @@ class DiffAug:
         rng:torch.Generator|None = None,   # where the draws come from
         fade:float = 0.,                   # blur before it, in [0,1]
     ) -> Float[Tensor, "b c h w"]:
-        def draw(*shape): return torch.rand(*shape, generator=rng, device=rng.device if rng is not None else 'cpu').to(x.device)
-        on,u = draw(3),draw(7, len(x))
-        return diff_augment(blur_fade(x, fade), (on <= self.prob)&(self.prob > 0), u, self.cutout)
+        on,u = (torch.rand(*s, generator=rng, device=rng.device if rng is not None else 'cpu') for s in ((3,), (7, len(x))))
+        return diff_augment(blur_fade(x, fade), (on <= self.prob)&(self.prob > 0), u.to(x.device), self.cutout)
 
     def __repr__(self): return f"DiffAug(prob={self.prob}, cutout={self.cutout})"
 
