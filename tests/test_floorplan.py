@@ -10,7 +10,7 @@ ANY = range(100)  # still only smaller numbers
 
 MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     # 0 ground
-    'core': (), 'data': (0,), 'show': (0,), 'neighbours': (0,),
+    'core': (), 'data': (0,), 'show': (0,), 'augment': (0, 1), 'neighbours': (0,),
     # 1 tokenizers
     'quantize': (0, 9), 'layers': (0,), 'tokenizer': (0, 10, 11), 'zoo': (0, 10, 11, 12), 'official': (0, 10, 11, 12),
     # 2 perturbation: knows tensors, not tokenizers

@@ -148,7 +148,8 @@ class Learner:
         shown = bar(desc=self.desc, total=self.total, initial=self.step, unit='batch') if self.main else tqdm(disable=True)
         with shown as self.bar:
             for self.epoch in range(self.epoch, self.epochs):
-                if hasattr(self.loader, 'set_epoch'): self.loader.set_epoch(self.epoch)
+                for part in (self.loader, getattr(self.loader, 'dataset', None)):      # order of the batches, crops of the images
+                    if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
                 self.model.train(); self._event('epoch_begin')
                 for self.batch in self.loader: self._batch()
                 self._event('epoch_end')

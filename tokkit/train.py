@@ -9,7 +9,7 @@ __all__ = ['ImageTraining', 'GeneratorTraining', 'ImageLoss', 'tokenizer_step', 
 # %% ../nbs/52_train.ipynb #704efcfe
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from .core import check_range, stable_hash
 from .data import loader
 from .generator import LatentGenerator
-from .critics import DiffAug
+from .critics import DiffAug, DinoCritic
 from .learner import (EMA, Callback, Checkpoint, EpochCosine, EveryEpoch, Learner, Log, Phase, WarmupCosine, constant,
                             history_frame)
 from .losses import (ADVERSARIAL, CRITICS, PERCEPTUAL, LeCAM, SemanticLoss, adaptive_weight, make_critic, perceptual_loss,
@@ -43,15 +43,17 @@ class ImageTraining:
     recon:str = 'l2'              # pixel loss, 'l2' or 'l1'
     perceptual:float = .1         # weight of the perceptual loss
     perceptual_kind:str = 'efficientnet_lite2' # whose features: 'efficientnet_lite2', or 'lpips' where its weights are
-    perceptual_size:int = 32      # side at which it looks, pixels
+    perceptual_size:int = 32      # side at which it looks, pixels; 0: the images' own
     perceptual_every:int = 1      # steps between its uses (its weight makes up for it)
     semantic:float = 0.           # weight of the semantic loss (paper .1)
     semantic_kind:str = 'class'   # 'class' or 'patch' feature of the teacher
     semantic_on:str = 'clean'     # latents it sees: 'clean' (paper) or 'perturbed' (released code)
+    semantic_options:dict = field(default_factory=dict) # further arguments of `SemanticLoss`, e.g. teacher and size
     adversarial:float = 0.        # weight of the adversarial loss
     adversarial_start:float = .5  # fraction of training after which it is on
     game:str = 'hinge'            # 'hinge', 'non-saturating' or 'vanilla'
     critic:str = 'patch'          # who plays it, of `tokkit.losses.CRITICS`
+    critic_options:dict = field(default_factory=dict)   # further arguments of the critic, e.g. width, or backbone of 'dino'
     critic_lr:float = 1e-3        # learning rate of the critic
     adaptive:bool = True          # balance it by `adaptive_weight`
     augment:float = 0.            # probability of each augmentation of what the critic sees
@@ -105,11 +107,11 @@ class ImageLoss(Callback):
         dim:int = 0,                # channels of the latents, for the semantic loss
     ):
         self.cfg,self.last,self.fake = cfg,last,{}
-        self.perceptual = perceptual_loss(cfg.perceptual_kind, size=cfg.perceptual_size) if cfg.perceptual else None
+        self.perceptual = perceptual_loss(cfg.perceptual_kind, size=cfg.perceptual_size or None) if cfg.perceptual else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.critic = make_critic(cfg.critic, channels) if cfg.adversarial else None
-            self.semantic = SemanticLoss(dim, kind=cfg.semantic_kind) if cfg.semantic and dim else None
+            self.critic = make_critic(cfg.critic, channels, **cfg.critic_options) if cfg.adversarial else None
+            self.semantic = SemanticLoss(dim, kind=cfg.semantic_kind, **cfg.semantic_options) if cfg.semantic and dim else None
         self.lecam,self.augment = LeCAM(),DiffAug(cfg.augment)
         self.critic_loss,self.decoder_loss = ADVERSARIAL[cfg.game]
         self.to(device)
@@ -145,7 +147,7 @@ class ImageLoss(Callback):
         "What the critic says of images, blurred and augmented as the moment asks"
         fade = min(1., max(0., 1-(learner.done-self.cfg.adversarial_start)/self.cfg.blur)) if self.cfg.blur else 0.
         if fade or self.cfg.augment: x = self.augment(x, learner.rng('augment', who, learner.shard[0]), fade)
-        return self.critic(x)
+        return self.critic(x, learner.rng('crop', who)) if isinstance(self.critic, DinoCritic) else self.critic(x)    # it crops large images
 
     def phases(self) -> list[Phase]:
         "The critic's own phase, if there is a critic"
