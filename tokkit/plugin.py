@@ -210,7 +210,7 @@ class Attached:
         "Perturbed latents in the layout of `zq`"
         codes,first = self.reading.codes,self.reading.channels_first(zq)
         rows,entering,given = to_tokens(zq, first),to_tokens(z, first),ids
-        gradient = None if self.gradient is None else to_tokens(self.gradient, first)
+        gradient = to_tokens(self.gradient, first) if self.perturbation.needs_gradient and self.gradient is not None else None
         if foreign := isinstance(codes, Foreign):
             ids = ids.long().reshape(*rows.shape[:2], *[codes.levels]*(codes.levels > 1)); given = ids.clamp_min(0)
             codes.grid,entering = tuple(zq.shape[2:] if first else zq.shape[1:-1]),entering.detach()
