@@ -135,7 +135,7 @@ def lattice_levels(
     found = min(ways(k, most), key=lambda w: (len(w), -min(w)), default=None)
     if found: return found
     below,above = (next(n for n in itertools.count(k, step) if next(ways(n, most), None)) for step in (-1, 1))
-    raise ValueError(f"no lattice of 2..{most} levels a channel has {k} cells; {below} and {above} are the nearest numbers, or say which levels")
+    raise ValueError(f"no lattice of 2..{most} levels a channel has {k} cells; {below} and {above} are the nearest numbers")
 
 # %% ../nbs/09_neighbours.ipynb #d19f1dc5
 class NeighbourTable:

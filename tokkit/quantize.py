@@ -122,10 +122,10 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def count(self, ids:Int[Tensor, "b *n"]):
         "Add the hits of one step to `usage`"
-        hits = torch.stack([i.flatten().bincount(minlength=self.codebook_size) for i in self.split_levels(ids)]).to(self.usage).view_as(self.usage)
+        hits = torch.stack([i.flatten().bincount(minlength=self.codebook_size) for i in self.split_levels(ids)]).view_as(self.usage)
         if _processes(): dist.all_reduce(hits)
         keep = 0. if self.steps == 0 else .9 if self.steps < 100 else .99    # quick at first, steady later
-        self.usage.mul_(keep).add_(hits, alpha=1-keep); self.steps.add_(1)
+        self.usage.mul_(keep).add_(hits.to(self.usage), alpha=1-keep); self.steps.add_(1)
 
 # %% ../nbs/10_quantize.ipynb #70f8faad
 class NoQuantizer(Quantizer):
@@ -145,9 +145,8 @@ class VectorQuantizer(Quantizer):
         decay:float = .99,          # of the running means
         kmeans:bool = False,        # start from the centres of the first training batch
     ):
-        super().__init__(codebook_size, dim)
+        super().__init__(codebook_size, dim); check_range('decay', decay)
         if update not in ('gradient', 'ema'): raise ValueError(f"update must be 'gradient' or 'ema', got {update!r}")
-        check_range('decay', decay)
         self.l2_norm,self.commitment,self.decay,self.kmeans,self.ema = l2_norm,commitment,decay,kmeans,update == 'ema'
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.embedding.weight, -1/codebook_size, 1/codebook_size)
@@ -243,7 +242,7 @@ class ProductQuantizer(_Stacked):
         groups:int = 2,     # codes a position, >= 2
         **options,          # of each group's `VectorQuantizer`
     ):
-        if groups < 2 or dim%groups: raise ValueError(f"dim must be divisible by groups, and groups be >= 2, got dim {dim} and groups {groups}")
+        if groups < 2 or dim%groups: raise ValueError(f"dim must be divisible by groups, and groups be >= 2, got {dim} and {groups}")
         super().__init__(codebook_size, dim, levels=groups)
         self._fill(groups, dim=dim//groups, **options)
 
@@ -297,7 +296,7 @@ class MultiScaleResidualQuantizer(Quantizer):
     ):
         super().__init__(codebook_size, dim, rows=len(scales))
         if list(scales) != sorted(set(scales)) or scales[0] < 1: raise ValueError(f"scales must grow, from 1 or more, got {tuple(scales)}")
-        if signs and codebook_size != 2**dim: raise ValueError(f"the signs of {dim} channels make {2**dim} codes, got codebook_size {codebook_size}")
+        if signs and codebook_size != 2**dim: raise ValueError(f"the signs of {dim} channels make {2**dim} codes, got {codebook_size}")
         check_range('drop', drop); check_range('blend', blend); check_range('drop_start', drop_start, 1, len(scales))
         self.scales,self.blend,self.commitment,self.drop,self.drop_start = tuple(scales),blend,commitment,drop,drop_start
         self.shrink,self.lattice = shrink,(2,)*dim if signs else None
@@ -320,11 +319,12 @@ class MultiScaleResidualQuantizer(Quantizer):
 
     def _map(self, z):
         if z.ndim != 3 or z.shape[1] != self.scales[-1]**2:
-            raise ValueError(f"scales {self.scales} end with {self.scales[-1]**2} latents, got {tuple(z.shape)[1:-1]}; let the last be their side")
+            raise ValueError(f"scales {self.scales} end with {self.scales[-1]**2} latents, got {tuple(z.shape)[1:-1]}")
         return rearrange(self.project(z), 'b (h w) d -> b d h w', h=self.scales[-1])
 
     def _name(self, left):
-        return from_digits((left > 0).long(), self.lattice) if self.lattice else nearest_codes(self.stack[0].project(left), self.codebook.detach())[...,0]
+        if self.lattice: return from_digits((left > 0).long(), self.lattice)
+        return nearest_codes(self.stack[0].project(left), self.codebook.detach())[...,0]
 
     def _paint(self, ids, s):       # what the ids of scale s add to the map
         h = self._signs(ids)*self.shrink**s if self.lattice else self.stack[0].embedding(ids)
@@ -374,12 +374,11 @@ class LookupFreeQuantizer(Quantizer):
         joint:int|None = None,      # channels whose joint distribution is counted, the groups as independent; None: 18, on the sphere 1
     ):
         bits = max(1, int(codebook_size).bit_length()-1)
-        if codebook_size != 2**bits: raise ValueError(f"signs make a power of 2 of codes, got codebook_size {codebook_size}; {2**bits} or {2**(bits+1)}")
+        if codebook_size != 2**bits: raise ValueError(f"signs make a power of 2 of codes, got {codebook_size}; {2**bits} or {2**(bits+1)}")
         if dim not in (None, bits): raise ValueError(f"{codebook_size} codes are the signs of {bits} channels, got dim {dim}")
-        super().__init__(codebook_size, bits)
+        super().__init__(codebook_size, bits); self.joint = joint or (1 if spherical else 18)
         self.lattice,self.spherical,self.scale = (2,)*bits,spherical,bits**-.5 if spherical else 1.
         self.commitment,self.entropy,self.diversity,self.temperature = commitment,entropy,diversity,temperature
-        self.joint = joint or (1 if spherical else 18)
 
     def project(self, z): return F.normalize(z, dim=-1) if self.spherical else z
     def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]: return ((2*to_digits(ids, self.lattice)-1)*self.scale).to(self.usage)
@@ -397,7 +396,8 @@ class LookupFreeQuantizer(Quantizer):
     def snap(self, z):
         zh = self.project(z); ids = from_digits((zh > 0).long(), self.lattice); zq = self.codes(ids)
         sure,spread = self.entropies(zh) if self.entropy else (0., 0.)
-        return Quantized(straight_through(zh, zq), ids, z.new_zeros(()), self.commitment*F.mse_loss(zh, zq), self.entropy*(sure-self.diversity*spread))
+        return Quantized(straight_through(zh, zq), ids, z.new_zeros(()), self.commitment*F.mse_loss(zh, zq),
+                         self.entropy*(sure-self.diversity*spread))
 
 def _process_mean(p):       # averaged over the processes, gradients are those of one process with all the latents
     if not _processes(): return p
@@ -437,7 +437,8 @@ class DiagonalGaussian(Quantizer):
     def snap(self, z):
         mean,spread = z.chunk(2, -1); spread = spread.clamp(-30, 20)                # spread: log variance
         divergence = .5*(mean.square()+spread.exp()-1-spread).mean()
-        return Quantized(mean+(spread/2).exp()*torch.randn_like(mean) if self.training else mean, None, z.new_zeros(()), z.new_zeros(()), self.kl*divergence)
+        zq = mean+(spread/2).exp()*torch.randn_like(mean) if self.training else mean
+        return Quantized(zq, None, z.new_zeros(()), z.new_zeros(()), self.kl*divergence)
 
 # %% ../nbs/10_quantize.ipynb #d0817bba
 QUANTIZERS = dict(vq=VectorQuantizer, pq=ProductQuantizer, rq=ResidualQuantizer, msrq=MultiScaleResidualQuantizer, lfq=LookupFreeQuantizer,
