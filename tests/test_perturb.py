@@ -217,7 +217,7 @@ def test_forms_of_the_two_papers():
 def test_dropped_tokens(alpha, beta, where, seed):
     z = torch.randn(6, 16, 4, generator=make_rng(seed, 'z'), requires_grad=True)
     out = drop_tokens(z, alpha, 7., beta, where=where, rng=make_rng(seed))
-    gone = (out == 7).all(2)
+    gone = (out-7).abs().amax(2) < 1e-5
     assert set(gone.sum(1).tolist()) <= {0, round(alpha*16)} and torch.equal(out[~gone], z[~gone])
     if round(alpha*16): assert int(6*beta) <= gone.any(1).sum() <= int(6*beta)+1
     parts = [drop_tokens(z[2*r:2*r+2], alpha, 7., beta, where=where, rng=make_rng(seed), shard=(r, 3)) for r in range(3)]
