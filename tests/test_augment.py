@@ -10,6 +10,7 @@ from PIL import Image
 from tokkit.augment import Augmented, crop_at, mirror, random_crop, resize_shorter
 from tokkit.core import make_rng
 from tokkit.data import ImageFolder, ImageSet, fashion_mnist, loader
+from tokkit.learner import Learner, Phase
 
 
 def noise(h:int, w:int, channels:int = 1) -> Image.Image:
@@ -179,3 +180,17 @@ def test_survives_pickling(clothes):
     ds.set_epoch(2)
     again = pickle.loads(pickle.dumps(ds))
     assert again.epoch == 2 and torch.equal(again[:4][0], ds[:4][0])
+
+def test_learner_says_the_epoch(clothes):
+    "Each epoch of a training, also of one that goes on at epoch 1, meets the crops of that epoch"
+    def met(start:int) -> list[torch.Tensor]:
+        seen, model = [], torch.nn.Linear(1, 1)
+        def step(learner, batch): seen.append(batch[0].cpu()); return dict(loss=model(torch.ones(1, 1)).sum())
+        phase = Phase(step, torch.optim.SGD(model.parameters(), lr=0.))
+        learner = Learner(model, loader(Augmented(clothes), 60, shuffle=False), phase, 3, device='cpu')
+        learner.epoch = start
+        learner.fit()
+        return seen
+    expected = epochs(Augmented(clothes))
+    assert all(torch.equal(a, b) for a, b in zip(met(0), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(met(1), expected[1:], strict=True))
