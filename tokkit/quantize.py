@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .core import check_range
-from .neighbours import (code_neighbours, codebook_usage, from_digits, kmeans_centres, lattice_levels, lattice_neighbours, nearest_codes,
-                               to_digits)
+from .neighbours import (code_neighbours, codebook_usage, from_digits, kmeans_centres, lattice_levels, lattice_neighbours,
+                               nearest_codes, to_digits)
 
 # %% ../nbs/10_quantize.ipynb #5d7172a7
 class Quantized(NamedTuple):
