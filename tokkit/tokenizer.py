@@ -123,9 +123,7 @@ BACKBONES['vit'] = ViTEncoder, ViTDecoder
 
 # %% ../nbs/12_tokenizer.ipynb #01d11dec
 def _vit(cfg, channels):
-    vit = ViT(cfg.size, cfg.patch, channels, cfg.width, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path, class_token=cfg.class_token)
-    vit.pos_embed.data[:,vit.prefix:] = sincos_pos(cfg.patches, cfg.width)      # where nothing pretrained follows, places differ from the start
-    return vit
+    return ViT(cfg.size, cfg.patch, channels, cfg.width, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path, class_token=cfg.class_token)
 
 class RobusTokEncoder(nn.Module):
     "Image to latents, as the paper has it: a DINOv2 network with latent tokens"
