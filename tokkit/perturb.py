@@ -100,10 +100,10 @@ def split_levels(
 ) -> list[tuple]:
     "For each level: the `Level`, and its share of each tensor"
     if isinstance(codes, Tensor): return [(Level(len(codes), codes.detach(), None, None), *parts)]
-    k,book = codes.codebook_size,codes.codebook.detach() if vectors or not codes.lattice else None
-    places = codes.split_levels(torch.arange(parts[0][:1].numel(), device=parts[0].device).view(parts[0][:1].shape))
-    return [(Level(k, book[i] if book is not None and book.ndim == 3 else book, codes.lattice, u), *(t.flatten(1)[:,at.flatten()] for t in parts))
-            for i,(u,at) in enumerate(zip(codes.usage.view(-1, k), places))]
+    k,book,use = codes.codebook_size,codes.codebook.detach() if vectors or not codes.lattice else None,codes.usage.view(-1, codes.codebook_size)
+    at = codes.split_levels(torch.arange(parts[0][:1].numel(), device=parts[0].device).view(parts[0][:1].shape))
+    books = book if book is not None and book.ndim == 3 else [book]*len(at)
+    return [(Level(k, e, codes.lattice, u), *(t.flatten(1)[:,i.flatten()] for t in parts)) for e,u,i in zip(books, use, at)]
 
 def multi_scale(codes) -> bool:
     "Whether ids lie on several grids, so that no id belongs to one position"
@@ -126,7 +126,8 @@ def nth_nearest(
     order = rank.argsort(stable=True)
     groups = order.split(rank[order].unique_consecutive(return_counts=True)[1].tolist())
     half,out = codebook.square().sum(1)/2,torch.empty_like(rank)
-    for rows in (r for g in groups for r in g.split(max(1, chunk//len(codebook)))): out[rows] = _at_rank(v[rows], codebook, half, int(rank[rows[0]]))
+    few = max(1, chunk//len(codebook))
+    for rows in (r for g in groups for r in g.split(few)): out[rows] = _at_rank(v[rows], codebook, half, int(rank[rows[0]]))
     return out
 
 def _at_rank(v, codebook, half, n):
@@ -172,7 +173,7 @@ def perturb_codes(
     neighbours:str = 'code',        # 'code' | 'latent' (needs `z`)
     include_self:bool = True,       # a redraw may give the token's own code back
     select:str = 'random',          # 'random' | 'first': which images
-    z:Float[Tensor, "b n e"]|None = None, # latents, for `neighbours='latent'`: as the quantizer takes them; beside a bare codebook as they are compared
+    z:Float[Tensor, "b n e"]|None = None, # latents, for `neighbours='latent'`: as a quantizer takes them, or a bare codebook compares them
     gradient:Float[Tensor, "b n d"]|None = None, # of the reconstruction loss by zq
     table:NeighbourTable|None = None,     # keeps neighbours between calls on the same codes
     rng:torch.Generator|None = None,      # who and where to
@@ -181,10 +182,10 @@ def perturb_codes(
     "Redraw a fraction `alpha` of the tokens of a fraction `beta` of the images"
     if kind not in CODE_KINDS: raise ValueError(f"kind must be one of {', '.join(CODE_KINDS)}, got {kind!r}")
     if isinstance(codes, Quantizer) and codes.codebook_size is None: codes.codes(ids)           # says why not
-    if kind in ('nearest', 'adversarial'): check_delta(delta, codes.codebook_size if isinstance(codes, Quantizer) else len(codes), include_self)
+    near,k = kind in ('nearest', 'adversarial'),codes.codebook_size if isinstance(codes, Quantizer) else len(codes)
+    if near: check_delta(delta, k, include_self)
     _check_needs(codes, kind, neighbours, z, gradient)
     hit,draw = _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard)
-    near = kind in ('nearest', 'adversarial')
     levels,clean,hit,draw = zip(*split_levels(codes, ids, hit, draw, vectors=near and neighbours == 'latent' or kind == 'adversarial'))
     around = _around(z, clean, levels, codes) if near and neighbours == 'latent' else None
     gradients = _share(gradient, levels) if kind == 'adversarial' else None
@@ -202,10 +203,10 @@ def _check_needs(codes, kind, neighbours, z, gradient):
     "Raise where an argument that this kind needs is missing, or cannot be had for these codes"
     if neighbours not in ('code', 'latent'): raise ValueError(f"neighbours must be 'code' or 'latent', got {neighbours!r}")
     if neighbours == 'latent' and z is None: raise ValueError("neighbours='latent' looks around the latents; pass them as z")
-    if kind == 'adversarial' and gradient is None: raise ValueError("kind='adversarial' follows the loss; pass its gradient by zq as gradient")
+    if kind == 'adversarial' and gradient is None: raise ValueError("kind='adversarial' follows the loss: pass its gradient by zq")
     if multi_scale(codes) and (neighbours == 'latent' or kind == 'adversarial'): raise ValueError(_SCALES)
 
-_SCALES = "a code of one scale reaches the latents resized and mixed with the others: take neighbours='code' and a kind other than 'adversarial'"
+_SCALES = "a code of one scale reaches the latents resized and mixed: take neighbours='code' and a kind other than 'adversarial'"
 
 def _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard):
     "Who is hit, and a number that says where to; drawn for the whole batch, this rank's rows returned"
@@ -294,7 +295,8 @@ def drop_tokens(
     "Put `value` in place of a fraction of the tokens; the gradient passes as if nothing had happened"
     b,n = len(z)*shard[1],z.shape[1]
     if where not in ('tokens', 'blocks'): raise ValueError(f"where must be 'tokens' or 'blocks', got {where!r}")
-    hit = choose_tokens((b, n), alpha, rate, rng) if where == 'tokens' else choose_blocks(b, [grid] if grid else Quantizer.grids(None, n), alpha, rng)
+    grids = [grid] if grid else Quantizer.grids(None, n)
+    hit = choose_tokens((b, n), alpha, rate, rng) if where == 'tokens' else choose_blocks(b, grids, alpha, rng)
     hit = (hit & choose_images(b, beta, select, rng)[:,None])[len(z)*shard[0]:len(z)*(shard[0]+1)].to(z.device)[...,None]
     return torch.where(hit, straight_through(z, torch.as_tensor(value, device=z.device, dtype=z.dtype).expand_as(z)), z)
 
@@ -331,7 +333,7 @@ def annealing(
     epochs:float = 200,  # length of the training; the paper's 40 and 120 of 200 are scaled to it
 ) -> Annealing:
     "One of the paper's three schedules"
-    if name not in ANNEALINGS: raise ValueError(f"annealing must be one of {', '.join(ANNEALINGS)}, or a function of the epoch, got {name!r}")
+    if name not in ANNEALINGS: raise ValueError(f"annealing must be one of {', '.join(ANNEALINGS)}, or a function, got {name!r}")
     return Annealing(epochs*.2, epochs*.6, ANNEALINGS[name])
 
 # %% ../nbs/20_perturb.ipynb #d40f45f8
@@ -388,7 +390,7 @@ class LatentPerturbation:
         return _SCALES if multi_scale(codes) and seeks else None
 
     def __call__(self,
-        z:Float[Tensor, "b n e"],                  # latents as the quantizer takes them; beside a bare codebook in the form in which they are compared
+        z:Float[Tensor, "b n e"],                  # latents as a quantizer takes them, or a bare codebook compares them
         quantized:Quantized,                       # what the quantizer made of them
         quantizer:Tensor|Quantizer|None,           # the quantizer; or its code vectors (k d), None for continuous latents
         epoch:float = 0,                           # for the annealing
@@ -403,8 +405,8 @@ class LatentPerturbation:
         how = dict(beta=now.beta, select=now.select, rng=rng, shard=shard)
         if kind == 'drop': return now._drop(quantized, codes, how)
         if quantized.ids is None or kind not in CODE_KINDS: return now._noise(quantized, kind, gradient, how)
-        ids = perturb_codes(quantized.ids, codes, now.alpha, now.delta, kind=kind, where=now.where, rate=now.rate, neighbours=now.neighbours,
-                            include_self=now.include_self, z=z, gradient=gradient, **how)
+        ids = perturb_codes(quantized.ids, codes, now.alpha, now.delta, kind=kind, where=now.where, rate=now.rate,
+                            neighbours=now.neighbours, include_self=now.include_self, z=z, gradient=gradient, **how)
         return Perturbed(_with_codes(z, quantized, codes, ids), ids, effective_rate(quantized.ids, ids))
 
     def _noise(self, q, kind, gradient, how):
@@ -437,18 +439,18 @@ class Perturbation:
 
 PERTURBATIONS = dict(
     nearest=Perturbation('a token becomes one of the codes nearest to its own', 'arXiv 2509.12474 §4.2', dict(kind='nearest')),
-    official=Perturbation("the same, as released: around the latent, coin per token, the batch's first images", 'released code of arXiv 2509.12474',
+    official=Perturbation("the same, as released: around the latent, coin per token, the batch's first images", 'its released code',
                           dict(kind='nearest', **OFFICIAL)),
     uniform=Perturbation('a token becomes any code', 'control: how much does nearness matter?', dict(kind='uniform')),
-    frequency=Perturbation('a token becomes a code drawn by how often each is used', 'control: the unconditional token distribution', dict(kind='frequency')),
+    frequency=Perturbation('a token becomes a code drawn by how often each is used', 'control: common codes', dict(kind='frequency')),
     adversarial=Perturbation('a token becomes the neighbour that raises the loss most; continuous: a step up the gradient',
                              'first-order worst case, as in arXiv 1412.6572', dict(kind='adversarial')),
-    blocks=Perturbation('nearest, all in one block of the grid', 'errors of a generator come in clusters', dict(kind='nearest', where='blocks', alpha=.25, beta=.5)),
+    blocks=Perturbation('nearest, all in one block', 'errors come in clusters', dict(kind='nearest', where='blocks', alpha=.25, beta=.5)),
     drop=Perturbation('a token becomes the mean code, or zero', 'masking, as in arXiv 2111.06377', dict(kind='drop', alpha=.25, beta=.5)),
     gaussian=Perturbation('noise of one strength is added', 'arXiv 2510.11690 at a fixed strength', dict(kind='gaussian', beta=1.)),
     interpolate=Perturbation('latents are mixed with noise, up to nothing but noise', 'arXiv 2507.15856',
                              dict(kind='interpolate', strength=1., gamma=3., draw='uniform', beta=1.)),
-    rae=Perturbation('noise is added, of a strength drawn for each image', 'arXiv 2510.11690', dict(kind='gaussian', strength=.8, draw='uniform', beta=1.)),
+    rae=Perturbation('noise, its strength by image', 'arXiv 2510.11690', dict(kind='gaussian', strength=.8, draw='uniform', beta=1.)),
 )
 
 def perturbation(
@@ -458,5 +460,6 @@ def perturbation(
     "The `LatentPerturbation` of a row"
     if name not in PERTURBATIONS: raise ValueError(f"no perturbation {name!r}; there are {', '.join(PERTURBATIONS)}")
     known = [f.name for f in fields(LatentPerturbation)]
-    if set(settings)-set(known): raise ValueError(f"perturbation has no setting {min(set(settings)-set(known))!r}; there are {', '.join(known)}")
+    odd = set(settings)-set(known)
+    if odd: raise ValueError(f"perturbation has no setting {min(odd)!r}; there are {', '.join(known)}")
     return LatentPerturbation(**(PERTURBATIONS[name].settings|settings))

@@ -102,7 +102,8 @@ def _read_vq(m) -> Reading:
         raise ValueError('VectorQuantize with affine_param or vq_bridge has no codebook that could be looked up; switch them off')
     book = lambda: m.codebook if m.heads == 1 or m.codebook.ndim == 3 else m.codebook.expand(m.heads, -1, -1)
     heads = lambda z: rearrange(z, 'b n (h d) -> h b n d', h=m.heads)
-    codes = Foreign(book, m.dim, compare=lambda z: rearrange(m._codebook.transform_input(heads(m.project_in(z))), 'h b n d -> b n (h d)'), behind=m.project_out)
+    compare = lambda z: rearrange(m._codebook.transform_input(heads(m.project_in(z))), 'h b n d -> b n (h d)')
+    codes = Foreign(book, m.dim, compare=compare, behind=m.project_out)
     return Reading(codes, _pair, lambda zq: m.accept_image_fmap or m.accept_3d_fmap or not m.channel_last)
 
 def _read_residual(m) -> Reading:
@@ -110,13 +111,14 @@ def _read_residual(m) -> Reading:
     if m.implicit_neural_codebook or not m.uniform_codebook_size:
         raise ValueError('ResidualVQ with implicit codebooks, or of several sizes, cannot be read; attach to one of its layers')
     parts = lambda ids: [e[i.clamp_min(0)]*(i >= 0)[...,None] for e,i in zip(m.codebooks.detach(), ids.unbind(-1))]
-    codes = Foreign(lambda: m.codebooks, m.project_out(m.codebooks[0,:1]).shape[-1], lambda ids: sum(parts(ids)), compare=lambda z: m.project_in(z), behind=m.project_out)
+    codes = Foreign(lambda: m.codebooks, m.project_out(m.codebooks[0,:1]).shape[-1], lambda ids: sum(parts(ids)),
+                    compare=lambda z: m.project_in(z), behind=m.project_out)
     return Reading(codes, _pair, lambda zq: m.accept_image_fmap)
 
 def _read_signs(m) -> Reading:
     "FSQ and LFQ: codes on a lattice"
     name,fsq = type(m).__name__,hasattr(m, 'implicit_codebook')
-    if m.num_codebooks > 1 or m.orthogonal_rotation: raise ValueError(f'{name} with several codebooks or a rotation cannot be read; take one, unrotated')
+    if m.num_codebooks > 1 or m.orthogonal_rotation: raise ValueError(f'{name} with several codebooks or a rotation cannot be read')
     book = lambda: m.implicit_codebook if fsq else m.maybe_l2norm(m.codebook)
     codes = Foreign(book, m.dim, None, tuple(m._levels.tolist()) if fsq else (2,)*m.codebook_dim,
                     lambda z: m.quantize(m.project_in(z)) if fsq else m.maybe_l2norm(m.project_in(z)), m.project_out)
@@ -143,9 +145,10 @@ def _read_rows(m) -> Reading|None:
     first = lambda zq: zq.shape[1] == d and (zq.ndim > 3 or zq.shape[-1] != d)
     def read(entering, output):
         zq = next((t for t in _tensors(output) if t.is_floating_point() and t.ndim >= 3 and d in (t.shape[1], t.shape[-1])), None)
-        if zq is None: raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has; expected (b n {d}) or (b {d} h w)")
+        if zq is None: raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has")
         rows = to_tokens(zq, first(zq)).detach()
-        ids = next((t for t in _tensors(output) if not t.is_floating_point() and t.dtype != torch.bool and t.numel() == rows[...,0].numel()), None)
+        whole = (t for t in _tensors(output) if not t.is_floating_point() and t.dtype != torch.bool)
+        ids = next((t for t in whole if t.numel() == rows[...,0].numel()), None)
         return zq,(_rows(m, rows, codes) if ids is None else ids.reshape(rows.shape[:2]))
     codes = Foreign(book, d)
     return Reading(codes, read, first)
@@ -154,7 +157,7 @@ def _rows(m, rows, codes):
     "Ids of latents that are rows of a codebook"
     near = [(e, nearest_codes(rows, e)[...,0]) for e in (codes.codebook, F.normalize(codes.codebook, dim=-1))]
     off,ids = min(((e[i]-rows).abs().max().item(), i) for e,i in near)
-    if off > 1e-3: raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by {off:.2g}); attach to the module that looks them up")
+    if off > 1e-3: raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by {off:.2g})")
     return ids
 
 # %% ../nbs/21_plugin.ipynb #4f5e496d
@@ -173,17 +176,18 @@ def find_quantizer(
     for readable in (_known, lambda m: _book(m) is not None):
         found = [(n, m) for n,m in model.named_modules() if readable(m)]
         found = [(n, m) for n,m in found if not any(n.startswith(f'{o}.') or not o for o,_ in found if o != n)]       # outermost ones
-        if len(found) > 1: raise ValueError(f"{type(model).__name__} holds {len(found)} quantizers ({', '.join(n for n,_ in found)}): attach to one of them")
+        names = ', '.join(n for n,_ in found)
+        if len(found) > 1: raise ValueError(f"{type(model).__name__} holds {len(found)} quantizers ({names}): attach to one of them")
         if found: return found[0][1],_reading(found[0][1])
-    raise ValueError(f"{type(model).__name__} holds no quantizer that can be read: expected one of tokkit or vector_quantize_pytorch, or a module with a "
-                     "codebook or embedding (k d); for continuous latents attach to the module they enter, with latents=True")
+    raise ValueError(f"{type(model).__name__} holds no quantizer that can be read: expected one of tokkit or vector_quantize_pytorch, "
+                     "or a module with a codebook or embedding (k d); for continuous latents attach to what they enter, with latents=True")
 
 # %% ../nbs/21_plugin.ipynb #ebbc9ad1
 class Attached:
     "A perturbation inside a module; in training mode only"
     def __init__(self, perturbation, reading, rng, shard):
         self.perturbation,self.reading,self.rng,self.shard = perturbation,reading,rng,shard
-        self.epoch,self.gradient,self.last,self.hook = 0.,None,None,None   # for the annealing; of the loss by the leaving latents, for 'adversarial'
+        self.epoch,self.gradient,self.last,self.hook = 0.,None,None,None   # gradient: of the loss by the leaving latents
 
     @property
     def rate(self) -> float:
@@ -216,7 +220,8 @@ class Attached:
             codes.grid,entering = tuple(zq.shape[2:] if first else zq.shape[1:-1]),entering.detach()
             codes.to(rows.device).count(given)
             gradient = gradient if gradient is None else codes.back(gradient)
-        p = self.last = self.perturbation(entering, Quantized(rows, given, rows.new_zeros(()), rows.new_zeros(())), codes, self.epoch, self.rng, gradient, self.shard)
+        clean = Quantized(rows, given, rows.new_zeros(()), rows.new_zeros(()))
+        p = self.last = self.perturbation(entering, clean, codes, self.epoch, self.rng, gradient, self.shard)
         if foreign and (self.perturbation.kind or 'nearest') in CODE_KINDS: p = _kept_form(p, rows, ids, codes)
         return from_tokens(p.zq, zq, first)
 
@@ -243,14 +248,15 @@ def attach(
 ) -> Attached:
     "Perturb what leaves a quantizer, or what enters a decoder, while it trains"
     enters = module if latents else None
-    if not latents and _is(module, 'diffusers', 'AutoencoderKL'): enters = module.decoder if module.post_quant_conv is None else module.post_quant_conv
+    if not latents and _is(module, 'diffusers', 'AutoencoderKL'): enters = module.post_quant_conv or module.decoder
     first = lambda z: z.ndim == 4
     target,reading = (enters, Reading(NoQuantizer(), _pair, first)) if enters is not None else find_quantizer(module)
     why = perturbation.why_not(reading.codes)
     if why: raise ValueError(f"{type(module).__name__}: {why}")
     if reading.codes.codebook_size and perturbation.kind in (None, 'nearest', 'adversarial'):
         check_delta(perturbation.delta, reading.codes.codebook_size, perturbation.include_self)
-    if any(isinstance(getattr(h, '__self__', None), Attached) for h in (*target._forward_hooks.values(), *target._forward_pre_hooks.values())):
+    hooks = (*target._forward_hooks.values(), *target._forward_pre_hooks.values())
+    if any(isinstance(getattr(h, '__self__', None), Attached) for h in hooks):
         raise ValueError(f"{type(module).__name__} is perturbed already; remove() the handle it has first")
     handle = Attached(perturbation, reading, rng or make_rng(seed, 'plugin'), shard)
     handle.hook = target.register_forward_pre_hook(handle.before) if enters is not None else target.register_forward_hook(handle.after)
