@@ -100,10 +100,10 @@ def split_levels(
 ) -> list[tuple]:
     "For each level: the `Level`, and its share of each tensor"
     if isinstance(codes, Tensor): return [(Level(len(codes), codes.detach(), None, None), *parts)]
-    k,book,use = codes.codebook_size,codes.codebook.detach() if vectors or not codes.lattice else None,codes.usage.view(-1, codes.codebook_size)
+    k,book = codes.codebook_size,codes.codebook.detach() if vectors or not codes.lattice else None
     at = codes.split_levels(torch.arange(parts[0][:1].numel(), device=parts[0].device).view(parts[0][:1].shape))
     books = book if book is not None and book.ndim == 3 else [book]*len(at)
-    return [(Level(k, e, codes.lattice, u), *(t.flatten(1)[:,i.flatten()] for t in parts)) for e,u,i in zip(books, use, at)]
+    return [(Level(k, e, codes.lattice, u), *(t.flatten(1)[:,i[0]] for t in parts)) for e,u,i in zip(books, codes.usage.view(-1, k), at)]
 
 def multi_scale(codes) -> bool:
     "Whether ids lie on several grids, so that no id belongs to one position"
