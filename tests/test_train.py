@@ -78,7 +78,7 @@ def test_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path):
     assert 'nonfinite' in str(error.value) and kept['batch.0'].shape == (32, 1, 28, 28) and kept['batch.0'].isnan().sum() == 1
 
 
-@pytest.mark.parametrize('changes', [dict(), dict(semantic=.1), dict(adversarial=.1, adversarial_start=.2, augment=1., blur=.5)])
+@pytest.mark.parametrize('changes', [dict(), dict(semantic=.1), dict(adversarial=.1, adversarial_start=.2, critic_augment=1., critic_blur=.5)])
 def test_killed_and_resumed(tmp_path, changes):
     "Killed in the second epoch and taken up again: the same weights, bit for bit"
     def play(work, kill=False):

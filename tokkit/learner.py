@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
-from .core import atomic_path, bar, default_device, make_rng
+from .core import atomic_path, bar, check_range, default_device, make_rng
 
 # %% ../nbs/50_learner.ipynb #47433912
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class WarmupCosine:
     "Linear warm-up, then a cosine down to a final fraction of the learning rate"
     warmup:float = .05  # fraction of training spent warming up
     final:float = .05   # fraction of the learning rate left at the end
+    def __post_init__(self): check_range('warmup', self.warmup, 0, .99); check_range('final', self.final)
     def __call__(self, done:float) -> float:
         if done < self.warmup: return max(done, 1e-3)/self.warmup
         return self.final+(1-self.final)*(1+math.cos(math.pi*(done-self.warmup)/(1-self.warmup)))/2
@@ -44,9 +46,12 @@ class EpochCosine:
     start:float = .1     # fraction of the learning rate in the first epoch, and before the clock starts
     final:float = .2     # fraction at the end of the cosine
     delay:int = 0        # epochs before the clock starts
+    def __post_init__(self):
+        if not 0 <= self.delay < self.epochs or self.warmup < 0:
+            raise ValueError(f"expected 0 <= delay < epochs and warmup >= 0, got delay {self.delay}, epochs {self.epochs}, warmup {self.warmup}")
     def __call__(self, done:float) -> float:
         e = int(done*self.epochs+1e-6)-self.delay
-        if e < self.warmup: return self.start+(1-self.start)*max(e, 0)/self.warmup
+        if e < max(self.warmup, 0) or e < 0: return self.start+(1-self.start)*max(e, 0)/max(self.warmup, 1)
         return self.final+(1-self.final)*(1+math.cos(math.pi*e/(self.epochs-self.delay)))/2
 
 def constant(done:float) -> float:
@@ -106,7 +111,7 @@ class Learner:
         seed:int = 0,                 # moves everything random in the steps
         precision:str = 'no',         # 'no' or 'bf16'
         desc:str = 'training',        # for the bar
-        accumulate:int = 1,           # equal parts in which a batch is gone through; the gradient is that of the whole
+        accumulate:int = 1,           # equal parts in which a batch is gone through; for losses that are means over images
         rescue:str|Path|None = None,  # folder that gets the batch whose loss is not finite; None: the system's temporary one
     ):
         if accumulate < 1: raise ValueError(f"accumulate must be at least 1, got {accumulate}")
@@ -127,8 +132,12 @@ class Learner:
         return self.step/max(1, self.total)
 
     def rng(self, *names) -> torch.Generator:
-        "A stream of random numbers of this step alone"
+        "A stream of random numbers of this step alone, the same on every process"
         return make_rng(self.seed, *names, self.step)
+
+    def own_rng(self, *names) -> torch.Generator:
+        "A stream of this step and this part of the batch, for draws that need not be those of the whole"
+        return self.rng(*names, *filter(None, self.shard[:1]))
 
     @property
     def shard(self) -> tuple[int,int]:
@@ -160,7 +169,8 @@ class Learner:
         for c in self.callbacks: getattr(c, name)(self)
 
     def _batch(self):
-        torch.manual_seed(make_rng(self.seed, 'global', self.step).initial_seed())   # dropout and friends
+        self.part = 0
+        torch.manual_seed(self.own_rng('global').initial_seed())                     # torch's global stream, for dropout and friends
         self.log = dict(epoch=self.epoch, step=self.step)
         for phase,optimizer,rates in zip(self.phases, self.optimizers, self.rates): self._optimise(phase, optimizer, rates)
         self.step += 1; self.bar.update()
@@ -172,13 +182,15 @@ class Learner:
         outs = [self._backward(phase, part) for self.part,part in enumerate(_parts(self.batch, self.accumulate))]
         weights = [p for g in optimizer.param_groups for p in g['params']]
         self._average(weights)
-        if phase.clip: nn.utils.clip_grad_norm_(weights, phase.clip)
+        if phase.clip and not torch.isfinite(nn.utils.clip_grad_norm_(weights, phase.clip)): self._stop('gradient', 'not finite', self.batch)
         optimizer.step(); optimizer.zero_grad()
         self.log |= {k:v for k,v in _mean(outs).items() if k not in self.log or k != 'loss'}
 
     def _backward(self, phase, batch) -> dict:
         with self.accelerator.autocast(): out = phase.step(self, batch)
-        if not torch.isfinite(out['loss']): self._stop(out['loss'].item(), batch)
+        bad = (~torch.isfinite(out['loss'].detach())).float()
+        if self.accelerator.num_processes > 1: dist.all_reduce(bad)              # one that stops must not leave the others waiting
+        if bad: self._stop('loss', out['loss'].item(), batch)
         self.accelerator.backward(out['loss']/self.accumulate)
         return {k:v.detach() if isinstance(v, Tensor) else v for k,v in out.items()}
 
@@ -190,12 +202,12 @@ class Learner:
         dist.all_reduce(flat); flat /= self.accelerator.num_processes
         for g,mean in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
 
-    def _stop(self, loss, batch):
+    def _stop(self, what, value, batch):
         "Keep the batch, then say where it happened"
         path = self.rescue/f'nonfinite-step{self.step}-{self.shard[0]}.safetensors'
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({f'batch.{i}':t.detach().cpu().contiguous() for i,t in enumerate(batch)}, path)
-        raise FloatingPointError(f"the loss is {loss} at step {self.step} (epoch {self.epoch}); "
+        raise FloatingPointError(f"the {what} is {value} at step {self.step} (epoch {self.epoch}); "
                                  f"its batch is kept in {path}: look at it, or lower the learning rate")
 
 def _parts(batch, n) -> list:
@@ -284,11 +296,14 @@ class Checkpoint(Callback):
 
     def begin(self, learner):
         if not self.path.exists(): return
-        saved = torch.load(self.path, map_location=learner.device, weights_only=True)
+        try: saved = torch.load(self.path, map_location=learner.device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, UnpicklingError):
+            raise ValueError(f"{self.path} is damaged or no checkpoint; delete it, or use another folder") from None
         if saved['key'] != self.key: raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another folder")
         learner.model.load_state_dict(saved['model'])
         for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
-        for c,s in zip(learner.callbacks, saved['callbacks']): c.restore(s)
+        for c in learner.callbacks:
+            if type(c).__name__ in saved['callbacks']: c.restore(saved['callbacks'][type(c).__name__])
         learner.epoch,learner.step,learner.history = saved['epoch']+1,saved['step'],saved['history']
 
     def epoch_end(self, learner):
@@ -296,5 +311,5 @@ class Checkpoint(Callback):
         if not learner.main: return
         with atomic_path(self.path) as p:
             torch.save(dict(model=learner.model.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers],
-                            callbacks=[c.state() for c in learner.callbacks],
+                            callbacks={type(c).__name__:s for c in learner.callbacks if (s := c.state())},
                             epoch=learner.epoch, step=learner.step, history=learner.history, key=self.key), p)

@@ -9,6 +9,7 @@ __all__ = ['SOURCES', 'LatentPairs', 'reencode', 'tokenize_all', 'latent_pairs',
 # %% ../nbs/53_posttrain.ipynb #2a7a6364
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -135,7 +136,7 @@ def posttrain_decoder(
     desc:str = 'post-training',           # for the bar
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
-    healed = copy.deepcopy(tok)
+    healed,cfg = copy.deepcopy(tok),replace(cfg, semantic=0.)        # latents are given: that term has nobody to teach
     with only_train(healed, healed.decoder):
         loss = ImageLoss(cfg, healed.cfg.channels, healed.last_layer, torch.device('cpu'), seed)
         optimizer = adamw(matrices_decay(healed.decoder, cfg.weight_decay), cfg.lr)

@@ -6,7 +6,8 @@
 __all__ = ['ImageTraining', 'GeneratorTraining', 'ImageLoss', 'tokenizer_step', 'generator_step', 'TensorPairs', 'matrices_decay',
            'adamw', 'train_tokenizer', 'train_generator']
 
-# %% ../nbs/52_train.ipynb #704efcfe
+# %% ../nbs/52_train.ipynb #3201f8c6
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .core import check_range, stable_hash
+from .core import check_range, stable_hash, tensors_hash
 from .data import loader
 from .generator import LatentGenerator
-from .critics import DiffAug, DinoCritic
+from .critics import DiffAug
 from .learner import (EMA, Callback, Checkpoint, EpochCosine, EveryEpoch, Learner, Log, Phase, WarmupCosine, constant,
                             history_frame)
 from .losses import (ADVERSARIAL, CRITICS, PERCEPTUAL, LeCAM, SemanticLoss, adaptive_weight, make_critic, perceptual_loss,
@@ -40,35 +41,36 @@ class ImageTraining:
     weight_decay:float = 0.       # of AdamW
     schedule:str = 'cosine'       # of the learning rate: 'cosine' after a warm-up, 'epoch' (in steps of an epoch) or 'constant'
     reconstruction:float = 1.     # weight of the pixel loss
-    recon:str = 'l2'              # pixel loss, 'l2' or 'l1'
+    reconstruction_kind:str = 'l2' # 'l2' or 'l1'
     perceptual:float = .1         # weight of the perceptual loss
     perceptual_kind:str = 'efficientnet_lite2' # whose features: 'efficientnet_lite2', or 'lpips' where its weights are
-    perceptual_size:int = 32      # side at which it looks, pixels; 0: the images' own
+    perceptual_size:int|None = None # side at which it looks, pixels; None: 32 for 'efficientnet_lite2', the images' own for 'lpips'
     perceptual_every:int = 1      # steps between its uses (its weight makes up for it)
     semantic:float = 0.           # weight of the semantic loss (paper .1)
     semantic_kind:str = 'class'   # 'class' or 'patch' feature of the teacher
     semantic_on:str = 'clean'     # latents it sees: 'clean' (paper) or 'perturbed' (released code)
     semantic_options:dict = field(default_factory=dict) # further arguments of `SemanticLoss`, e.g. teacher and size
     adversarial:float = 0.        # weight of the adversarial loss
-    adversarial_start:float = .5  # fraction of training after which it is on
-    game:str = 'hinge'            # 'hinge', 'non-saturating' or 'vanilla'
-    critic:str = 'patch'          # who plays it, of `tokkit.losses.CRITICS`
+    adversarial_kind:str = 'hinge' # 'hinge', 'non-saturating' or 'vanilla'
+    adversarial_start:float = .5  # fraction of training after which the decoder feels it; the critic learns from the first step
+    critic:str = 'patch'          # the discriminator, of `tokkit.losses.CRITICS`
     critic_options:dict = field(default_factory=dict)   # further arguments of the critic, e.g. width, or backbone of 'dino'
     critic_lr:float = 1e-3        # learning rate of the critic
     adaptive:bool = True          # balance it by `adaptive_weight`
-    augment:float = 0.            # probability of each augmentation of what the critic sees
-    blur:float = 0.               # fraction of training over which a blur before the critic fades away
-    lecam:float = .001            # weight of the leash on the critic
+    critic_augment:float = 0.     # probability of each kind of DiffAug on what the critic sees
+    critic_blur:float = 0.        # fraction of training, from `adversarial_start`, over which a blur before the critic fades
+    lecam:float = .001            # weight of the critic's LeCAM regularisation
     ema:float = .99               # decay of the averaged weights, which are the result
-    clip:float = 1.               # largest gradient norm
-    revive:int = 50               # steps between revivals of dead codes; 0 never
+    clip:float = 1.               # largest gradient norm; 0: any
+    revive:int = 50               # steps between revivals of dead codes, over the first 70% of training; 0 never
     precision:str = 'no'          # 'no' or 'bf16'
-    accumulate:int = 1            # parts in which a batch is gone through
+    accumulate:int = 1            # parts in which a batch is gone through; contrast, balance and batch norms see a part
     compile:str = ''              # backend of torch.compile, e.g. 'inductor'; '' runs as it is
 
     def __post_init__(self):
-        if self.epochs < 1 or self.batch < 1: raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")
-        for name in ('adversarial_start', 'ema', 'augment', 'blur'): check_range(name, getattr(self, name))
+        for name in ('adversarial_start', 'critic_augment', 'critic_blur'): check_range(name, getattr(self, name))
+        _check_optimiser(self); check_range('critic_lr', self.critic_lr, 1e-12, 10); check_range('revive', self.revive, 0, float('inf'))
+        check_range('perceptual_every', self.perceptual_every, 1, float('inf'))
         for name in _WEIGHTS: check_range(f'the weight {name}', getattr(self, name), 0, float('inf'), 'a weight of 0 leaves the term out')
         if not any(getattr(self, name) for name in _WEIGHTS[:4]):
             raise ValueError(f"nothing to learn from: {', '.join(_WEIGHTS[:4])} are all 0; give one of them a weight")
@@ -76,10 +78,21 @@ class ImageTraining:
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.accumulate < 1 or self.batch%self.accumulate:
             raise ValueError(f"accumulate must divide batch, got {self.accumulate} parts of {self.batch} images")
+        if not self.reconstruction and (not self.perceptual or self.perceptual_every > 1) and not self.semantic:
+            if self.adaptive or self.adversarial_start or not self.adversarial:
+                raise ValueError("without pixels there must be something to learn from at every step: perceptual_every=1, a semantic weight, "
+                                 "or adversarial_start=0 with adaptive=False")
+
+def _check_optimiser(cfg):
+    "Raise one line about what no optimiser can use"
+    if cfg.epochs < 1 or cfg.batch < 1: raise ValueError(f"epochs and batch must be at least 1, got {cfg.epochs} and {cfg.batch}")
+    check_range('lr', cfg.lr, 1e-12, 10); check_range('ema', cfg.ema)
+    for name in ('weight_decay', 'clip'): check_range(name, getattr(cfg, name), 0, float('inf'))
+    if cfg.precision not in ('no', 'bf16'): raise ValueError(f"precision must be 'no' or 'bf16', got {cfg.precision!r}")
 
 _WEIGHTS = 'reconstruction', 'perceptual', 'semantic', 'adversarial', 'lecam'
 _CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'), semantic_kind=('class','patch'),
-                perceptual_kind=tuple(PERCEPTUAL), game=tuple(ADVERSARIAL), critic=tuple(CRITICS))
+                perceptual_kind=tuple(PERCEPTUAL), adversarial_kind=tuple(ADVERSARIAL), critic=tuple(CRITICS), reconstruction_kind=('l2','l1'))
 
 def _schedule(cfg:ImageTraining) -> Callable:
     return dict(cosine=WarmupCosine(), epoch=EpochCosine(cfg.epochs), constant=constant)[cfg.schedule]
@@ -92,8 +105,10 @@ class GeneratorTraining:
     lr:float = 2e-3               # largest learning rate
     weight_decay:float = .05      # of AdamW; not on biases and norms
     ema:float = .99               # decay of the averaged weights, which are the result
-    clip:float = 1.               # largest gradient norm
+    clip:float = 1.               # largest gradient norm; 0: any
     precision:str = 'no'          # 'no' or 'bf16'
+
+    def __post_init__(self): _check_optimiser(self)
 
 # %% ../nbs/52_train.ipynb #ab4b576c
 class ImageLoss(Callback):
@@ -106,14 +121,16 @@ class ImageLoss(Callback):
         seed:int = 0,               # of the initial weights of critic and projection
         dim:int = 0,                # channels of the latents, for the semantic loss
     ):
-        self.cfg,self.last,self.fake = cfg,last,{}
-        self.perceptual = perceptual_loss(cfg.perceptual_kind, size=cfg.perceptual_size or None) if cfg.perceptual else None
+        if cfg.semantic and not dim: raise ValueError('the semantic loss looks at latents; give their channels as dim')
+        self.cfg,self.last,self.real,self.fake = cfg,last,{},{}
+        size = {} if cfg.perceptual_size is None else dict(size=cfg.perceptual_size)
+        self.perceptual = perceptual_loss(cfg.perceptual_kind, **size) if cfg.perceptual else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.critic = make_critic(cfg.critic, channels, **cfg.critic_options) if cfg.adversarial else None
-            self.semantic = SemanticLoss(dim, kind=cfg.semantic_kind, **cfg.semantic_options) if cfg.semantic and dim else None
-        self.lecam,self.augment = LeCAM(),DiffAug(cfg.augment)
-        self.critic_loss,self.decoder_loss = ADVERSARIAL[cfg.game]
+            self.semantic = SemanticLoss(dim, kind=cfg.semantic_kind, **cfg.semantic_options) if cfg.semantic else None
+        self.lecam,self.augment = LeCAM(),DiffAug(cfg.critic_augment)
+        self.critic_loss,self.decoder_loss = ADVERSARIAL[cfg.adversarial_kind]
         self.to(device)
 
     def to(self, device:torch.device) -> 'ImageLoss':
@@ -125,15 +142,15 @@ class ImageLoss(Callback):
     def __call__(self, learner:Learner, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"],
                  zq:Float[Tensor, "b n d"]|None = None) -> dict:
         "The loss and its parts; `zq` are the latents the semantic term looks at"
-        c,out,loss = self.cfg,{},0.
+        c,out,loss,xh = self.cfg,{},0.,xh.float()          # losses in full precision, whatever the networks used
         if c.reconstruction:
-            out['recon'] = recon_loss(xh, x, c.recon)
+            out['recon'] = recon_loss(xh, x, c.reconstruction_kind)
             loss = c.reconstruction*out['recon']
         if self.perceptual is not None and learner.step%c.perceptual_every == 0:
             out['perceptual'] = self.perceptual(xh, x)
             loss = loss+c.perceptual*c.perceptual_every*out['perceptual']
         if self.critic is not None:
-            self.fake[getattr(learner, 'part', 0)] = xh.detach()
+            self.real[learner.part],self.fake[learner.part] = x,xh.detach()
             if learner.done >= c.adversarial_start:
                 out['adversarial'] = self.decoder_loss(self._scores(learner, xh, 'decoder'))
                 balance = adaptive_weight(loss, out['adversarial'], self.last, synchronize=True) if c.adaptive else 1.
@@ -145,9 +162,10 @@ class ImageLoss(Callback):
 
     def _scores(self, learner, x, who):
         "What the critic says of images, blurred and augmented as the moment asks"
-        fade = min(1., max(0., 1-(learner.done-self.cfg.adversarial_start)/self.cfg.blur)) if self.cfg.blur else 0.
-        if fade or self.cfg.augment: x = self.augment(x, learner.rng('augment', who, learner.shard[0]), fade)
-        return self.critic(x, learner.rng('crop', who)) if isinstance(self.critic, DinoCritic) else self.critic(x)    # it crops large images
+        c = self.cfg
+        fade = min(1., max(0., 1-(learner.done-c.adversarial_start)/c.critic_blur)) if c.critic_blur else 0.
+        if fade or c.critic_augment: x = self.augment(x, learner.own_rng('augment', who), fade)
+        return self.critic(x, learner.own_rng('crop', who)).float()
 
     def phases(self) -> list[Phase]:
         "The critic's own phase, if there is a critic"
@@ -167,8 +185,7 @@ class ImageLoss(Callback):
         return game|(dict(semantic=self.semantic) if self.semantic is not None else {})
 
     def _critic_step(self, learner, batch):
-        real = self._scores(learner, batch[-1] if batch[0].ndim == 2 else batch[0], 'real')
-        fake = self._scores(learner, self.fake[getattr(learner, 'part', 0)], 'fake')
+        real,fake = (self._scores(learner, x[learner.part], who) for x,who in ((self.real, 'real'), (self.fake, 'fake')))
         loss = self.critic_loss(real, fake)
         return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), critic=loss.detach())
 
@@ -206,7 +223,7 @@ def generator_step(
     generator:LatentGenerator, # what learns
 ) -> Callable:
     "The step of generator training"
-    def step(learner, batch): return dict(loss=generator.loss(batch[0], batch[1], learner.rng('labels')))
+    def step(learner, batch): return dict(loss=generator.loss(batch[0], batch[1], learner.own_rng('labels')))
     return step
 
 # %% ../nbs/52_train.ipynb #11dac8ca
@@ -258,7 +275,7 @@ def train_tokenizer(
     if loss.weights(): groups.append(dict(params=loss.weights(), weight_decay=0.))
     phase = Phase(step, adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
     with _compiled(cfg.compile, tok.encoder, tok.decoder):
-        return _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc)
+        return _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc, perturbation)
 
 @contextmanager
 def _compiled(backend:str, *parts:nn.Module):
@@ -270,10 +287,13 @@ def _compiled(backend:str, *parts:nn.Module):
     finally:
         for part in parts: part._compiled_call_impl = None
 
-def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc):
+def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, perturbation=None):
     "Run the loop and leave the averaged weights in the model"
     ema = EMA(cfg.ema)
-    callbacks = _callbacks(ema, loss, work, preview, stable_hash([cfg, seed, desc, len(data)]))
+    told = re.sub(r' at 0x\w+', '', repr(perturbation))               # a function of one's own is known by its name only
+    key = stable_hash([cfg, repr(getattr(model, 'cfg', None)), tensors_hash(model.state_dict()), told,
+                       getattr(data, 'hash', len(data)), seed, desc]) if work else ''
+    callbacks = _callbacks(ema, loss, work, preview, key)
     learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc,
                       getattr(cfg, 'accumulate', 1), work)
     if loss: loss.to(learner.device)
