@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokkit.layers import ViT, load_vit, to_timm
-from tokkit.losses import contrastive_loss
+from tokkit.losses import VitTeacher, contrastive_loss
 from tokkit.official import init_from_dinov2, load_official, official_names, official_state, official_teacher, read_official_checkpoint
 from tokkit.perturb import OFFICIAL, LatentPerturbation
 from tokkit.quantize import codebook_usage
@@ -79,6 +79,7 @@ def test_teacher(dino):
     close(x, out['sem_input'])
     feature = teacher(x)[:, 0]
     close(feature, out['sem_feature'])
+    close(VitTeacher(teacher)(given['images'])[:, 0], out['sem_feature'])              # as the semantic loss takes it
     close(tok.encoder.out(feature), out['sem_z_s'])
 
 
@@ -209,6 +210,16 @@ def test_the_command_would_have_run_otherwise(tmp_path):
     torch.save(dict(wish=Wish(tmp_path/'ran')), tmp_path/'x.pt')
     torch.load(tmp_path/'x.pt', weights_only=False)
     assert (tmp_path/'ran').exists()
+
+
+def test_parameters_are_read_and_what_is_not_read_is_named(tmp_path):
+    noted = torch.nn.Parameter(torch.ones(2)); noted.note = Wish(tmp_path/'ran')
+    torch.save(dict(ema=dict(a=torch.nn.Parameter(torch.zeros(2)), b=noted)), tmp_path/'x.pt')
+    back = read_official_checkpoint(tmp_path/'x.pt')
+    assert torch.equal(back['a'], torch.zeros(2)) and torch.equal(back['b'], torch.ones(2)) and not hasattr(back['b'], 'note')
+    torch.save(dict(ema=dict(a=torch.zeros(2), b=torch.eye(2).to_sparse())), tmp_path/'y.pt')
+    with pytest.raises(ValueError, match=r'1 weights are of a kind .* \(b: _rebuild_sparse_tensor\)') as e: read_official_checkpoint(tmp_path/'y.pt')
+    assert '\n' not in str(e.value) and not (tmp_path/'ran').exists()
 
 
 def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):

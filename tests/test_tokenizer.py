@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-from tokkit.tokenizer import TOKENIZERS, Tokenizer, TokenizerCfg, make_tokenizer
+from tokkit.core import tensors_hash
+from tokkit.tokenizer import TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, make_tokenizer
 
-GOLDEN = {  # preset: fingerprints of seeds 0 and 1. Published results were made with these weights
+GOLDEN = {  # preset: hashes of the weights of seeds 0 and 1. Published results were made with these weights
     'tiny': ('a47ec38143', '4456bd5fe8'), 'tiny-16': ('e1d9605dc8', '00b9c15294'), 'tiny-rgb': ('178cb7bea6', '20b88a9381'),
     'tiny-1d': ('45fdb0080d', 'c54a5fdba7'), 'tiny-kl0': ('1ac433e2a6', '28be4561b2'), 'tiny-cnn': ('83df357a7a', '93ec4311fb'),
     'small': ('4fef5670d6', '996583e363'),
@@ -15,7 +16,17 @@ GOLDEN = {  # preset: fingerprints of seeds 0 and 1. Published results were made
 
 @pytest.mark.parametrize('name', GOLDEN)
 def test_weights_of_a_preset_never_change(name):
-    assert tuple(make_tokenizer(name, seed=s).fingerprint for s in (0, 1)) == GOLDEN[name]
+    assert tuple(tensors_hash(make_tokenizer(name, seed=s).state_dict()) for s in (0, 1)) == GOLDEN[name]
+
+
+def test_fingerprint_knows_configuration_and_weights_but_not_the_measured_scale():
+    tok = make_tokenizer('tiny')
+    two = make_tokenizer('tiny', heads=2)
+    assert tensors_hash(two.state_dict()) == tensors_hash(tok.state_dict()) and two.fingerprint != tok.fingerprint
+    assert make_tokenizer('tiny', seed=1).fingerprint != tok.fingerprint
+    before = tok.fingerprint
+    fit_spec(tok, images(tok.cfg))
+    assert tok.fingerprint == before and tok.spec.std != 1
 
 
 def images(cfg, n=2): return torch.rand(n, cfg.channels, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))*2-1
@@ -81,10 +92,39 @@ def test_files_of_earlier_versions_load(tmp_path):
     (dict(kind='cnn', latents=4), 'a cnn needs a patch that is a power of 2'),
     (dict(kind='taming'), '5 multipliers need patch 16 and latents 0, got patch 4'),
     (dict(latents=-1), 'latents must be >= 0, got -1'),
+    *((dict(quantizer=q, codebook_size=0), f'{q} needs a codebook_size') for q in ('pq', 'rq', 'msrq', 'lfq', 'bsq', 'fsq')),
+    *(({name: 0}, f'{name} must be at least 1, got 0') for name in ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')),
+    (dict(quantizer='lfq', codebook_size=500), 'signs make a power of 2 of codes, got 500'),
 ])
 def test_a_bad_configuration_is_one_clear_line(fields, said):
     with pytest.raises(ValueError) as e: TokenizerCfg(**fields)
     assert said in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('quantizer,dim', [('lfq', 9), ('bsq', 9), ('fsq', 3)])
+def test_quantizers_that_choose_their_channels_say_so_in_the_configuration(quantizer, dim, tmp_path):
+    tok = make_tokenizer('tiny', quantizer=quantizer)
+    assert tok.cfg.code_dim == dim == tok.spec.shape[1] and tok.fingerprint == make_tokenizer('tiny', quantizer=quantizer, code_dim=dim).fingerprint
+    tok.save(tmp_path)
+    config = json.loads((tmp_path/'config.json').read_text())
+    config['cfg']['code_dim'] = 16                                                  # as files of earlier versions say
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+
+
+@pytest.mark.parametrize('name', ['tiny', 'tiny-kl', 'tiny-kl0'])
+def test_fit_spec_measures_in_eval_mode_in_batches_and_puts_the_modes_back(name):
+    tok = make_tokenizer(name, width=16, depth=1)
+    x, before = images(tok.cfg, 260), tok.fingerprint
+    tok.train(); tok.encoder.eval()
+    modes = [m.training for m in tok.modules()]
+    spec = fit_spec(tok, x)
+    assert [m.training for m in tok.modules()] == modes and tok.fingerprint == before and fit_spec(tok, x) == spec
+    with torch.no_grad(): zq = tok.eval().quantize(tok.encode(x)).zq
+    assert abs(spec.mean-zq.mean()) < 1e-5 and abs(spec.std-zq.std()) < 1e-5
+    tok.train()
+    with pytest.raises(ValueError, match='takes images'): fit_spec(tok, x[..., :20])
+    assert tok.training
 
 
 def test_an_unknown_option_of_a_quantizer_is_one_clear_line():
@@ -116,3 +156,4 @@ def test_drop_path_grows_with_depth_and_rests_in_evaluation():
     x = images(tok.cfg)
     with torch.no_grad():
         assert not torch.equal(tok.train().encode(x), tok.encode(x)) and torch.equal(tok.eval().encode(x), tok.encode(x))
+    assert [b.drop_path.rate for b in make_tokenizer('tiny', depth=1, drop_path=.5).encoder.body.blocks] == [.5]

@@ -109,11 +109,12 @@ class ViTBlock(nn.Module):
 
 def transformer(
     depth:int, dim:int, heads:int, # size
-    drop_path:float = 0.,          # rate of the last block; earlier ones linearly less
+    drop_path:float = 0.,          # rate of the last block; earlier ones linearly less, the first of several 0
     **kwargs,                      # further arguments of `ViTBlock`
 ) -> nn.ModuleList:
     "A stack of blocks"
-    return nn.ModuleList([ViTBlock(dim, heads, drop_path=drop_path*i/max(1, depth-1), **kwargs) for i in range(depth)])
+    rates = [drop_path*i/(depth-1) for i in range(depth)] if depth > 1 else [drop_path]*depth
+    return nn.ModuleList([ViTBlock(dim, heads, drop_path=rate, **kwargs) for rate in rates])
 
 # %% ../nbs/11_layers.ipynb #3f0a3dd2
 class PatchEmbed(nn.Module):
@@ -167,11 +168,11 @@ def resize_patches(
     kernel:Float[Tensor, "d c p p"], # weight of a patch embedding
     size:int,                        # side of the patches it shall be for, pixels
 ) -> Float[Tensor, "d c q q"]:
-    "A kernel for patches of another size that answers a resized patch as the old one answered the patch"
+    "A kernel that answers resized patches as the old one answered the patches: exactly when they grow, in least squares when they shrink"
     p = kernel.shape[-1]
     if size == p: return kernel
-    enlarge = F.interpolate(torch.eye(p*p, device=kernel.device).view(p*p, 1, p, p), (size, size), mode='bicubic', antialias=True)
-    inverse = torch.linalg.pinv(enlarge.view(p*p, size*size))                    # (q*q p*p)
+    resize = F.interpolate(torch.eye(p*p, device=kernel.device).view(p*p, 1, p, p), (size, size), mode='bicubic', antialias=True)
+    inverse = torch.linalg.pinv(resize.view(p*p, size*size))                     # (q*q p*p)
     return (kernel.float().flatten(2)@inverse.T).view(*kernel.shape[:2], size, size).to(kernel.dtype)
 
 # %% ../nbs/11_layers.ipynb #9751fdf9

@@ -90,9 +90,11 @@ class Stub:
     def add(self, item): pass
     def extend(self, items): pass
 
+def _parameter(data, requires_grad, hooks, state=None): return torch.nn.Parameter(data, requires_grad)  # without hooks and attributes
+
 ALLOWED = {('collections', 'OrderedDict'):OrderedDict, ('torch', 'Size'):torch.Size,
            ('torch._utils', '_rebuild_tensor_v2'):torch._utils._rebuild_tensor_v2,
-           ('torch._utils', '_rebuild_parameter'):torch._utils._rebuild_parameter}
+           ('torch._utils', '_rebuild_parameter'):_parameter, ('torch._utils', '_rebuild_parameter_with_state'):_parameter}
 
 class TensorUnpickler(pickle.Unpickler):
     "Builds tensors and plain containers; every other name becomes a `Stub`"
@@ -119,6 +121,8 @@ def read_official_checkpoint(
     if not isinstance(whole, dict): raise ValueError(f"{path} holds no dictionary of tensors")
     state = whole if all(isinstance(v, Tensor) for v in whole.values()) else whole.get(which)
     if not isinstance(state, dict): raise ValueError(f"{path} holds no {which!r}; it has {', '.join(map(str, whole))}")
+    if odd := [f"{k}: {type(v).__name__}" for k,v in state.items() if isinstance(v, Stub)]:
+        raise ValueError(f"{path}: {len(odd)} weights are of a kind this reader does not build ({', '.join(odd[:3])}); save plain tensors")
     return {k:v for k,v in state.items() if isinstance(v, Tensor)}
 
 def _read(weights, which):
@@ -147,7 +151,7 @@ def official_teacher(
     which:str = 'ema',                 # of a checkpoint: 'ema' or 'model'
     heads:int|None = None,             # attention heads; None: one for 64 channels
 ) -> ViT:
-    "The frozen teacher that a released checkpoint carries along"
+    "The frozen teacher that a released checkpoint carries along; takes ImageNet-normalised images, see `tokkit.losses.VitTeacher`"
     state = {k.removeprefix('semantic_model.'):v for k,v in _read(weights, which).items() if k.startswith('semantic_model.')}
     if 'patch_embed.proj.weight' not in state: raise ValueError("these weights hold no teacher (semantic_model.*)")
     (width,channels,patch,_),n = state['patch_embed.proj.weight'].shape,state['pos_embed'].shape[1]-1

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import LatentSpec, load_model, save_model, tensors_hash, to_plain
+from .core import LatentSpec, load_model, save_model, stable_hash, tensors_hash, to_plain
 from .layers import (Down, DownFar, MapAttention, PatchEmbed, PixelHead, ResBlock, Up, ViT, group_norm, sincos_pos,
                            transformer)
 from .quantize import QUANTIZERS, Quantized, Quantizer, make_quantizer, quantizer_options
@@ -35,8 +35,8 @@ class TokenizerCfg:
     width:int = 64                # channels of the networks
     depth:int = 2                 # blocks of the encoder, and of the decoder
     heads:int = 4                 # attention heads (vit, robustok)
-    codebook_size:int = 512       # K; 0: continuous latents
-    code_dim:int = 16             # channels of a latent
+    codebook_size:int = 512       # K; 0: continuous latents (vq, kl, none)
+    code_dim:int = 16             # channels of a latent; lfq, bsq and fsq set it to what K codes need
     l2_norm:bool = True           # codes are compared by direction (vq, pq)
     commitment:float = .25        # weight of the commitment loss
     refine:int = 16               # channels of the convolutions after the pixel head (vit, robustok); 0: none
@@ -52,11 +52,16 @@ class TokenizerCfg:
     def __post_init__(self):
         as_tuples = {k:tuple(v) if isinstance(v, list) else v for k,v in self.quantizer_options.items()}    # JSON knows lists only
         for k,v in dict(multipliers=tuple(self.multipliers), quantizer_options=as_tuples).items(): object.__setattr__(self, k, v)
+        for k in ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels'):
+            if getattr(self, k) < 1: raise ValueError(f"{k} must be at least 1, got {getattr(self, k)}")
         if self.size%self.patch: raise ValueError(f"patch must divide size, got patch {self.patch} and size {self.size}")
         if self.kind not in BACKBONES: raise ValueError(f"kind must be one of {', '.join(BACKBONES)}, got {self.kind!r}")
         if self.latents < 0: raise ValueError(f"latents must be >= 0, got {self.latents}")
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+        if not self.codebook_size and self.quantizer not in ('vq', 'kl', 'none'):
+            raise ValueError(f"codebook_size 0 means continuous latents (vq, kl, none); {self.quantizer} needs a codebook_size")
+        if self.quantizer in ('lfq', 'bsq', 'fsq'): object.__setattr__(self, 'code_dim', _quantizer(self).dim)
         check = getattr(BACKBONES[self.kind][0], 'check', None)
         if check: check(self)
 
@@ -366,8 +371,8 @@ class Tokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        "A short hash of configuration and weights"
-        return tensors_hash(self.state_dict())
+        "A short hash of configuration and weights; the measured `spec` is not in it"
+        return stable_hash([to_plain(self.cfg), tensors_hash(self.state_dict())])
 
     def __repr__(self):
         c,s = self.cfg,self.spec
@@ -384,7 +389,8 @@ TOKENIZERS = {
     'tiny-kl0':  TokenizerCfg(codebook_size=0, code_dim=8),                  # continuous latents
     'tiny-cnn':  TokenizerCfg(kind='cnn', width=48, depth=1),                # convolutional
     'tiny-registers': TokenizerCfg(latents=12),                              # 12 latents on a line
-    'tiny-robustok': TokenizerCfg(kind='robustok', latents=49, layer_scale=.1),  # the paper's network, small
+    # the paper's network, small; without pretrained weights it needs many more steps than 'tiny'
+    'tiny-robustok': TokenizerCfg(kind='robustok', latents=49, layer_scale=.1),
     'tiny-taming': TokenizerCfg(kind='taming', width=32, depth=1, multipliers=(1,1,2), z_channels=32),
     'tiny-pq':   TokenizerCfg(quantizer='pq', codebook_size=64, quantizer_options=dict(groups=2)),    # 2 ids a token
     'tiny-rq':   TokenizerCfg(quantizer='rq', codebook_size=64, quantizer_options=dict(levels=4)),    # 4 ids a token, coarse to fine
@@ -443,9 +449,13 @@ Tokenizer.load = staticmethod(load_tokenizer)
 @torch.no_grad()
 def fit_spec(
     tok:Tokenizer,                       # its `spec` is replaced
-    x:Float[Tensor, "b c h w"],          # images to measure on
+    x:Float[Tensor, "b c h w"],          # images to measure on, on any device
 ) -> LatentSpec:
-    "Measure mean and standard deviation of the latents a decoder gets"
-    zq = tok.quantize(tok.encode(x)).zq
+    "Measure mean and standard deviation of the latents a decoder gets, in eval mode"
+    device,modes = next(tok.parameters()).device,[(m, m.training) for m in tok.modules()]
+    tok.eval()
+    try: zq = torch.cat([tok.quantize(tok.encode(b.to(device))).zq for b in x.split(250)])
+    finally:
+        for m,mode in modes: m.training = mode
     tok.spec = replace(tok.spec, mean=zq.mean().item(), std=zq.std().item())
     return tok.spec
