@@ -1,6 +1,7 @@
 "What every loss and critic must do, whatever the numbers: pull the right way, leave the frozen alone, survive any batch"
 import copy, sys
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -71,9 +72,43 @@ def test_any_module_may_teach(shape):
     class Teacher(torch.nn.Module):
         def forward(self, x): return torch.ones(len(x), *shape[1:])
     teacher = Teacher()
-    for kind in ('class', 'patch'): assert torch.isfinite(SemanticLoss(8, teacher, kind)(draw(4, 9, 8), images()))
+    for kind in ('class', 'patch') if len(shape) > 2 else ('class',):
+        assert torch.isfinite(SemanticLoss(8, teacher, kind)(draw(4, 9, 8), images()))
 
-@pytest.mark.parametrize('options, says', [(dict(teacher='clip'), "got 'clip'"), (dict(kind='word'), "got 'word'"), (dict(teacher='dinov2:x.safetensors'), 'no file x')])
+class Says(torch.nn.Module):
+    def __init__(self, *shape): super().__init__(); self.shape = shape
+    def forward(self, x): return torch.ones(len(x), *self.shape)
+
+class Fixed(torch.nn.Module):
+    def forward(self, x):
+        assert x.shape[-1] == 224, 'only 224 pixels,\nnothing else'
+        return x.flatten(1)
+
+@pytest.mark.parametrize('shape', [(7,), (1, 7)])
+def test_a_teacher_without_places_has_no_patches(shape):
+    with pytest.raises(ValueError, match="kind='patch' needs a teacher with places"): SemanticLoss(8, Says(*shape), 'patch')
+
+@pytest.mark.parametrize('teacher', [torch.nn.Conv2d(1, 7, 3), Fixed(), torch.nn.Conv2d(3, 7, 3).half()], ids=['grey', 'fixed', 'half'])
+def test_a_teacher_that_cannot_look_is_refused_in_a_line(teacher):
+    with pytest.raises(ValueError, match=r'teacher must take images \(b 3 h w\) in \[-1,1\] of any size; got') as e:
+        SemanticLoss(8, teacher)
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('teacher', [Says(), Says(2, 2, 2, 2)])
+def test_a_teacher_that_returns_no_features_is_refused(teacher):
+    with pytest.raises(ValueError, match='teacher must return features'): SemanticLoss(8, teacher)
+
+def test_an_rgb_teacher_sees_grey_images_three_times():
+    semantic, x = SemanticLoss(8, torch.nn.Conv2d(3, 7, 3)), images()
+    assert torch.equal(semantic.features(x), semantic.features(x.expand(-1, 3, -1, -1)))
+
+def test_a_teacher_is_tried_where_it_is():
+    "On a device that is not the CPU (any will do): zeros of the CPU would not fit, nor would a projection left there"
+    semantic = SemanticLoss(8, torch.nn.Conv2d(3, 7, 3, device='meta'))
+    assert semantic.project.weight.shape == (8, 7) and semantic.project.weight.device.type == 'meta'
+
+@pytest.mark.parametrize('options, says', [(dict(teacher='clip'), "got 'clip'"), (dict(kind='word'), "got 'word'"),
+                                           (dict(teacher='dinov2:x.safetensors'), 'no file x')])
 def test_semantic_loss_says_what_is_wrong(options, says):
     with pytest.raises((ValueError, OSError), match=says): SemanticLoss(8, **options)
 
@@ -81,7 +116,8 @@ def test_a_dinov2_file_of_another_shape_is_named(tmp_path):
     state = {to_timm(k): v.contiguous() for k, v in ViT(32, 16, 3, 64, 1, 1).state_dict().items()}
     del state['blocks.0.attn.qkv.weight']
     save_file(state, tmp_path/'dino.safetensors')
-    with pytest.raises(ValueError, match=r'dino.safetensors: 1 missing \(blocks.0.attn.qkv.weight\)'): SemanticLoss(8, f"dinov2:{tmp_path/'dino.safetensors'}")
+    with pytest.raises(ValueError, match=r'dino.safetensors: 1 missing \(blocks.0.attn.qkv.weight\)'):
+        SemanticLoss(8, f"dinov2:{tmp_path/'dino.safetensors'}")
 
 
 # the game
@@ -121,6 +157,34 @@ def test_every_critic_learns(kind):
     one = xh[:1].clone().requires_grad_()
     hinge_g(critic.eval()(one)).backward()
     assert one.grad.abs().sum() > 0
+
+def a_critic(kind, **options):
+    torch.manual_seed(0)
+    return make_critic(kind, **(dict(backbone=vit()) if kind == 'dino' else {}), **options).eval()
+
+@pytest.mark.parametrize('kind', CRITICS)
+def test_critics_are_called_alike(kind):
+    "With or without a generator, for grey images unless told"
+    critic, rng = a_critic(kind), make_rng(0)
+    assert torch.equal(critic(images()), critic(images(), rng))
+    assert torch.equal(rng.get_state(), make_rng(0).get_state())           # small images need no draw
+    assert torch.isfinite(a_critic(kind, channels=3)(images(c=3), rng)).all()
+
+@pytest.mark.parametrize('kind', CRITICS)
+def test_scores_and_losses_are_float32_under_autocast(kind):
+    critic, lecam = a_critic(kind), LeCAM()
+    with torch.autocast('cpu', torch.bfloat16):
+        scores = critic(images())
+        assert scores.dtype == torch.float32
+        low = scores.bfloat16()                                             # as a critic of one's own may give them
+        for d, g in ADVERSARIAL.values(): assert torch.equal(d(low, -low), d(low.float(), -low.float())) and g(low).dtype == torch.float32
+        assert lecam(low, -low).dtype == torch.float32
+
+@pytest.mark.parametrize('channels', [2, 4])
+def test_frozen_critics_see_grey_or_rgb(channels):
+    for make in (lambda: make_critic('features', channels), lambda: DinoCritic(channels, vit())):
+        with pytest.raises(ValueError, match=f'channels must be 1 or 3, got {channels}'): make()
+    with pytest.raises(ValueError, match='c 1 or 3, got'): DinoCritic(1, vit())(images(c=channels))
 
 def test_a_critics_frozen_part_is_in_no_checkpoint():
     torch.manual_seed(0)
@@ -235,6 +299,26 @@ def test_lpips_finds_its_weights(tmp_path, monkeypatch):
     save_file(state, tmp_path/'lpips.safetensors'); monkeypatch.setitem(sys.modules, 'lpips', None)
     x = images()
     assert torch.isfinite(perceptual_loss('lpips', channels=SMALL_VGG, size=32)(x, -x))
+
+@pytest.mark.parametrize('error', [URLError('no network'), RuntimeError('invalid hash value\nof vgg16')])
+def test_lpips_offline_says_it_in_a_line(error, tmp_path, monkeypatch):
+    def fetch(net, verbose): raise error
+    monkeypatch.setenv('TOKKIT_DATA', str(tmp_path))
+    monkeypatch.setitem(sys.modules, 'lpips', SimpleNamespace(LPIPS=fetch))
+    with pytest.raises(FileNotFoundError, match='no LPIPS weights: put lpips.safetensors in .* or pass files') as e:
+        perceptual_loss('lpips')
+    assert '\n' not in str(e.value) and str(tmp_path) in str(e.value)
+
+@pytest.mark.parametrize('damage', [lambda b: b'', lambda b: b'no weights at all', lambda b: b[:len(b)//2]])
+def test_a_damaged_pth_is_named_in_a_line(damage, tmp_path):
+    file = tmp_path/'vgg.pth'
+    torch.save(lpips_state(), file); file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match='no LPIPS weights: .*vgg.pth is damaged') as e: lpips_weights(file)
+    assert '\n' not in str(e.value)
+
+def test_a_pth_of_something_else_is_named(tmp_path):
+    torch.save([1, 2], tmp_path/'x.pth')
+    with pytest.raises(ValueError, match='x.pth holds list, expected named tensors'): lpips_weights(tmp_path/'x.pth')
 
 def test_lpips_names_what_does_not_fit(tmp_path):
     state = lpips_state()

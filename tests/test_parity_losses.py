@@ -42,7 +42,8 @@ def test_contrastive_loss_of_two_processes(fixtures, tmp_path):
     r = load_file(fixtures/'cliploss.safetensors')
     script = Path(__file__).parent/'losses_in_processes.py'
     env = dict(os.environ, OMP_NUM_THREADS='1')
-    ranks = [subprocess.Popen([sys.executable, script, str(fixtures/'cliploss.safetensors'), str(tmp_path), str(i)], env=env) for i in range(2)]
+    recorded = str(fixtures/'cliploss.safetensors')
+    ranks = [subprocess.Popen([sys.executable, script, recorded, str(tmp_path), str(i)], env=env) for i in range(2)]
     assert [p.wait(timeout=120) for p in ranks] == [0, 0]
     got = [torch.load(tmp_path/f'{i}.pt', weights_only=True) for i in range(2)]
     for i, g in enumerate(got):
@@ -206,9 +207,9 @@ def test_names_and_shapes_at_full_size(fixtures):
     with torch.device('meta'):
         critic = DinoCritic(3, ViT(224, 16, 3, 384, 12, 6, layer_scale=None, gelu='tanh'))
         assert shapes(critic) == r['dinodisc']
-        assert shapes(PatchGAN()) == r['patchgan']
+        assert shapes(PatchGAN(3)) == r['patchgan']
     assert shapes(LPIPS()) == r['lpips']
     backbone = {to_timm(k): v for k, v in shapes(critic.backbone.module).items()}
     assert backbone == {k: v for k, v in r['dinodisc_backbone_not_in_checkpoint'].items() if k not in ('x_scale', 'x_shift')}
     assert sum(p.numel() for p in critic.parameters()) == 7_386_245
-    assert sum(p.numel() for p in PatchGAN().parameters()) == 2_765_633
+    assert sum(p.numel() for p in PatchGAN(3).parameters()) == 2_765_633

@@ -55,7 +55,7 @@ def blur_schedule(
     start:int,     # step at which the critic comes in
     steps:int = 0, # steps over which the blur fades after `start`; negative: never any blur
 ) -> float:        # `fade`, in [0,1]
-    "How strongly to blur at a step: fully before the start, then linearly less"
+    "How strongly to blur at a step of the released code: fully before the start, then linearly less; `tokkit.train` has its own"
     if steps < 0: return 0.
     fade = 1-min(1, max(0, step-start)/(steps+1))
     return fade if fade >= 1e-6 else 0.
@@ -65,7 +65,7 @@ def critic_weight(
     start:int,       # step at which the critic comes in
     most:float = .5, # weight from then on
 ) -> float:
-    "Weight of the adversarial loss at a step, by the released code's count: on from the step before `start`"
+    "Weight of the adversarial loss at a step of the released code: on from the step before `start`; `tokkit.train` has its own"
     return most if step+1 >= start else 0.
 
 # %% ../nbs/35_critics.ipynb #810fda97
@@ -129,7 +129,7 @@ class DiffAug:
 class PatchGAN(nn.Module):
     "Scores of overlapping patches, with BatchNorm; parameters are named as in the released code"
     def __init__(self,
-        channels:int = 3,     # image channels
+        channels:int = 1,     # image channels
         width:int = 64,       # channels of the first layer
         depth:int = 3,        # strided layers
     ):
@@ -143,10 +143,13 @@ class PatchGAN(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0., .02)
             if isinstance(m, nn.BatchNorm2d): nn.init.normal_(m.weight, 1., .02)
 
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]:
+    def forward(self,
+        x:Float[Tensor, "b c h w"],       # images in [-1,1]
+        rng:torch.Generator|None = None,  # ignored: no draws
+    ) -> Float[Tensor, "b 1 i j"]:        # a score a patch
         if min(x.shape[-2:]) < self.least:
             raise ValueError(f"this PatchGAN needs images of at least {self.least} pixels, got {tuple(x.shape)}; use a smaller depth")
-        return self.main(x)
+        return self.main(x).float()
 
 # %% ../nbs/35_critics.ipynb #88ef149c
 class BatchNormLocal(nn.Module):
@@ -192,13 +195,14 @@ def _dino(weights, width, depth, heads) -> ViT:
 class DinoCritic(nn.Module):
     "Small heads on frozen DINO features, as in the paper; parameters are named as in the released code"
     def __init__(self,
-        channels:int = 3,                      # image channels; grey is shown three times
+        channels:int = 1,                      # image channels, 1 or 3; grey is shown three times
         backbone:ViT|dict|str|Path|None = None, # network, or weights in timm's names, or a file of them; None: in the data folder
         width:int = 384, depth:int = 12, heads:int = 6, # of the backbone
         after:Sequence[int] = (2,5,8,11),      # blocks after which it is read; also before the first
         kernel:int = 9,                        # tokens a head's second convolution sees
     ):
         super().__init__()
+        if channels not in (1,3): raise ValueError(f"the DINO critic sees grey or RGB images; channels must be 1 or 3, got {channels}")
         net = _dino(backbone, width, depth, heads)
         width = net.norm.normalized_shape[0]
         self.backbone,self.after = Frozen(net),tuple(after)
@@ -207,6 +211,8 @@ class DinoCritic(nn.Module):
 
     def view(self, x:Float[Tensor, "b c h w"], rng:torch.Generator|None = None) -> Float[Tensor, "b 3 s s"]:
         "What the backbone sees: a random crop, or all of it"
+        if x.ndim != 4 or x.shape[1] not in (1,3):
+            raise ValueError(f"the DINO critic expects images (b c h w), c 1 or 3, got {tuple(x.shape)}")
         size,(h,w) = self.backbone.module.size,x.shape[-2:]
         x = (x.expand(-1, 3, -1, -1)/2+.5-x.new_tensor(IMAGENET_MEAN)[:,None,None])/x.new_tensor(IMAGENET_STD)[:,None,None]
         if min(h, w) > size and rng is not None and torch.rand((), generator=rng, device=rng.device) <= .5:
@@ -227,7 +233,7 @@ class DinoCritic(nn.Module):
         x:Float[Tensor, "b c h w"],       # images in [-1,1]
         rng:torch.Generator|None = None,  # tosses the coin of crop or all; None always shows all
     ) -> Float[Tensor, "b l"]:            # a score for each token of each depth
-        return torch.cat([head(a).flatten(1) for head,a in zip(self.heads, self.activations(self.view(x, rng)))], 1)
+        return torch.cat([head(a).flatten(1).float() for head,a in zip(self.heads, self.activations(self.view(x, rng)))], 1)
 
 # %% ../nbs/35_critics.ipynb #aab07c60
 class FeatureCritic(nn.Module):
@@ -239,12 +245,16 @@ class FeatureCritic(nn.Module):
         size:int|None = None,                 # side the images are resized to; None keeps theirs (28 and up)
     ):
         super().__init__()
+        if channels not in (1,3): raise ValueError(f"the feature critic sees grey or RGB images; channels must be 1 or 3, got {channels}")
         taps = efficientnet_taps('lite2', layers, size)
         with torch.no_grad(): given = [m.shape[1] for m in taps(torch.zeros(1,channels,32,32))]
         def conv(i, o, k): return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, k, padding=k//2))
         def head(i): return nn.Sequential(conv(i, width, 1), nn.LeakyReLU(.2), conv(width, width, 3), nn.LeakyReLU(.2), conv(width, 1, 1))
         self.taps,self.heads = Frozen(taps),nn.ModuleList([head(i) for i in given])
 
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b l"]:  # a score for each place of each stage
+    def forward(self,
+        x:Float[Tensor, "b c h w"],       # images in [-1,1]
+        rng:torch.Generator|None = None,  # ignored: no draws
+    ) -> Float[Tensor, "b l"]:            # a score for each place of each stage
         maps = (f*(f.square().mean(1, keepdim=True)+1e-6).rsqrt() for f in self.taps(x))
-        return torch.cat([head(f).flatten(1) for head,f in zip(self.heads, maps)], 1)
+        return torch.cat([head(f).flatten(1).float() for head,f in zip(self.heads, maps)], 1)

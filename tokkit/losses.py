@@ -79,11 +79,16 @@ def contrastive_loss(
 
 # %% ../nbs/51_losses.ipynb #3de1b1df
 def _rows(
-    out:Tensor|list, # what a teacher says: (b d), (b d h w), (b 1+n d) with the class token first, or a list, whose last counts
+    out:Tensor|list, # what a teacher says: (b d) for 'class', (b d h w), (b 1+n d) with the class token first, or a list, whose last counts
     kind:str,        # 'class' or 'patch'
 ) -> Float[Tensor, "b m d"]:
     "The teacher's features an image is described by: one, or one a place"
     if isinstance(out, (list, tuple)): out = out[-1]
+    shape = tuple(getattr(out, 'shape', ())) or type(out).__name__
+    if len(shape) not in (2,3,4) or not isinstance(out, Tensor):
+        raise ValueError(f"teacher must return features (b d), (b 1+n d) or (b d h w), got {shape}")
+    if kind == 'patch' and (out.ndim == 2 or out.ndim == 3 and shape[1] < 2):
+        raise ValueError(f"kind='patch' needs a teacher with places, (b 1+n d) or (b d h w), got {shape}; use kind='class'")
     if out.ndim == 2: return out[:,None]
     if out.ndim == 3: return out[:,:1] if kind == 'class' else out[:,1:]
     maps = out.flatten(2).mT                                                     # (b h*w d)
@@ -124,6 +129,15 @@ def _teacher(of, layer, size) -> nn.Module:
     if of.startswith('dinov2:'): return dinov2_teacher(of.removeprefix('dinov2:'))
     raise ValueError(f"teacher must be 'efficientnet_lite2', 'dinov2:PATH.safetensors' or a module, got {of!r}")
 
+def _probe(teacher) -> Tensor|list:
+    "What the teacher says of an empty image, on its device; or one line about what it must take"
+    at = next((t.device for t in (*teacher.parameters(), *teacher.buffers())), None)
+    try:
+        with torch.no_grad(): return teacher(torch.zeros(1,3,32,32, device=at))
+    except Exception as e:                                                       # it may be anyone's module and fail in any way
+        said = ' '.join(f"{type(e).__name__}: {e}".split())[:120]
+        raise ValueError(f"teacher must take images (b 3 h w) in [-1,1] of any size; got, for (1 3 32 32), {said}") from None
+
 class SemanticLoss(nn.Module):
     "Latents must say which image they are of, to a frozen teacher"
     def __init__(self,
@@ -138,12 +152,13 @@ class SemanticLoss(nn.Module):
         super().__init__()
         if kind not in ('class', 'patch'): raise ValueError(f"kind must be 'class' or 'patch', got {kind!r}")
         self.kind,self.scale,self.normalize,self.teacher = kind,scale,normalize,Frozen(_teacher(teacher, layer, size))
-        with torch.no_grad(): width = self.features(torch.zeros(1,3,32,32)).shape[-1]
-        self.project = nn.Linear(width, dim)
+        seen = _rows(_probe(self.teacher.module), kind)
+        self.project = nn.Linear(seen.shape[-1], dim).to(seen.device)
 
     @torch.no_grad()
     def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
-        "What the teacher says of images in [-1,1]; no gradient"
+        "What the teacher says of images in [-1,1], grey ones shown three times; no gradient"
+        if x.shape[1] == 1: x = x.expand(-1, 3, -1, -1)
         with torch.autocast(x.device.type, enabled=False): return _rows(self.teacher(x.float()), self.kind).detach()
 
     def forward(self,
@@ -170,20 +185,24 @@ class PatchCritic(nn.Module):
         widths = [channels]+[width*2**i for i in range(depth)]
         layers = [m for i,o in zip(widths, widths[1:]) for m in (conv(i, o, 2), nn.LeakyReLU(.2))]
         self.net = nn.Sequential(*layers, conv(widths[-1], widths[-1], 1), nn.LeakyReLU(.2), conv(widths[-1], 1, 1))
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]: return self.net(x)
+    def forward(self,
+        x:Float[Tensor, "b c h w"],       # images in [-1,1]
+        rng:torch.Generator|None = None,  # ignored: no draws
+    ) -> Float[Tensor, "b 1 i j"]:        # a score a patch
+        return self.net(x).float()
 
 def hinge_d(
     real:Tensor, # critic's scores of real images
     fake:Tensor, # critic's scores of generated images
 ) -> Tensor:
     "The critic's loss"
-    return (F.relu(1-real).mean()+F.relu(1+fake).mean())/2
+    return (F.relu(1-real.float()).mean()+F.relu(1+fake.float()).mean())/2
 
 def hinge_g(
     fake:Tensor, # critic's scores of generated images
 ) -> Tensor:
     "The decoder's loss"
-    return -fake.mean()
+    return -fake.float().mean()
 
 # %% ../nbs/51_losses.ipynb #ed3b4b3c
 CRITICS = {'patch': PatchCritic, 'patchgan': PatchGAN, 'features': FeatureCritic, 'dino': DinoCritic}   # name -> class
@@ -203,19 +222,19 @@ def logistic_d(
     fake:Tensor, # critic's scores of generated images
 ) -> Tensor:
     "The critic's loss when scores are log odds of being real"
-    return (F.softplus(-real).mean()+F.softplus(fake).mean())/2
+    return (F.softplus(-real.float()).mean()+F.softplus(fake.float()).mean())/2
 
 def non_saturating_g(
     fake:Tensor, # critic's scores of generated images
 ) -> Tensor:
     "The decoder's loss: raise the log odds; pulls hardest where the critic is surest"
-    return F.softplus(-fake).mean()
+    return F.softplus(-fake.float()).mean()
 
 def vanilla_g(
     fake:Tensor, # critic's scores of generated images
 ) -> Tensor:
     "The decoder's loss of the minimax game; has no pull where the critic is sure"
-    return -F.softplus(fake).mean()
+    return -F.softplus(fake.float()).mean()
 
 ADVERSARIAL = {'hinge': (hinge_d, hinge_g), 'non-saturating': (logistic_d, non_saturating_g), 'vanilla': (logistic_d, vanilla_g)}
 
@@ -247,6 +266,7 @@ class LeCAM(nn.Module):
         self.decay = decay
         self.register_buffer('real', torch.zeros(())); self.register_buffer('fake', torch.zeros(()))
     def forward(self, real:Tensor, fake:Tensor) -> Tensor:
+        real,fake = real.float(),fake.float()
         with torch.no_grad():
             r,f = _mean_over_processes(real.mean(), fake.mean())
             self.real.lerp_(r.to(self.real), 1-self.decay); self.fake.lerp_(f.to(self.fake), 1-self.decay)
