@@ -37,7 +37,8 @@ def tokens(maps): return rearrange(maps, 'b d h w -> b (h w) d')
 def paper_tokenizer(config, state, **changes):
     "Our tokenizer of the recording's sizes, with its weights"
     cfg = TokenizerCfg(64, 3, 8, 'robustok', latents=64, width=config['embed_dim'], depth=config['depth'], heads=config['num_heads'],
-                       codebook_size=config['codebook_size'], code_dim=config['codebook_embed_dim']*config['product_quant'], refine=0, **changes)
+                       codebook_size=config['codebook_size'], code_dim=config['codebook_embed_dim']*config['product_quant'],
+                       refine=0, **changes)
     return load_official(Tokenizer(cfg), state).eval()
 
 
@@ -135,8 +136,9 @@ def test_product_quantizer(fixtures):
     close(tok.decode(q.zq), train['decode'])
     close(q.codebook_loss, train['vq_loss']); close(q.commitment_loss, train['commit_loss'])
     feature = official_teacher(sd, heads=config['num_heads'])((x*.5+.5-MEAN)/STD)[:, 0]
-    last = q.zq.chunk(2, -1)[-1].mean(1)                                            # the released code lets the last group carry the meaning
-    close(config['sem_loss_weight']*contrastive_loss(F.linear(feature, tok.encoder.out.weight, tok.encoder.out.bias), last), train['sem_loss'])
+    last = q.zq.chunk(2, -1)[-1].mean(1)                                        # the released code lets the last group carry the meaning
+    semantic = contrastive_loss(F.linear(feature, tok.encoder.out.weight, tok.encoder.out.bias), last)
+    close(config['sem_loss_weight']*semantic, train['sem_loss'])
 
 
 @torch.no_grad()
@@ -166,8 +168,8 @@ def test_dinov2_weights_for_another_image_and_patch_size(fixtures):
 
 
 def tiny(seed=0, **changes):
-    return make_tokenizer(TokenizerCfg(16, 3, 4, 'robustok', latents=16, width=32, depth=1, heads=2, codebook_size=16, code_dim=4, refine=0),
-                          seed=seed, **changes)
+    cfg = TokenizerCfg(16, 3, 4, 'robustok', latents=16, width=32, depth=1, heads=2, codebook_size=16, code_dim=4, refine=0)
+    return make_tokenizer(cfg, seed=seed, **changes)
 
 
 class Wish:
@@ -218,7 +220,8 @@ def test_parameters_are_read_and_what_is_not_read_is_named(tmp_path):
     back = read_official_checkpoint(tmp_path/'x.pt')
     assert torch.equal(back['a'], torch.zeros(2)) and torch.equal(back['b'], torch.ones(2)) and not hasattr(back['b'], 'note')
     torch.save(dict(ema=dict(a=torch.zeros(2), b=torch.eye(2).to_sparse())), tmp_path/'y.pt')
-    with pytest.raises(ValueError, match=r'1 weights are of a kind .* \(b: _rebuild_sparse_tensor\)') as e: read_official_checkpoint(tmp_path/'y.pt')
+    with pytest.raises(ValueError, match=r'1 weights are of a kind .* \(b: _rebuild_sparse_tensor\)') as e:
+        read_official_checkpoint(tmp_path/'y.pt')
     assert '\n' not in str(e.value) and not (tmp_path/'ran').exists()
 
 
@@ -235,7 +238,8 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
 
 def test_weights_that_do_not_fit_are_named_in_their_own_names(tmp_path):
     state = official_state(tiny())
-    moved = {k: v for k, v in state.items() if k != 'decoder.mask_token'} | {'extra': torch.zeros(1), 'quant_conv.weight': torch.zeros(4, 16, 1, 1)}
+    moved = {k: v for k, v in state.items() if k != 'decoder.mask_token'}
+    moved |= {'extra': torch.zeros(1), 'quant_conv.weight': torch.zeros(4, 16, 1, 1)}
     save_file(moved, tmp_path/'x.safetensors')
     with pytest.raises(ValueError) as e: load_official(tiny(), tmp_path/'x.safetensors')
     said = str(e.value)
@@ -251,7 +255,8 @@ def test_start_from_dinov2_in_a_file(tmp_path):
     for part in (tok.encoder, tok.decoder):
         assert torch.equal(part.vit.blocks[0].mlp[0].weight, weights['blocks.0.mlp.fc1.weight'])
         assert torch.equal(part.vit.pos_embed[:, 0], weights['pos_embed'][:, 0]) and part.vit.pos_embed.shape == (1, 17, 32)
-    assert torch.equal(tok.encoder.latent_tokens, before.encoder.latent_tokens) and torch.equal(tok.decoder.head.proj.weight, before.decoder.head.proj.weight)
+    assert torch.equal(tok.encoder.latent_tokens, before.encoder.latent_tokens)
+    assert torch.equal(tok.decoder.head.proj.weight, before.decoder.head.proj.weight)
     bad = {k: v for k, v in weights.items() if k != 'norm.bias'} | {'blocks.0.attn.proj.bias': torch.zeros(31)}
     save_file(bad, tmp_path/'bad.safetensors')
     with pytest.raises(ValueError, match=r'bad.safetensors: 1 missing \(norm.bias\), 1 of another shape \(blocks.0.attn.proj.bias'):

@@ -73,7 +73,8 @@ def test_files_of_earlier_versions_load(tmp_path):
     tok = make_tokenizer('tiny-1d')
     tok.save(tmp_path)
     config = json.loads((tmp_path/'config.json').read_text())
-    for field in ('quantizer', 'quantizer_options', 'positions', 'class_token', 'layer_scale', 'multipliers', 'z_channels'): del config['cfg'][field]
+    for field in ('quantizer', 'quantizer_options', 'positions', 'class_token', 'layer_scale', 'multipliers', 'z_channels'):
+        del config['cfg'][field]
     del config['spec']['ids_shape']
     (tmp_path/'config.json').write_text(json.dumps(config))
     back = Tokenizer.load(tmp_path)
@@ -93,7 +94,8 @@ def test_files_of_earlier_versions_load(tmp_path):
     (dict(kind='taming'), '5 multipliers need patch 16 and latents 0, got patch 4'),
     (dict(latents=-1), 'latents must be >= 0, got -1'),
     *((dict(quantizer=q, codebook_size=0), f'{q} needs a codebook_size') for q in ('pq', 'rq', 'msrq', 'lfq', 'bsq', 'fsq')),
-    *(({name: 0}, f'{name} must be at least 1, got 0') for name in ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')),
+    *(({name: 0}, f'{name} must be at least 1, got 0') for name in
+      ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')),
     (dict(quantizer='lfq', codebook_size=500), 'signs make a power of 2 of codes, got 500'),
 ])
 def test_a_bad_configuration_is_one_clear_line(fields, said):
@@ -104,7 +106,8 @@ def test_a_bad_configuration_is_one_clear_line(fields, said):
 @pytest.mark.parametrize('quantizer,dim', [('lfq', 9), ('bsq', 9), ('fsq', 3)])
 def test_quantizers_that_choose_their_channels_say_so_in_the_configuration(quantizer, dim, tmp_path):
     tok = make_tokenizer('tiny', quantizer=quantizer)
-    assert tok.cfg.code_dim == dim == tok.spec.shape[1] and tok.fingerprint == make_tokenizer('tiny', quantizer=quantizer, code_dim=dim).fingerprint
+    assert tok.cfg.code_dim == dim == tok.spec.shape[1]
+    assert tok.fingerprint == make_tokenizer('tiny', quantizer=quantizer, code_dim=dim).fingerprint
     tok.save(tmp_path)
     config = json.loads((tmp_path/'config.json').read_text())
     config['cfg']['code_dim'] = 16                                                  # as files of earlier versions say
