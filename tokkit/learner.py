@@ -48,7 +48,8 @@ class EpochCosine:
     delay:int = 0        # epochs before the clock starts
     def __post_init__(self):
         if not 0 <= self.delay < self.epochs or self.warmup < 0:
-            raise ValueError(f"expected 0 <= delay < epochs and warmup >= 0, got delay {self.delay}, epochs {self.epochs}, warmup {self.warmup}")
+            raise ValueError("expected 0 <= delay < epochs and warmup >= 0, "
+                             f"got delay {self.delay}, epochs {self.epochs}, warmup {self.warmup}")
     def __call__(self, done:float) -> float:
         e = int(done*self.epochs+1e-6)-self.delay
         if e < max(self.warmup, 0) or e < 0: return self.start+(1-self.start)*max(e, 0)/max(self.warmup, 1)
@@ -182,7 +183,8 @@ class Learner:
         outs = [self._backward(phase, part) for self.part,part in enumerate(_parts(self.batch, self.accumulate))]
         weights = [p for g in optimizer.param_groups for p in g['params']]
         self._average(weights)
-        if phase.clip and not torch.isfinite(nn.utils.clip_grad_norm_(weights, phase.clip)): self._stop('gradient', 'not finite', self.batch)
+        if phase.clip and not torch.isfinite(nn.utils.clip_grad_norm_(weights, phase.clip)):
+            self._stop('gradient', 'not finite', self.batch)
         optimizer.step(); optimizer.zero_grad()
         self.log |= {k:v for k,v in _mean(outs).items() if k not in self.log or k != 'loss'}
 

@@ -80,8 +80,8 @@ class ImageTraining:
             raise ValueError(f"accumulate must divide batch, got {self.accumulate} parts of {self.batch} images")
         if not self.reconstruction and (not self.perceptual or self.perceptual_every > 1) and not self.semantic:
             if self.adaptive or self.adversarial_start or not self.adversarial:
-                raise ValueError("without pixels there must be something to learn from at every step: perceptual_every=1, a semantic weight, "
-                                 "or adversarial_start=0 with adaptive=False")
+                raise ValueError("without pixels there must be something to learn from at every step: "
+                                 "perceptual_every=1, a semantic weight, or adversarial_start=0 with adaptive=False")
 
 def _check_optimiser(cfg):
     "Raise one line about what no optimiser can use"
@@ -92,7 +92,8 @@ def _check_optimiser(cfg):
 
 _WEIGHTS = 'reconstruction', 'perceptual', 'semantic', 'adversarial', 'lecam'
 _CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'), semantic_kind=('class','patch'),
-                perceptual_kind=tuple(PERCEPTUAL), adversarial_kind=tuple(ADVERSARIAL), critic=tuple(CRITICS), reconstruction_kind=('l2','l1'))
+                perceptual_kind=tuple(PERCEPTUAL), adversarial_kind=tuple(ADVERSARIAL), critic=tuple(CRITICS),
+                reconstruction_kind=('l2','l1'))
 
 def _schedule(cfg:ImageTraining) -> Callable:
     return dict(cosine=WarmupCosine(), epoch=EpochCosine(cfg.epochs), constant=constant)[cfg.schedule]
