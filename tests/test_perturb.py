@@ -164,6 +164,13 @@ def test_blocks(rows, columns, alpha, seed):
     assert all(label(h.view(rows, columns).numpy())[1] <= 1 for h in hit)
 
 
+def test_blocks_of_every_size():
+    "Exact counts do not hang on rounding"
+    for rows,columns in ((1, 9), (3, 7), (7, 3), (8, 8), (13, 5)):
+        for count in range(rows*columns+1):
+            assert (choose_blocks(4, [(rows, columns)], count/(rows*columns), make_rng(count)).sum(1) == count).all(), (rows, columns, count)
+
+
 @pytest.mark.parametrize('include_self,expected', [(True, .75*.8), (False, .8)])
 def test_measured_rate(include_self, expected):
     ids = torch.randint(K, (4000, 10), generator=make_rng(1)); _,codebook = setting(2)

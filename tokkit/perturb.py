@@ -69,9 +69,9 @@ def choose_blocks(
 def _block(u, rows, columns, count):
     "Blocks of `count` cells: u (3 b) decides shape, top and left"
     if not count: return torch.zeros(u.shape[1], rows*columns, dtype=torch.bool)
-    tall = (count*4**(u[0]-.5)).sqrt().round().clamp(-(-count//columns), min(rows, count))
-    width = (count/tall).ceil(); tall = (count/width).ceil()
-    top,left = ((v*(most-size+1)).floor().clamp(max=most-size) for v,most,size in ((u[1], rows, tall), (u[2], columns, width)))
+    tall = (count*4**(u[0]-.5)).sqrt().round().long().clamp(-(-count//columns), min(rows, count))
+    width = (count+tall-1)//tall; tall = (count+width-1)//width
+    top,left = ((v*(most-size+1)).long().minimum(most-size) for v,most,size in ((u[1], rows, tall), (u[2], columns, width)))
     r,c = torch.arange(rows)[None,:,None]-top[:,None,None],torch.arange(columns)[None,None]-left[:,None,None]
     width = width[:,None,None]
     return ((r >= 0)&(c >= 0)&(c < width)&(r*width+c < count)).flatten(1)
