@@ -10,6 +10,7 @@ __all__ = ['nearest_codes', 'check_delta', 'code_neighbours', 'to_digits', 'from
 import itertools, math
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -38,10 +39,21 @@ def nearest_codes(
 
 def _largest(closeness, m):
     "Columns of the `m` largest entries a row; only rows with equal entries pay for a stable sort"
+    if closeness.device.type == 'cpu' and closeness.shape[1] >= max(4096, 4*m):
+        found = _divided(closeness, m)
+        if found is not None: return found
     value,column = closeness.topk(min(m+1, closeness.shape[1]))
     tied = (value[:,1:] == value[:,:-1]).any(1)
     if tied.any(): column[tied] = closeness[tied].argsort(dim=1, descending=True, stable=True)[:,:column.shape[1]]
     return column[:,:m]
+
+def _divided(closeness, m):
+    "The same for long rows, by dividing each at its m-th largest entry and sorting the larger part; None where that entry is there twice"
+    value,k = closeness.numpy(),closeness.shape[1]
+    keep = value >= np.partition(value, k-m, axis=1)[:,k-m,None]
+    if np.count_nonzero(keep) > m*len(value): return None
+    column = torch.from_numpy(np.flatnonzero(keep)%k).view(-1, m)                # ascending, so equal entries stay in order
+    return column.gather(1, closeness.gather(1, column).sort(dim=1, descending=True, stable=True).indices)
 
 # %% ../nbs/09_neighbours.ipynb #461d8b17
 def check_delta(
@@ -65,7 +77,7 @@ def code_neighbours(
     k = len(codebook)
     check_delta(delta, k, include_self)
     around,back = ids.unique(return_inverse=True)
-    near = nearest_codes(codebook[around], codebook, min(delta+1, k))
+    near = nearest_codes(codebook[around], codebook, min(delta+1, k), chunk=2**20)      # rows that fit in the cache
     mine = near == around[:,None]
     mine[~mine.any(1), -1] = True                       # equal codes crowded it out: the last one goes
     others = near[~mine].view(len(around), -1)
