@@ -78,9 +78,9 @@ def test_search(opened):
     page.locator('.smalldocs-search input').first.fill('neighbour')
     page.wait_for_selector('.search-result')
     found = page.eval_on_selector_all('.search-result', 'es => es.map(e => e.getAttribute("href"))')
-    assert any('perturb.html' in f for f in found), found
-    page.locator('.search-result', has_text='perturb').first.click()
-    page.wait_for_url('**/perturb.html*')
+    assert any('neighbours.html' in f for f in found), found
+    page.locator('.search-result', has_text='neighbours').first.click()
+    page.wait_for_url('**/neighbours.html*')
 
 
 def test_links_between_names(site):
