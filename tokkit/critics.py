@@ -55,7 +55,7 @@ def blur_schedule(
     start:int,     # step at which the critic comes in
     steps:int = 0, # steps over which the blur fades after `start`; negative: never any blur
 ) -> float:        # `fade`, in [0,1]
-    "How strongly to blur at a step of the released code: fully before the start, then linearly less; `tokkit.train` has its own"
+    "How strongly to blur at a step: fully before the start, then linearly less"
     if steps < 0: return 0.
     fade = 1-min(1, max(0, step-start)/(steps+1))
     return fade if fade >= 1e-6 else 0.

@@ -9,7 +9,7 @@ __all__ = ['DEMOS', 'KINDS', 'STAGES', 'DemoCfg', 'demo_cfg', 'Demo', 'split_ima
 # %% ../nbs/65_demo.ipynb #17a2659e
 import math, sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .autoregressive import ARCfg, ARGenerator
-from .core import default_device, make_rng, read_json, tensors_hash, write_json
+from .core import changed, default_device, make_rng, read_json, tensors_hash, write_json
 from .data import ImageSet, TokenCache, from_uint8, load_images, loader, to_uint8
 from .evaluate import Card, evaluate_generator, pfid, rfid
 from .features import get_extractor
@@ -94,10 +94,7 @@ def demo_cfg(
 ) -> DemoCfg:
     "A preset with some settings changed"
     if preset not in DEMOS: raise ValueError(f"preset must be one of {', '.join(DEMOS)}, got {preset!r}")
-    known = [f.name for f in fields(DemoCfg)]
-    unknown = set(overrides)-set(known)
-    if unknown: raise ValueError(f"the demo has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-    return replace(DEMOS[preset], **{k:v for k,v in overrides.items() if v is not None})
+    return changed(DEMOS[preset], 'the demo has no setting', **{k:v for k,v in overrides.items() if v is not None})
 
 # %% ../nbs/65_demo.ipynb #a5a661c5
 KINDS = 'plain', 'perturbed'                   # how a tokenizer was trained

@@ -24,7 +24,7 @@ from .features import CHUNK, FeatureExtractor, chunks, default_extractor, extrac
 from .metrics import FeatureStats, bootstrap_frechet, bootstrap_weights, frechet_distance, precision_recall, psnr, weighted_stats
 from .neighbours import NeighbourTable
 from .perturb import effective_rate, perturb_codes, perturb_latents
-from .quantize import Quantizer, VectorQuantizer
+from .quantize import Quantizer
 
 # %% ../nbs/32_evaluate.ipynb #591696c9
 @dataclass(frozen=True)
@@ -267,9 +267,9 @@ def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
     return cells
 
 def _codes(tok) -> Tensor|Quantizer:
-    "Who knows the neighbours of codes, on the CPU where the ids are: the codebook, or a quantizer with more to it"
+    "Who knows the neighbours of codes, on the CPU where the ids are: the quantizer, or a foreign tokenizer's codebook"
     q = getattr(tok, 'quantizer', None)
-    return copy.deepcopy(q).cpu() if isinstance(q, Quantizer) and not isinstance(q, VectorQuantizer) else tok.codebook.detach().cpu()
+    return copy.deepcopy(q).cpu() if isinstance(q, Quantizer) else tok.codebook.detach().cpu()
 
 def _perturbed(tok, codes, clean, dose, table, kind, seed, how) -> tuple[Tensor,float|None]:
     "Perturbed ids or latents of all images, and the rate at which tokens really changed"

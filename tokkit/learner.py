@@ -192,7 +192,9 @@ class Learner:
         with self.accelerator.autocast(): out = phase.step(self, batch)
         bad = (~torch.isfinite(out['loss'].detach())).float()
         if self.accelerator.num_processes > 1: dist.all_reduce(bad)              # one that stops must not leave the others waiting
-        if bad: self._stop('loss', out['loss'].item(), batch)
+        if bad:
+            loss = out['loss'].item()
+            self._stop('loss', 'not finite on another process' if math.isfinite(loss) else loss, batch)
         self.accelerator.backward(out['loss']/self.accumulate)
         return {k:v.detach() if isinstance(v, Tensor) else v for k,v in out.items()}
 

@@ -9,7 +9,7 @@ __all__ = ['BACKBONES', 'TOKENIZERS', 'TokenizerCfg', 'LatentViT', 'ViTEncoder',
 
 # %% ../nbs/12_tokenizer.ipynb #bf409548
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import LatentSpec, load_model, save_model, stable_hash, tensors_hash, to_plain
+from .core import LatentSpec, changed, load_model, save_model, stable_hash, tensors_hash, to_plain
 from .layers import (Down, DownFar, MapAttention, PatchEmbed, PixelHead, ResBlock, Up, ViT, group_norm, sincos_pos,
                            transformer)
 from .quantize import QUANTIZERS, Quantized, Quantizer, make_quantizer, quantizer_options
@@ -414,12 +414,10 @@ def make_tokenizer(
     if isinstance(cfg, str):
         if cfg not in TOKENIZERS: raise ValueError(f"no tokenizer preset {cfg!r}; there are {', '.join(TOKENIZERS)}")
         cfg = TOKENIZERS[cfg]
-    known = [f.name for f in fields(TokenizerCfg)]
-    unknown = set(overrides)-set(known)
-    if unknown: raise ValueError(f"TokenizerCfg has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    cfg = changed(cfg, 'TokenizerCfg has no', **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Tokenizer(replace(cfg, **overrides))
+        return Tokenizer(cfg)
 
 # %% ../nbs/12_tokenizer.ipynb #caf4de9c
 def _tokenizer_from(config:dict) -> Tokenizer:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from .core import check_range, stable_hash, tensors_hash
 from .data import loader
 from .generator import LatentGenerator
-from .critics import DiffAug
+from .critics import DiffAug, blur_schedule
 from .learner import (EMA, Callback, Checkpoint, EpochCosine, EveryEpoch, Learner, Log, Phase, WarmupCosine, constant,
                             history_frame)
 from .losses import (ADVERSARIAL, CRITICS, PERCEPTUAL, LeCAM, SemanticLoss, adaptive_weight, make_critic, perceptual_loss,
@@ -164,7 +164,8 @@ class ImageLoss(Callback):
     def _scores(self, learner, x, who):
         "What the critic says of images, blurred and augmented as the moment asks"
         c = self.cfg
-        fade = min(1., max(0., 1-(learner.done-c.adversarial_start)/c.critic_blur)) if c.critic_blur else 0.
+        start,steps = (round(part*learner.total) for part in (c.adversarial_start, c.critic_blur))
+        fade = blur_schedule(learner.step, start, steps) if c.critic_blur else 0.
         if fade or c.critic_augment: x = self.augment(x, learner.own_rng('augment', who), fade)
         return self.critic(x, learner.own_rng('crop', who)).float()
 
