@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
-from .core import atomic_path, bar, check_range, default_device, make_rng
+from .core import atomic_path, bar, check_range, default_device, make_rng, process_mean
 
 # %% ../nbs/50_learner.ipynb #47433912
 @dataclass(frozen=True)
@@ -203,8 +203,7 @@ class Learner:
         grads = [w.grad for w in weights if w.grad is not None]
         if self.accelerator.num_processes == 1 or not grads: return
         flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat); flat /= self.accelerator.num_processes
-        for g,mean in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
+        for g,mean in zip(grads, process_mean(flat).split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
 
     def _stop(self, what, value, batch):
         "Keep the batch, then say where it happened"
@@ -240,7 +239,7 @@ class Log(Callback):
         mean = {k:float(torch.tensor([float(r[k]) for r in self.rows if k in r], dtype=torch.float64).mean()) for k in keys}
         if learner.accelerator.num_processes > 1 and mean:
             every = torch.tensor(list(mean.values()), dtype=torch.float32, device=learner.device)
-            dist.all_reduce(every); mean = dict(zip(mean, (every/learner.accelerator.num_processes).tolist()))
+            mean = dict(zip(mean, process_mean(every).tolist()))
         learner.history.append(dict(epoch=learner.epoch, step=learner.step)|mean)
 
 class EveryEpoch(Callback):

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from .core import read_tensors
+from .core import process_mean, read_tensors
 from .critics import DinoCritic, FeatureCritic, Frozen, PatchGAN, blur_fade
 from .features import IMAGENET_MEAN, IMAGENET_STD, efficientnet_taps
 from .layers import ViT, load_vit
@@ -238,14 +238,7 @@ def vanilla_g(
 
 ADVERSARIAL = {'hinge': (hinge_d, hinge_g), 'non-saturating': (logistic_d, non_saturating_g), 'vanilla': (logistic_d, vanilla_g)}
 
-# %% ../nbs/51_losses.ipynb #7c595df7
-def _mean_over_processes(*tensors:Tensor) -> list[Tensor]:
-    "Means over all processes; with one, the tensors themselves"
-    if not (dist.is_initialized() and dist.get_world_size() > 1): return list(tensors)
-    tensors = [t.detach().clone() for t in tensors]
-    for t in tensors: dist.all_reduce(t)
-    return [t/dist.get_world_size() for t in tensors]
-
+# %% ../nbs/51_losses.ipynb #a7609dd4
 def adaptive_weight(
     recon:Tensor,      # reconstruction and perceptual loss
     adversarial:Tensor, # decoder's adversarial loss
@@ -255,7 +248,7 @@ def adaptive_weight(
 ) -> Tensor:
     "Weight that gives both losses the same pull on the last layer"
     grads = [torch.autograd.grad(l, last, retain_graph=True)[0] for l in (recon, adversarial)]
-    r,a = (g.norm() for g in (_mean_over_processes(*grads) if synchronize else grads))
+    r,a = (g.norm() for g in (map(process_mean, grads) if synchronize else grads))
     return (r/(a+1e-4)).clamp(0, most).detach()
 
 # %% ../nbs/51_losses.ipynb #f9d906d1
@@ -268,6 +261,6 @@ class LeCAM(nn.Module):
     def forward(self, real:Tensor, fake:Tensor) -> Tensor:
         real,fake = real.float(),fake.float()
         with torch.no_grad():
-            r,f = _mean_over_processes(real.mean(), fake.mean())
+            r,f = process_mean(real.mean()),process_mean(fake.mean())
             self.real.lerp_(r.to(self.real), 1-self.decay); self.fake.lerp_(f.to(self.fake), 1-self.decay)
         return F.relu(real-self.fake).square().mean()+F.relu(self.real-fake).square().mean()

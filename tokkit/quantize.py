@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import check_range
+from .core import check_range, process_mean
 from .neighbours import (code_neighbours, codebook_usage, from_digits, kmeans_centres, lattice_levels, lattice_neighbours,
                                nearest_codes, to_digits)
 
@@ -390,7 +390,8 @@ class LookupFreeQuantizer(Quantizer):
             out = g.new_ones(len(g), 1)
             for b in g.unbind(1): out = torch.cat([out*(1-b)[:,None], out*b[:,None]], 1)               # first bit fastest
             return out                                                                                 # (m 2**bits)
-        means = [_process_mean(spell(g[:,:(h:=g.shape[1]//2)]).T@spell(g[:,h:])/len(g)) for g in p.split(self.joint, 1)]
+        means = [spell(g[:,:(h:=g.shape[1]//2)]).T@spell(g[:,h:])/len(g) for g in p.split(self.joint, 1)]
+        means = [straight_through(m, process_mean(m)) for m in means]     # values of all processes' latents, gradients as one would have
         return (F.softplus(logits)-logits*p).sum(1).mean(), sum(torch.special.entr(m.clamp_min(1e-20)).sum() for m in means)
 
     def snap(self, z):
@@ -398,11 +399,6 @@ class LookupFreeQuantizer(Quantizer):
         sure,spread = self.entropies(zh) if self.entropy else (0., 0.)
         return Quantized(straight_through(zh, zq), ids, z.new_zeros(()), self.commitment*F.mse_loss(zh, zq),
                          self.entropy*(sure-self.diversity*spread))
-
-def _process_mean(p):       # averaged over the processes, gradients are those of one process with all the latents
-    if not _processes(): return p
-    total = p.detach().clone(); dist.all_reduce(total)
-    return straight_through(p, total/dist.get_world_size())
 
 # %% ../nbs/10_quantize.ipynb #04f4d826
 class FiniteScalarQuantizer(Quantizer):
