@@ -106,8 +106,8 @@ class MaskedGenerator(LatentGenerator):
 # %% ../nbs/43_masked.ipynb #88e85c1e
 def masked_losses(
     generator:MaskedGenerator,          # in train mode
-    latents:Int[Tensor, "b *shape"],    # real ids
-    labels:Int[Tensor, "b"],            # 0..classes-1
+    latents:Tensor,                     # real ids (b *shape)
+    labels:Tensor,                      # (b), 0..classes-1
     rng:torch.Generator|None = None,    # of masks and left-out labels
 ) -> dict[str, Tensor]:
     "Mean cross-entropy of the hidden entries, in nats, and the fraction that is guessed right"
@@ -137,7 +137,7 @@ def unmask_plan(
 @torch.no_grad()
 def sample_masked(
     generator:MaskedGenerator,              # in eval mode
-    labels:Int[Tensor, "b"],                # 0..classes-1
+    labels:Tensor,                          # (b), 0..classes-1
     guidance:float|Guidance = 1.,           # over the steps
     temperature:float = 1.,                 # of the codes, > 0, after guidance
     top_k:int|None = None,                  # only the best so many codes
