@@ -257,13 +257,13 @@ class ARSampler:
 @torch.no_grad()
 def sample_ar(
     generator:ARGenerator,             # in eval mode
-    labels:Int[Tensor, "b"],           # 0..classes-1
+    labels:Tensor,                     # (b), 0..classes-1
     guidance:float|Guidance = 1.,      # largest scale; 1 = none, 0 = conditional only
     temperature:float = 1.,            # > 0, after guidance
     top_k:int|None = None,             # only the best so many codes
     top_p:float|None = None,           # only the best codes that together have this probability
     keep:tuple[Tensor, float]|None = None, # (real ids, sigma in 0..1)
-    rng:torch.Generator|Int[Tensor, "b"]|None = None, # all draws; or one seed a row
+    rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
     callback:Callable|None = None,     # gets dict(i, steps, latents, known, logits, position) after every step
     sampler:Callable = ARSampler,      # makes the steps
 ) -> Int[Tensor, "b *n"]:
