@@ -44,7 +44,7 @@ def path_at(
 
 # %% ../nbs/44_flow.ipynb #9b5ae55c
 PREDICTIONS = 'velocity', 'noise', 'clean'
-SMALLEST = .01  # signal or noise that is divided by at the ends of the path
+SMALLEST = .1, 1e-4  # signal and noise that are divided by at the ends of the path
 
 def convert(
     prediction:Float[Tensor, "b *n"],  # what is known
@@ -59,8 +59,8 @@ def convert(
     if given == 'velocity':
         det = a*ds-s*da
         return (ds*zt-s*prediction)/det if wanted == 'clean' else (a*prediction-da*zt)/det
-    clean = prediction if given == 'clean' else (zt-s*prediction)/a.clamp(min=SMALLEST)
-    noise = prediction if given == 'noise' else (zt-a*prediction)/s.clamp(min=SMALLEST)
+    clean = prediction if given == 'clean' else (zt-s*prediction)/a.clamp(min=SMALLEST[0])
+    noise = prediction if given == 'noise' else (zt-a*prediction)/s.clamp(min=SMALLEST[1])
     return dict(velocity=da*clean+ds*noise, noise=noise, clean=clean)[wanted]
 
 # %% ../nbs/44_flow.ipynb #68d8a950
