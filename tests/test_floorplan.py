@@ -21,7 +21,7 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'generator': (0,), 'fast': (0, 11, 40), 'autoregressive': (0, 11, 40), 'masked': (0, 11, 40), 'flow': (0, 11, 40),
     'generators': (0, 40, 42, 43, 44),
     # 5 training: the learner knows batches, not images
-    'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 40, 50, 51, 52),
+    'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 40, 50, 51, 52),
     # 6 study
     'sweep': (0, 32), 'runs': (0, 60), 'engine': (0, 61), 'shift': (0, 1, 10, 12, 20, 30, 31, 32, 40), 'demo': ANY,
     # 7 surfaces

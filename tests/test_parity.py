@@ -9,7 +9,7 @@ from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tokkit.generator import guidance_schedule
+from tokkit.generator import Guidance
 from tokkit.learner import ema_update
 from tokkit.perturb import OFFICIAL, Annealing, LatentPerturbation, perturb_codes
 from tokkit.quantize import VectorQuantizer, codebook_usage, nearest_codes
@@ -82,7 +82,7 @@ def test_guidance_schedule():
     r = np.load(GOLDEN/'cfg_schedule.npz')
     for (scale,power),*tables in zip(r['scale_pow'], r['cfg_L256'], r['cfg_L16']):
         for table in tables:
-            assert np.abs(guidance_schedule(float(scale), len(table), float(power)).numpy()-table).max() <= 1e-5
+            assert np.abs(Guidance(float(scale), float(power)).scales(len(table)).numpy()-table).max() <= 1e-5
 
 
 def test_annealing():

@@ -1,13 +1,13 @@
 "The main job, end to end, at its smallest size: `tokkit demo --preset smoke`, and again"
-import os, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
 
-def demo(out:Path, seconds:int) -> subprocess.CompletedProcess:
+def demo(out:Path, seconds:int, *more:str) -> subprocess.CompletedProcess:
     "Run the command as a user does, in a process of its own"
-    command = [Path(sys.executable).parent/'tokkit', 'demo', '--preset', 'smoke', '--out', out]
+    command = [Path(sys.executable).parent/'tokkit', 'demo', '--preset', 'smoke', '--out', out, *more]
     env = dict(os.environ, OMP_NUM_THREADS='1', TOKKIT_DEVICE='cpu')
     done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
@@ -38,3 +38,13 @@ def test_demo_reuses_what_is_finished(finished):
     demo(out, 300)
     assert {p: p.stat().st_mtime_ns for p in out.rglob('*.safetensors')} == before, "a finished stage was made again"
     assert time.monotonic()-start < 120, "a second call must reuse the finished stages"
+
+
+@pytest.mark.parametrize('generator', ['masked', 'flow'])
+def test_demo_with_another_generator(generator, tmp_path):
+    "The same story with tokens that are filled in, and with continuous latents"
+    small = dict(train_images=300, n=100, n_pfid=100, pairs=100, bootstrap=4)
+    done = demo(tmp_path/'out', 600, '--generator', generator, *[w for k,v in small.items() for w in ('-p', k, str(v))])
+    for metric in ('rFID', 'pFID', 'gFID'): assert metric in done.stdout, f"the table on the terminal lacks {metric}"
+    config = json.loads(next((tmp_path/'out'/'generator').glob('*/config.json')).read_text())
+    assert config['kind'] == f'{generator.capitalize()}Generator'

@@ -106,6 +106,7 @@ def _publish(folder:Path, out:Path) -> tuple[Path,Path]:
 
 def demo(
     preset:str = 'default',       # smoke (under 90 s), default (10 minutes on 2 cores) or full
+    generator:Literal['ar','rar','masked','flow'] = 'ar', # autoregressive in raster or random order, masked, or flow on continuous latents
     out:str = 'runs',             # folder for everything the demo makes
     device:str|None = None,       # cpu, cuda, cuda:1 or mps; the best there is when left out
     params:list = (),             # a parameter of the notebook e00_demo and its value; may be repeated
@@ -115,7 +116,8 @@ def demo(
     from tokkit.plots import cards_table
     from tokkit.runs import _writing, fit_params, fit_value, run_experiment, runs_root
     notebook, root, base = _checkout('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb', runs_root(out), demo_cfg(preset)
-    fit_params(notebook, given := dict(params, preset=preset))  # refuses unknown names
+    chosen = dict(generator=generator) if generator != base.generator else {}
+    fit_params(notebook, given := chosen|dict(params, preset=preset))  # refuses unknown names
     given = {k:fit_value(k, v, getattr(base, k, preset)) for k,v in given.items()}
     _use_device(device)
     with _writing(root): made = run_stages(demo_cfg(**given), root, device)
@@ -237,7 +239,7 @@ def posttrain(
     "Train a tokenizer's decoder on the latents its generator makes"
     from tokkit.core import atomic_dir, stable_hash
     from tokkit.data import load_images
-    from tokkit.demo import load_generator
+    from tokkit.generators import load_generator
     from tokkit.posttrain import latent_pairs, posttrain_decoder
     from tokkit.tokenizer import Tokenizer
     from tokkit.train import ImageTraining

@@ -33,9 +33,10 @@ class WarmupCosine:
     "Linear warm-up, then a cosine down to a final fraction of the learning rate"
     warmup:float = .05  # fraction of training spent warming up
     final:float = .05   # fraction of the learning rate left at the end
+    least:float = 1e-3  # the first step counts as this much of training, so that it is not lost
     def __post_init__(self): check_range('warmup', self.warmup, 0, .99); check_range('final', self.final)
     def __call__(self, done:float) -> float:
-        if done < self.warmup: return max(done, 1e-3)/self.warmup
+        if done < self.warmup: return max(done, self.least)/self.warmup
         return self.final+(1-self.final)*(1+math.cos(math.pi*(done-self.warmup)/(1-self.warmup)))/2
 
 @dataclass(frozen=True)

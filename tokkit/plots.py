@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'STYLE', 'LABELS', 'SETTINGS', 'METRICS_FIRST', 'STAGES', 'house_style', 'hue_colors', 'pool',
-           'plot_dose', 'cells_frame', 'plot_heat', 'plot_curves', 'format_value', 'cards_rows', 'cards_table',
-           'plot_table', 'rank_interval', 'plot_scatter_rank']
+           'plot_dose', 'cells_frame', 'plot_heat', 'plot_surface', 'plot_curves', 'format_value', 'cards_rows',
+           'cards_table', 'plot_table', 'rank_interval', 'plot_scatter_rank']
 
 # %% ../nbs/70_plots.ipynb #4853ed02
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ STYLE = {
 LABELS = dict(
     alpha='rate α (fraction of tokens)', beta='proportion β (fraction of images)', delta='strength δ (nearest codes)',
     sigma='preservation σ (fraction of tokens)', epoch='epoch', step='step (batches)', K='codebook size K (codes)',
-    guidance='guidance scale', temperature='temperature', seconds='time (s)', loss='loss', lr='learning rate')
+    strength='strength of the noise (standard deviations)', guidance='guidance scale', temperature='temperature', seconds='time (s)', loss='loss', lr='learning rate')
 
 def house_style() -> AbstractContextManager:
     "A context in which matplotlib draws in the house style"
@@ -162,14 +162,39 @@ def plot_heat(
     with house_style():
         fig, axes = _panels(len(names), width=3., height=3.3)
         for ax,name in zip(axes, names):
-            grid = points[points[panel]==name].pivot(index=y, columns=x, values=['value', 'se']).sort_index(ascending=False)
-            shown = grid.value.map(lambda v: f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}')
-            text = shown + grid.se.map(lambda s: f'\n±{s:.2g}' if np.isfinite(s) else '')
-            sns.heatmap(grid.value, annot=text, fmt='', cmap='crest', vmin=lo, vmax=hi, linewidths=1.5, cbar=False, ax=ax,
-                        annot_kws=dict(fontsize=9))
+            _cells(ax, points[points[panel]==name], x, y, vmin=lo, vmax=hi)
             ax.set(title=name, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')
-            ax.tick_params(length=0, labelrotation=0)
         fig.colorbar(axes[0].collections[0], ax=axes, label=label, aspect=30, pad=.02).outline.set_visible(False)
+        _note(fig, rows.drop(columns='se', errors='ignore'))
+    return fig
+
+def _cells(ax:Axes, points:pd.DataFrame, x:str, y:str, **colors):
+    "A grid of numbers with their standard errors, coloured"
+    grid = points.pivot(index=y, columns=x, values=['value', 'se']).sort_index(ascending=False)
+    shown = grid.value.map(lambda v: f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}')
+    text = shown + grid.se.map(lambda s: f'\n±{s:.2g}' if np.isfinite(s) else '')
+    sns.heatmap(grid.value, annot=text, fmt='', linewidths=1.5, cbar=False, ax=ax, annot_kws=dict(fontsize=9), **dict(cmap='crest')|colors)
+    ax.tick_params(length=0, labelrotation=0)
+
+# %% ../nbs/70_plots.ipynb #db0ff547
+def plot_surface(
+    rows:pd.DataFrame,                # tidy rows: x, y, metric, value, se
+    x:str,                            # column along the horizontal, e.g. 'guidance'
+    y:str,                            # column along the vertical, largest on top, e.g. 'temperature'
+    metrics:Sequence[str]|None = None, # panels, in order; None for all there are
+) -> Figure:
+    "Metrics over a grid of two settings, the best cell of each framed"
+    metrics = list(metrics or rows.metric.unique())
+    points = pool(rows[rows.metric.isin(metrics)], ['metric', y, x])
+    with house_style():
+        fig, axes = _panels(len(metrics), width=3., height=3.3)
+        for ax,metric in zip(axes, metrics):
+            p = points[points.metric == metric]
+            _cells(ax, p, x, y)
+            best = p.loc[p.value.idxmin() if metric.endswith('FID') else p.value.idxmax()]
+            column,row = sorted(p[x].unique()).index(best[x]),sorted(p[y].unique(), reverse=True).index(best[y])
+            ax.add_patch(mpl.patches.Rectangle((column, row), 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=3, clip_on=False))
+            ax.set(title=metric, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig
 

@@ -97,13 +97,14 @@ def map_tiles(
 ) -> UInt8[np.ndarray, "b s t 3"]:
     "Token maps in given colours"
     b,n = framed.shape; rows,columns = grid or (-(-n//math.ceil(n**.5)), math.ceil(n**.5))
-    side = max(3, side//max(rows, columns))
-    cells = np.broadcast_to(ink[:,:,None,None], (b, n, side, side, 3)).copy()                     # (b n p p 3)
-    edge = np.ones((side, side), bool); edge[1:-2,1:-2] = False
+    cell = max(3, side//max(rows, columns))
+    cells = np.broadcast_to(ink[:,:,None,None], (b, n, cell, cell, 3)).copy()                     # (b n p p 3)
+    edge = np.ones((cell, cell), bool); edge[1:-2,1:-2] = False
     cells[framed.numpy()[:,:,None,None] & edge] = (25, 25, 25)
     cells[:,:,-1],cells[:,:,:,-1] = 255,255
     cells = np.pad(cells, ((0,0), (0, rows*columns-n), (0,0), (0,0), (0,0)), constant_values=255)
-    return cells.reshape(b, rows, columns, side, side, 3).swapaxes(2, 3).reshape(b, rows*side, columns*side, 3)
+    out = cells.reshape(b, rows, columns, cell, cell, 3).swapaxes(2, 3).reshape(b, rows*cell, columns*cell, 3)
+    return np.pad(out, ((0,0), *((0, max(0, side-k)) for k in out.shape[1:3]), (0,0)), constant_values=255)
 
 def chance_ink(
     chance:Float[Tensor, "b n"],         # probabilities, nan where there is none
@@ -341,8 +342,8 @@ def picture(self:SamplerStepper,
     top = compose(self.rows(m), [self.classes[y] for y in self.labels.tolist()], self.numbers(m) if footer else '')
     if m.t is not None or m.entry[i] < 0: return top
     codebook = self.tok.codebook
-    title = f"sample {i}, {self._where(int(m.entry[i]))}: the most probable codes, the drawn one framed"
-    below = chart(m.p[i], int(m.code[i]), code_colors(codebook if codebook.ndim == 2 else codebook[0]), title, width=max(top.width-126, 400))
+    title = f"sample {i}, {self._where(int(m.entry[i]))}: likeliest codes, the drawn one framed"
+    below = chart(m.p[i], int(m.code[i]), code_colors(codebook if codebook.ndim == 2 else codebook[0]), title, width=max(top.width-126, 440))
     out = Image.new('RGB', (max(top.width, 126+below.width), top.height+below.height+8), 'white')
     out.paste(top, (0, 0)); out.paste(below, (126, top.height+8))
     return out

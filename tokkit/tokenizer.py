@@ -359,6 +359,15 @@ class Tokenizer(nn.Module):
         "Encode, quantize, decode"
         return self.decode(self.quantize(self.encode(x)).zq)
 
+    def to_latents(self, x:Float[Tensor, "b c h w"]) -> Tensor:
+        "What a generator models: ids, or quantized latents where they are continuous"
+        q = self.quantize(self.encode(x))
+        return q.zq if q.ids is None else q.ids
+
+    def from_latents(self, latents:Tensor) -> Float[Tensor, "b c h w"]:
+        "Images of what a generator made, not clamped"
+        return self.decode(latents) if self.spec.codebook_size is None else self.detokenize(latents)
+
     @property
     def codebook(self) -> Float[Tensor, "*l k d"]|None:
         "Codes as the decoder meets them, (l k d) of several levels, or None for continuous latents"
