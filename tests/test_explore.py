@@ -21,8 +21,9 @@ def lab(tmp_path_factory, browser):
     shutil.copytree(ROOT/'nbs'/'explore', home/'explore')
     for notebook in (home/'explore').glob('*.ipynb'):                   # what is tested is the explorer: a tokenizer of seconds will do
         text = notebook.read_text(encoding='utf-8')
-        assert "demo_tokenizer('default'" in text, f"{notebook.name} opens with another tokenizer: say here how it is made small"
-        notebook.write_text(text.replace("demo_tokenizer('default'", "demo_tokenizer('smoke'"), encoding='utf-8')
+        small = text.replace("demo_tokenizer('default'", "demo_tokenizer('smoke'").replace("demo_cfg('default'", "demo_cfg('smoke'")
+        assert small != text, f"{notebook.name} opens with another tokenizer: say here how it is made small"
+        notebook.write_text(small, encoding='utf-8')
     folders = {k: str(home/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR', 'JUPYTERLAB_WORKSPACES_DIR')}
     env = dict(os.environ, **folders, JUPYTERLAB_SETTINGS_DIR=str(home/'settings'), JUPYTER_TOKEN=token, PYTHONPATH=str(ROOT),
                OMP_NUM_THREADS='1', TOKKIT_RUNS=str(home/'runs'))
@@ -83,4 +84,29 @@ def test_dose_slider(lab):
     page.locator('.widget-checkbox input').click()                      # without itself that is one too many
     line = changes(page, LINE, line)
     assert line.startswith('not possible: delta must be') and page.evaluate(PICTURE) == picture
+    assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').count(), "a traceback or warning in the notebook"
+
+
+def test_sampler_stepper(lab):
+    page = lab('x5_sampler_stepper.ipynb')
+    page.locator('img.widget-image').wait_for(timeout=400_000)
+    assert page.evaluate("document.querySelector('img.widget-image').naturalWidth") > 500
+    picture, line = page.evaluate(PICTURE), page.evaluate(LINE)
+    assert line.startswith('step 1 of 49 · sample 0: row 0, column 0: code') and 'of 512, probability' in line
+
+    def handle(name): return page.locator('.widget-inline-hbox').filter(has_text=name).locator('.noUi-handle')
+    handle('step').last.focus(); page.keyboard.press('ArrowRight')         # 'steps' comes first, and is of no use here
+    picture, line = changes(page, PICTURE, picture), changes(page, LINE, line)
+    assert line.startswith('step 2 of 49 · sample 0: row 0, column 1: code')
+
+    handle('guidance').focus(); page.keyboard.press('ArrowRight')          # samples anew
+    picture, line = changes(page, PICTURE, picture), changes(page, LINE, line)
+    handle('chart of').focus(); page.keyboard.press('ArrowRight')
+    picture, line = changes(page, PICTURE, picture), changes(page, LINE, line)
+    assert line.startswith('step 2 of 49 · sample 1')
+
+    handle('keep').focus(); page.keyboard.press('End')                     # all codes are real ones
+    picture = changes(page, PICTURE, picture)
+    page.locator('.widget-play button').first.click()                      # it plays by itself
+    page.wait_for_function(f"() => Number({LINE}.split(' ')[1]) > 4", timeout=60_000)
     assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').count(), "a traceback or warning in the notebook"
