@@ -114,7 +114,7 @@ def test_samplers_report_every_step():
 @pytest.mark.parametrize('predict', PREDICTIONS)
 def test_a_small_network_learns_a_mixture(path, predict):
     rng = make_rng(0, path, predict)
-    gen = make(0, n=1, dim=2, classes=3, width=32, depth=2, heads=2, mean=.3, std=1.7, path=path, predict=predict, times='uniform')
+    gen = make(0, n=1, dim=2, classes=3, width=32, depth=2, heads=2, mean=.3, std=1.7, path=path, predict=predict)
     def blobs(b):
         y = torch.multinomial(SHARE, b, True, generator=rng)
         return (MEANS[y].float()+WIDTH*torch.randn(b, 2, generator=rng))[:,None], y
@@ -124,7 +124,7 @@ def test_a_small_network_learns_a_mixture(path, predict):
         loss = gen.losses(*blobs(256), rng)['loss']
         optimiser.zero_grad(); loss.backward(); optimiser.step()
     y = torch.arange(3).repeat(200)
-    for method in METHODS if predict != 'noise' else ('sde',):               # from predicted noise, the first step divides by little
+    for method in METHODS:
         z = gen.sample(y, rng=make_rng(1), steps=24, method=method)[:,0]
         for k in range(3):
             assert (z[y == k].mean(0)-MEANS[k]).abs().max() < .3, (method, k, z[y == k].mean(0))
@@ -139,12 +139,21 @@ def test_losses():
     out['loss'].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in gen.parameters())
 
-def test_an_untrained_network_starts_at_the_plain_loss():
-    "Its output is zero: the loss is the variance of what it shall predict"
-    torch.manual_seed(0); y = torch.arange(5000)%5
-    for predict, variance in dict(velocity=2., noise=1., clean=1.).items():
-        gen = FlowGenerator(FlowCfg(n=6, dim=4, classes=5, width=32, depth=1, mean=-.4, std=1.7, predict=predict))
-        assert abs(gen.loss(latents(5000), y, make_rng(0)).item()-variance) < .05
+@pytest.mark.parametrize('path', PATHS)
+def test_an_untrained_network_is_the_best_line(path):
+    "Its output is zero, and what is left of the loss is what no line can say: the variance times det^2/q^2, s^2/q^2, a^2/q^2"
+    t, y = draw_times(5000, 'uniform', make_rng(1)), torch.arange(5000)%5
+    a, s, da, ds = path_at(t, path)
+    left = dict(velocity=(a*ds-s*da)**2, noise=a**2, clean=s**2)
+    for predict, share in left.items():
+        torch.manual_seed(0)
+        gen = FlowGenerator(FlowCfg(n=6, dim=4, classes=5, width=32, depth=1, mean=-.4, std=1.7, path=path, predict=predict, times='uniform'))
+        assert abs(gen.loss(latents(5000), y, make_rng(0)).item()/(share/(a**2+s**2)).mean().item()-1) < .03
+
+def test_positions_start_on_a_grid_or_a_line():
+    for n, width in ((6, 32), (9, 32), (9, 34)):
+        pos = FlowGenerator(FlowCfg(n=n, width=width, heads=2)).pos
+        assert pos.shape == (n, width) and (torch.cdist(pos, pos)+torch.eye(n)*9).min() > .1
 
 @pytest.mark.parametrize('method', METHODS)
 def test_batch_size_changes_nothing(method):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .core import check_range
 from .generator import Guidance, LatentGenerator, check_labels, check_latents, check_sampling, check_steps, drop_labels, guide, row_noise, row_seeds
-from .layers import ModulatedBlock, modulate
+from .layers import ModulatedBlock, modulate, sincos_pos
 
 # %% ../nbs/44_flow.ipynb #1f71f1b9
 class PathPoint(NamedTuple):
@@ -145,7 +145,7 @@ class FlowCfg:
     mean:float = 0.             # of the latents
     std:float = 1.              # of the latents
     path:str = 'linear'         # of `PATHS`
-    predict:str = 'velocity'    # of `PREDICTIONS`
+    predict:str = 'velocity'    # of `PREDICTIONS`: what the loss compares
     times:str = 'logit-normal'  # of `TIMES`
 
     def __post_init__(self):
@@ -160,13 +160,18 @@ def time_embedding(
     t:Float[Tensor, "b"],  # times in [0,1]
     dim:int = 256,         # channels, even
 ) -> Float[Tensor, "b d"]:
-    "Cosines and sines of a time, at frequencies from 1000 down to a tenth"
-    frequency = 1000*torch.exp(-math.log(10000)*torch.arange(dim//2, device=t.device)/(dim//2))
+    "Cosines and sines of a time, at frequencies from 100 down to a tenth"
+    frequency = 100*torch.exp(-math.log(1000)*torch.arange(dim//2, device=t.device)/(dim//2))
     angle = t.float()[:,None]*frequency                                          # (b d/2)
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 # %% ../nbs/44_flow.ipynb #ca633843
 METHODS = 'euler', 'heun', 'sde'
+
+def _places(n, width) -> Float[Tensor, "n w"]:
+    "Where positions start to learn from: a grid if `n` is a square number, else a line"
+    side = math.isqrt(n)
+    return F.pad(sincos_pos((side, side) if side**2 == n else (1, n), width//4*4), (0, width%4))
 
 class FlowGenerator(LatentGenerator):
     "A transformer that moves noise to latents"
@@ -174,7 +179,7 @@ class FlowGenerator(LatentGenerator):
         super().__init__()
         w = cfg.width
         self.cfg,self.shape,self.classes,self.label_dropout,self.codebook_size = cfg,(cfg.n, cfg.dim),cfg.classes,cfg.label_dropout,None
-        self.embed,self.pos = nn.Linear(cfg.dim, w),nn.Parameter(torch.randn(cfg.n, w)*.02)
+        self.embed,self.pos = nn.Linear(cfg.dim, w),nn.Parameter(_places(cfg.n, w))
         self.time,self.label = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w)),nn.Embedding(cfg.classes+1, w)
         self.blocks = nn.ModuleList([ModulatedBlock(w, cfg.heads, affine=False, dropout=cfg.dropout, ratio=cfg.ratio) for _ in range(cfg.depth)])
         self.norm = nn.LayerNorm(w, eps=1e-6, elementwise_affine=False)
@@ -183,12 +188,15 @@ class FlowGenerator(LatentGenerator):
         for layer in (self.final[1], self.head): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
 
     def forward(self, zt:Float[Tensor, "b n d"], t:Float[Tensor, "b"], labels:Int[Tensor, "b"]) -> Float[Tensor, "b n d"]:
-        "What `cfg.predict` says, for latents at unit scale; label `classes` is none"
-        c = (self.time(time_embedding(t).to(self.pos.dtype))+self.label(labels))[:,None]       # (b 1 w)
-        x = self.embed(zt.to(self.pos.dtype))+self.pos                                        # (b n w)
+        "Velocity of latents at unit scale; label `classes` is none"
+        a,s,da,ds = path_at(t.float()[:,None,None], self.cfg.path)                            # (b 1 1)
+        q,kind = (a*a+s*s).sqrt(),self.pos.dtype
+        c = (self.time(time_embedding(t).to(kind))+self.label(labels))[:,None]                 # (b 1 w)
+        x = self.embed((zt/q).to(kind))+self.pos                                              # (b n w)
         for block in self.blocks: x = block(x, block.modulation(c))
         shift,scale = self.final(c).chunk(2, -1)
-        return self.head(modulate(self.norm(x), shift, scale)).float()                        # (b n d)
+        rest = self.head(modulate(self.norm(x), shift, scale)).float()                        # (b n d)
+        return (da*a+ds*s)/q**2*zt+(a*ds-s*da)/q*rest
 
     def losses(self, latents, labels, rng=None, done=1.):
         check_labels(self, labels); check_latents(self, latents, len(labels))
@@ -199,9 +207,9 @@ class FlowGenerator(LatentGenerator):
         at = t[:,None,None]
         a,s,da,ds = path_at(at, c.path)
         zt = a*z+s*noise                                                                      # (b n d)
-        said = self(zt, t, labels)
-        loss = F.mse_loss(said, dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict])
-        return dict(loss=loss, clean_error=F.mse_loss(convert(said.detach(), c.predict, 'clean', zt, at, c.path), z))
+        v = self(zt, t, labels)
+        loss = F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path), dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict])
+        return dict(loss=loss, clean_error=F.mse_loss(convert(v.detach(), 'velocity', 'clean', zt, at, c.path), z))
 
     def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None,
                steps:int = 32, method:str = 'heun', churn:float = 1.):
@@ -219,13 +227,12 @@ class FlowGenerator(LatentGenerator):
 # %% ../nbs/44_flow.ipynb #e8d74dd1
 def _guided(generator, labels, scales, times) -> Callable:
     "The velocity with guidance, both predictions in one batch where it pulls"
-    c,both = generator.cfg,torch.cat([labels, torch.full_like(labels, generator.classes)])
+    both = torch.cat([labels, torch.full_like(labels, generator.classes)])
     scale = dict(zip(times.tolist(), scales.tolist()))
     def velocity(z, t):
         s = scale.get(t, 1.)
         x,y = (torch.cat([z, z]), both) if s != 1 else (z, labels)
-        at = torch.full((len(x),), t, device=z.device)
-        v = convert(generator(x, at, y), c.predict, 'velocity', x, at[:,None,None], c.path)
+        v = generator(x, torch.full((len(x),), t, device=z.device), y)
         return guide(*v.chunk(2), s) if s != 1 else v
     return velocity
 
