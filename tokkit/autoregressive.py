@@ -174,12 +174,16 @@ class ARGenerator(LatentGenerator):
         right = (scores.detach().argmax(-1) == target).sum()/latents.numel()
         return dict(loss=F.cross_entropy(scores.flatten(0,2).float(), target.flatten()), accuracy=right)
 
+    def sampler(self, labels:Int[Tensor, "b"], guided:bool) -> "ARSampler":
+        "The steps of one call of `sample`"
+        return ARSampler(self, labels, guided)
+
     def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None):
         return sample_ar(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback)
 
     def cache_bytes(self, rows:int) -> int:
         "Size of the keys and values of so many sequences, in bytes"
-        return 2*rows*self.cfg.depth*(self.prefix+self.steps-1)*self.cfg.width*self.lm_head.bias.element_size()
+        return 2*rows*self.cfg.depth*(self.prefix+self.steps-1)*self.cfg.width*self.embeddings.weight.element_size()
 
     @property
     def sample_bytes(self) -> int:
@@ -195,15 +199,21 @@ class ARSampler:
         guided:bool,                 # each image has an unconditional row too
     ):
         self.g,self.guided,self.b,c = generator,guided,len(labels),generator.cfg
-        labels = torch.cat([labels, torch.full_like(labels, c.classes)]) if guided else labels
-        self.kinds,self.rows = labels.unique(return_inverse=True)                # distinct labels; which of them a row has
-        like = generator.embeddings.weight
-        self.length = generator.prefix+generator.steps-1
-        self.caches = [KVCache(len(labels), c.heads, self.length, c.width//c.heads, like) for _ in generator.blocks]
+        like,rows = generator.embeddings.weight,len(labels)*(1+guided)
+        self.length,self.rows = generator.prefix+generator.steps-1,labels.new_empty(rows)
+        self.caches = [KVCache(rows, c.heads, self.length, c.width//c.heads, like) for _ in generator.blocks]
         places = torch.arange(generator.prefix, self.length+1, device=like.device)
         self.places = generator.pos_embed[0][places-1]                           # row s belongs to the token that enters step s
         if c.target_aware: self.places = self.places+generator.target_aware_pos_embed[0][places]
-        self.at,self.table,self.first = torch.arange(self.length, device=like.device),[],0
+        self.at = torch.arange(self.length, device=like.device)
+        self.relabel(labels)
+
+    def relabel(self, labels:Int[Tensor, "b"]):
+        "Begin again with other labels, as many as before; the tensors that `step` reads stay where they are"
+        if self.guided: labels = torch.cat([labels, torch.full_like(labels, self.g.classes)])
+        self.kinds,rows = labels.unique(return_inverse=True)                     # distinct labels; which of them a row has
+        self.rows.copy_(rows)
+        self.table,self.first = [],0
 
     def start(self) -> Float[Tensor, "r l k"]:
         "Class token and label, once a distinct label; the scores of the first step"
@@ -234,7 +244,7 @@ class ARSampler:
         frame:Int[Tensor, "b l"],                # what the last step set, as rows of the table
         place:Float[Tensor, "d"],                # of `places`
         modulations:list[Float[Tensor, "kinds _ d"]], # of `modulations`
-        at:Int[Tensor, "1"],                     # the new token's place in the caches
+        at:int|Int[Tensor, "1"],                 # the new token's place in the caches
         length:int,                              # places to attend to
         mask:Float[Tensor, "length"]|None = None, # 0 or -inf a place; needed when `length` is more than `at`+1
     ) -> Float[Tensor, "r l k"]:
@@ -251,7 +261,7 @@ class ARSampler:
         "The scores of step `s`, given what the step before set"
         if s == 0: return self.start()
         i = self.g.prefix+s-1
-        return self.step(frame, self.places[s], self.modulations(s), self.at[i:i+1], i+1)
+        return self.step(frame, self.places[s], self.modulations(s), i, i+1)
 
 # %% ../nbs/42_autoregressive.ipynb #bff533f1
 @torch.no_grad()
@@ -265,7 +275,6 @@ def sample_ar(
     keep:tuple[Tensor, float]|None = None, # (real ids, sigma in 0..1)
     rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
     callback:Callable|None = None,     # gets dict(i, steps, latents, known, logits, position) after every step
-    sampler:Callable = ARSampler,      # makes the steps
 ) -> Int[Tensor, "b *n"]:
     "Draw ids in raster order"
     g,b,device = generator,len(labels),labels.device
@@ -278,7 +287,7 @@ def sample_ar(
     there = delay(torch.ones(1, g.cfg.n, g.cfg.levels, dtype=torch.bool, device=device))[0]         # (s l) where a level has a code
     rows = torch.arange(g.cfg.levels, device=device)*g.codebook_size
     guided = any(s != 1 for s in scales)
-    steps,ids,frame,fine = sampler(g, labels, guided),torch.zeros_like(u, dtype=torch.long),None,[]
+    steps,ids,frame,fine = g.sampler(labels, guided),torch.zeros_like(u, dtype=torch.long),None,[]
     for s,scale in enumerate(scales):
         logits = steps(s, frame)                                                 # (r l k)
         if guided: logits = guide(logits[:b], logits[b:], scale) if scale != 1 else logits[:b]

@@ -48,9 +48,10 @@ class KVCache:
         self.n = end
         return self.k[:,:,:end], self.v[:,:,:end]
 
-    def put(self, at:Int[Tensor, "1"], k:Float[Tensor, "b h c"], v:Float[Tensor, "b h c"]):
-        "Write one token at a place that is a tensor, so that a graph of the step can be replayed at any place"
-        self.k.index_copy_(2, at, k[:,:,None]); self.v.index_copy_(2, at, v[:,:,None])
+    def put(self, at:int|Int[Tensor, "1"], k:Float[Tensor, "b h c"], v:Float[Tensor, "b h c"]):
+        "Write one token; where its place is a tensor, a graph of the step can be replayed at any place"
+        if isinstance(at, int): self.k[:,:,at],self.v[:,:,at] = k,v
+        else: self.k.index_copy_(2, at, k[:,:,None]); self.v.index_copy_(2, at, v[:,:,None])
 
     @property
     def bytes(self) -> int:
@@ -84,7 +85,7 @@ class Attention(nn.Module):
     def step(self,
         x:Float[Tensor, "b d"],                      # one new token a row
         cache:KVCache,                               # of the tokens before
-        at:Int[Tensor, "1"],                         # its place in the cache
+        at:int|Int[Tensor, "1"],                     # its place in the cache
         length:int,                                  # places to attend to, the first ones; at least `at`+1
         mask:Float[Tensor, "length"]|None = None,    # 0 or -inf a place; needed when `length` is more than `at`+1
     ) -> Float[Tensor, "b d"]:
@@ -102,7 +103,7 @@ def attend(
     if q.device.type != 'cpu': return F.scaled_dot_product_attention(q[:,:,None], k, v, None if mask is None else mask[None,None,None])[:,:,0]
     b,h,n,c = k.shape
     q,k,v = q.reshape(b*h, 1, c),k.flatten(0,1),v.flatten(0,1)                    # views of the cache
-    scores = torch.baddbmm(q.new_zeros(()) if mask is None else mask, q, k.mT, beta=float(mask is not None), alpha=c**-.5)
+    scores = torch.baddbmm(q.new_empty(()) if mask is None else mask, q, k.mT, beta=float(mask is not None), alpha=c**-.5)
     return torch.bmm(scores.softmax(-1), v).view(b, h, c)
 
 # %% ../nbs/11_layers.ipynb #8b60509a
@@ -145,7 +146,7 @@ class ViTBlock(nn.Module):
         x = x+self._branch(self.attn(self.norm1(x), cache), 0)
         return x+self._branch(self.mlp(self.norm2(x)), 1)
 
-    def step(self, x:Float[Tensor, "b d"], cache:KVCache, at:Int[Tensor, "1"], length:int, mask:Tensor|None = None) -> Float[Tensor, "b d"]:
+    def step(self, x:Float[Tensor, "b d"], cache:KVCache, at:int|Int[Tensor, "1"], length:int, mask:Tensor|None = None) -> Float[Tensor, "b d"]:
         "One new token a row, see `Attention.step`"
         x = x+self._branch(self.attn.step(self.norm1(x), cache, at, length, mask), 0)
         return x+self._branch(self.mlp(self.norm2(x)), 1)
@@ -194,7 +195,7 @@ class ModulatedBlock(ViTBlock):
         def fold(norm, b, s): return (b,1+s) if norm.weight is None else (torch.addcmul(b, 1+s, norm.bias), (1+s)*norm.weight)
         return torch.stack([*fold(self.norm1, b1, s1), g1, *fold(self.norm2, b2, s2), g2], -2)
 
-    def step(self, x:Float[Tensor, "b d"], folded:Float[Tensor, "b 6 d"], cache:KVCache, at:Int[Tensor, "1"], length:int,
+    def step(self, x:Float[Tensor, "b d"], folded:Float[Tensor, "b 6 d"], cache:KVCache, at:int|Int[Tensor, "1"], length:int,
              mask:Tensor|None = None) -> Float[Tensor, "b d"]:
         "One new token a row under a modulation of `folded`, see `Attention.step`"
         b1,a1,g1,b2,a2,g2 = folded.unbind(1)
