@@ -313,8 +313,8 @@ def _in_batches(f:Callable, x:Tensor, batch:int = 500) -> Tensor:
 def _cards(self:Demo, kind:str, stage:str) -> list[Card]:
     "Everything measured on one tokenizer and one state of its decoder"
     c,test,tok = self.cfg,self.images[1],self.decoder(kind, stage)
-    params = dict(tokenizer=tok.fingerprint, images=test.hash, samples=tensors_hash(dict(latents=self.samples(kind))), sampler=self.sampling,
-                  extractor=c.extractor, n=len(test), n_pfid=c.n_pfid, bootstrap=c.bootstrap, seed=c.seed)
+    params = dict(tokenizer=tok.fingerprint, images=test.hash, samples=tensors_hash(dict(latents=self.samples(kind))),
+                  sampler=self.sampling, extractor=c.extractor, n=len(test), n_pfid=c.n_pfid, bootstrap=c.bootstrap, seed=c.seed)
     def make(tmp):
         judge,how = get_extractor(c.extractor, test.size),dict(bootstrap=c.bootstrap, seed=c.seed, device=str(self.device))
         drawn,labels = self.decoded(kind, stage),torch.arange(len(test))%len(test.classes)

@@ -35,8 +35,8 @@ def _sizes(kind:str, spec:LatentSpec) -> dict:
     "What a tokenizer says about a generator of its latents"
     k,ids = spec.codebook_size,spec.ids_shape or spec.shape[:1]
     if kind == 'flow' and k is not None:
-        raise ValueError(f"flow makes continuous latents, and this tokenizer has {k} codes; take ar or masked, or a tokenizer without codes "
-                         "such as tiny-kl")
+        raise ValueError(f"flow makes continuous latents, and this tokenizer has {k} codes; take ar or masked, "
+                         "or a tokenizer without codes such as tiny-kl")
     if kind != 'flow' and k is None:
         raise ValueError(f"{kind} makes ids, and this tokenizer has continuous latents; take flow, or a tokenizer with codes such as tiny")
     if kind == 'flow': return dict(n=spec.shape[0], dim=spec.shape[1], mean=spec.mean, std=spec.std)

@@ -37,7 +37,8 @@ STYLE = {
 LABELS = dict(
     alpha='rate α (fraction of tokens)', beta='proportion β (fraction of images)', delta='strength δ (nearest codes)',
     sigma='preservation σ (fraction of tokens)', epoch='epoch', step='step (batches)', K='codebook size K (codes)',
-    strength='strength of the noise (standard deviations)', guidance='guidance scale', temperature='temperature', seconds='time (s)', loss='loss', lr='learning rate')
+    strength='strength of the noise (standard deviations)', guidance='guidance scale', temperature='temperature',
+    seconds='time (s)', loss='loss', lr='learning rate')
 
 def house_style() -> AbstractContextManager:
     "A context in which matplotlib draws in the house style"
