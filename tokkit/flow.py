@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .core import check_range
-from .generator import Guidance, LatentGenerator, check_labels, check_latents, check_sampling, check_steps, drop_labels, guide, row_noise, row_seeds
+from .generator import (LatentGenerator, check_labels, check_latents, check_sampling, check_steps, drop_labels, guide, row_noise,
+                              row_seeds)
 from .layers import ModulatedBlock, modulate, sincos_pos
 
 # %% ../nbs/44_flow.ipynb #1f71f1b9
