@@ -73,7 +73,7 @@ def test_training_masks_follow_the_schedule(kind):
 class Known(MaskedGenerator):
     "Exact conditionals of a known distribution: pairs of entries that are equal, code k of a pair with probability p[label, k]"
     p = torch.tensor([[.5, .3, .2], [.1, .1, .8]])
-    def __init__(self): super().__init__(MaskedCfg(4, 3, 2, 8, 1, 1))
+    def __init__(self, **changes): super().__init__(MaskedCfg(4, 3, 2, 8, 1, 1, **changes))
     def logits(self, ids, labels):
         prior = torch.cat([self.p, self.p.mean(0, keepdim=True)]).log()[labels]                        # (b k)
         out = prior[:, None].expand(-1, 4, -1).clone()
@@ -153,19 +153,40 @@ def test_levels_of_a_token_see_each_other():
 
 
 def test_learns_and_only_from_what_is_hidden(gen):
-    gen = generator(gen.cfg.levels, label_dropout=0.).train()
-    x, y = real(gen, 16), labels(16)
+    gen, y = generator(gen.cfg.levels, label_dropout=0.).train(), labels(16)
+    x = real(gen, 3)[y]
     first = gen.losses(x, y, make_rng(0))
     assert set(first) == {'loss', 'accuracy'} and first['loss'].requires_grad and not first['accuracy'].requires_grad
     hidden = random_mask(16, x[0].numel(), rng=make_rng(0)).view(x.shape)
     scores = gen.logits(x.masked_fill(hidden, 7), y)
-    want = -scores.log_softmax(-1).gather(-1, x[..., None])[..., 0][hidden].mean()
-    assert first['loss'].item() == pytest.approx(want.item(), rel=1e-5)
-    assert first['accuracy'].item() == pytest.approx((scores.argmax(-1) == x)[hidden].float().mean().item())
-    optimiser = torch.optim.AdamW(gen.parameters(), 5e-3)
+    def mean(x): return ((x*hidden).flatten(1).sum(1)/hidden.flatten(1).sum(1)).mean().item()   # an image's hidden entries, then images
+    assert first['loss'].item() == pytest.approx(mean(-scores.log_softmax(-1).gather(-1, x[..., None])[..., 0]), rel=1e-5)
+    assert first['accuracy'].item() == pytest.approx(mean((scores.argmax(-1) == x).float()))
+    optimiser = torch.optim.AdamW(gen.parameters(), 1e-2)
     for i in range(30): optimiser.zero_grad(); gen.loss(x, y, make_rng(i)).backward(); optimiser.step()
     assert gen.loss(x, y, make_rng(0)) < .8*first['loss']
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gen.parameters())
+
+
+def test_uniform_masks_give_the_loss_of_a_random_order():
+    "With exact conditionals the mean loss is the entropy of an image over its entries"
+    n, known, p = 4000, Known(label_dropout=0.), Known.p[0]
+    x = known.sample(torch.zeros(n).long(), rng=make_rng(8), steps=4, choice_temperature=1e6)
+    assert known.loss(x, torch.zeros(n).long(), make_rng(9)).item() == pytest.approx(-2*(p*p.log()).sum().item()/4, abs=.02)
+
+
+@pytest.mark.parametrize('n,grid', [(12, (1, 12)), (16, (4, 4))])
+def test_neighbours_are_seen_without_attention(n, grid):
+    gen = generator(n=n, depth=1)
+    with torch.no_grad(): gen.blocks[0].attn.proj.weight.zero_()
+    ids = torch.full((1, n), 7); other = ids.clone(); other[0, 5] = 2
+    with torch.no_grad(): moved = (gen.logits(ids, labels(1))-gen.logits(other, labels(1))).abs().amax(-1)[0] > 1e-5
+    row, column = torch.arange(n)//grid[1], torch.arange(n)%grid[1]
+    assert torch.equal(moved, ((row-5//grid[1]).abs() <= 1) & ((column-5%grid[1]).abs() <= 1))
+    alone = generator(n=n, depth=1, near=0)
+    with torch.no_grad(): alone.blocks[0].attn.proj.weight.zero_()
+    with torch.no_grad(): moved = (alone.logits(ids, labels(1))-alone.logits(other, labels(1))).abs().amax(-1)[0] > 1e-5
+    assert moved.nonzero().flatten().tolist() == [5]
 
 
 def test_label_smoothing_and_dropout_count():
@@ -219,7 +240,7 @@ def test_a_broken_prediction_names_its_step():
 
 
 @pytest.mark.parametrize('bad,says', [(dict(schedule='sine'), 'one of cosine, arccos, linear'), (dict(label_dropout=1.5), 'label_dropout must be in'),
-                                      (dict(levels=0), 'levels must be in'), (dict(heads=3), 'heads must divide')])
+                                      (dict(levels=0), 'levels must be in'), (dict(near=4), 'near must be odd'), (dict(masks='x'), 'one of cosine'), (dict(heads=3), 'heads must divide')])
 def test_refuses_shapes(bad, says):
     with pytest.raises(ValueError, match=says): generator(**bad)
 

@@ -36,7 +36,7 @@ def mask_schedule(
 # %% ../nbs/43_masked.ipynb #a768cd8b
 def random_mask(
     b:int, m:int,                      # images, entries of one
-    kind:str = 'cosine',               # of `MASK_SCHEDULES`
+    kind:str = 'linear',               # of `MASK_SCHEDULES`
     rng:torch.Generator|None = None,   # all draws
 ) -> Bool[Tensor, "b m"]:
     "Entries to hide in training: at least one an image, all at times"
@@ -58,11 +58,14 @@ class MaskedCfg:
     dropout:float = 0.          # after both branches of a block, in training
     label_dropout:float = .1    # fraction of labels replaced by the null class in training
     levels:int = 1              # ids a token
-    schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in training and sampling
+    schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in sampling
+    masks:str = 'linear'        # of `MASK_SCHEDULES`, in training
+    near:int = 3                # side of the neighbourhood a token shows its neighbours, odd; 0: attention alone, as in MaskGIT
     label_smoothing:float = 0.  # of the target codes, in [0,1)
 
     def __post_init__(self):
-        mask_schedule(torch.zeros(1), self.schedule)
+        for kind in (self.schedule, self.masks): mask_schedule(torch.zeros(1), kind)
+        if self.near < 0 or (self.near and not self.near%2): raise ValueError(f"near must be odd, or 0 for none, got {self.near}")
         for name in ('dropout', 'label_dropout', 'label_smoothing'): check_range(name, getattr(self, name))
         for name in ('n', 'codebook_size', 'classes', 'levels'): check_range(name, getattr(self, name), 1, math.inf)
 
@@ -76,9 +79,14 @@ class MaskedGenerator(LatentGenerator):
         self.label = nn.Embedding(cfg.classes+1, cfg.width)
         self.token = nn.Embedding(cfg.levels*(cfg.codebook_size+1), cfg.width)      # a table a level, whose last row is the mask token
         self.pos = nn.Parameter(torch.zeros(cfg.n+1, cfg.width))
+        side = math.isqrt(cfg.n)
+        self.grid = (side, side) if side**2 == cfg.n else (1, cfg.n)
+        self.near = nn.Conv2d(cfg.width, cfg.width, cfg.near, padding=cfg.near//2) if cfg.near else None
         self.blocks = transformer(cfg.depth, cfg.width, cfg.heads, ratio=cfg.ratio, dropout=cfg.dropout)
         self.norm,self.head = nn.LayerNorm(cfg.width),nn.Linear(cfg.width, cfg.levels*cfg.codebook_size)
-        for w in (self.label.weight, self.token.weight, self.pos): nn.init.trunc_normal_(w, std=.02)
+        for name,w in self.named_parameters():
+            if w.ndim > 1: nn.init.trunc_normal_(w, std=.02)
+            elif name.endswith('bias'): nn.init.zeros_(w)
         self.register_buffer('tables', torch.arange(cfg.levels)*(cfg.codebook_size+1), persistent=False)
 
     def logits(self,
@@ -87,7 +95,9 @@ class MaskedGenerator(LatentGenerator):
     ) -> Float[Tensor, "b *shape k"]:
         "Scores of all codes at every entry, known ones too"
         x = self.token(ids.reshape(len(ids), self.cfg.n, self.cfg.levels)+self.tables).sum(2)       # (b n d)
-        x = torch.cat([self.label(labels)[:,None], x], 1)+self.pos                                  # (b n+1 d)
+        if self.near is not None: x = x+self.near(x.mT.unflatten(2, self.grid)).flatten(2).mT
+        label = self.label(labels)[:,None]
+        x = torch.cat([label, x+label], 1)+self.pos                                                 # (b n+1 d)
         for block in self.blocks: x = block(x)
         return self.head(self.norm(x[:,1:])).reshape(*ids.shape, self.codebook_size)
 
@@ -110,14 +120,16 @@ def masked_losses(
     labels:Tensor,                      # (b), 0..classes-1
     rng:torch.Generator|None = None,    # of masks and left-out labels
 ) -> dict[str, Tensor]:
-    "Mean cross-entropy of the hidden entries, in nats, and the fraction that is guessed right"
+    "Cross-entropy of the hidden entries, in nats, mean over an image's and then over images; likewise the fraction guessed right"
     check_labels(generator, labels); check_latents(generator, latents, len(labels))
     c = generator.cfg
-    hidden = random_mask(len(labels), c.n*c.levels, c.schedule, rng).to(latents.device).reshape(latents.shape)
+    hidden = random_mask(len(labels), c.n*c.levels, c.masks, rng).to(latents.device)              # (b m)
+    weight = (hidden/hidden.sum(1, keepdim=True)/max(1, len(hidden)))[hidden]                      # images weigh the same
+    hidden = hidden.reshape(latents.shape)
     given = latents.masked_fill(hidden, c.codebook_size)
     scores,wanted = generator.logits(given, drop_labels(labels, c.label_dropout, c.classes, rng))[hidden],latents[hidden]   # (m k), (m)
-    loss = F.cross_entropy(scores, wanted, label_smoothing=c.label_smoothing)
-    return dict(loss=loss, accuracy=(scores.detach().argmax(-1) == wanted).float().mean())
+    loss = (weight*F.cross_entropy(scores, wanted, reduction='none', label_smoothing=c.label_smoothing)).sum()
+    return dict(loss=loss, accuracy=(weight*(scores.detach().argmax(-1) == wanted)).sum())
 
 # %% ../nbs/43_masked.ipynb #0eb516d1
 def unmask_plan(
