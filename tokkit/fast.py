@@ -25,7 +25,9 @@ class _Packed:
     def __init__(self, weight, scales, bias, scale, zero):
         engine,torch.backends.quantized.engine = torch.backends.quantized.engine,'fbgemm'
         try:
-            q = torch.quantize_per_channel(weight, scales.double(), torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')                                  # quantized tensors are on their way out of PyTorch
+                q = torch.quantize_per_channel(weight, scales.double(), torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
             self.weight = torch.ops.quantized.linear_prepack(q, bias)
         finally: torch.backends.quantized.engine = engine
         self.scale,self.zero,self.key = scale,zero,_Packed.count
@@ -33,15 +35,14 @@ class _Packed:
         _Packed.count += 1
     def __deepcopy__(self, memo): return self
 
+    def __call__(self, x): return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, self.scale, self.zero, self.weight)
+
 _ops = torch.library.Library('tokkit', 'FRAGMENT')
 _ops.define('int8_linear(Tensor x, Tensor key, int out) -> Tensor')              # tensors and sizes only: a compiler can step over it
-
-def _int8_linear(x, key, out):
-    p = _Packed.made[key.item()]
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, p.scale, p.zero, p.weight)
-
+def _int8_linear(x, key, out): return _Packed.made[key.item()](x)
 _ops.impl('int8_linear', _int8_linear, 'CPU')
-torch.library.register_fake('tokkit::int8_linear', lambda x, key, out: x.new_empty(*x.shape[:-1], out), lib=_ops)
+@torch.library.register_fake('tokkit::int8_linear', lib=_ops)
+def _int8_linear_shape(x, key, out): return x.new_empty(*x.shape[:-1], out)
 
 # %% ../nbs/41_fast.ipynb #1ceb6b07
 class Int8Linear(nn.Module):
@@ -52,8 +53,8 @@ class Int8Linear(nn.Module):
         high:float,         # largest input that was seen; there is some room above, but none below
     ):
         super().__init__()
-        if 'fbgemm' not in torch.backends.quantized.supported_engines:
-            raise ValueError("int8 needs a PyTorch with FBGEMM, which this one lacks (it is for x86 CPUs); take precision='fp32' or 'bf16'")
+        if 'fbgemm' not in torch.backends.quantized.supported_engines or not hasattr(torch, 'quantize_per_channel'):
+            raise ValueError("int8 needs a PyTorch with FBGEMM, which this one lacks (it is for x86 CPUs); take precision='fp32'")
         w = linear.weight.detach().float().cpu()
         scales,(low,high) = (w.abs().amax(1)/127).clamp(min=1e-12),(min(low, 0.), max(high, 0.))
         scale = max((high-low)/127, 1e-12)
@@ -65,7 +66,7 @@ class Int8Linear(nn.Module):
         self.register_buffer('key', torch.tensor(self.packed.key), persistent=False)
 
     def forward(self, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        return torch.ops.tokkit.int8_linear(x, self.key, self.out_features)
+        return torch.ops.tokkit.int8_linear(x, self.key, self.out_features) if torch.compiler.is_compiling() else self.packed(x)
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}"
 
 # %% ../nbs/41_fast.ipynb #d187e743
@@ -112,10 +113,11 @@ class KeptSteps:
     def __init__(self,
         sampler:Callable,              # (labels, guided) -> the steps of a call, as `tokkit.autoregressive.ARSampler`
         capture:Callable|None = None,  # e.g. `cuda_graph`; None: steps are run, not replayed
+        compiled:bool = False,         # parts of the steps are compiled, so what changes should be a tensor
         bucket:int = 64,               # lengths are rounded up to a multiple of it, when steps are replayed
         most:int = 2**28,              # bytes the kept modulations may take
     ):
-        self.make,self.capture,self.bucket,self.most = sampler,capture,bucket,most
+        self.make,self.capture,self.compiled,self.bucket,self.most = sampler,capture,compiled,bucket,most
         self.kinds,self.table,self.shape,self.steps = None,None,None,None
 
     def __call__(self, labels:Int[Tensor, "b"], guided:bool) -> Callable:
@@ -124,7 +126,7 @@ class KeptSteps:
         else:
             self.steps,self.graphs = None,{}                                     # their memory first
             self.shape,self.steps = shape,self._keep(self.make(labels, guided))
-        return self._replayed if self.capture else self.steps
+        return self._step if self.capture or self.compiled else self.steps
 
     def _keep(self, steps):
         "Let `steps` take its modulations from the last call"
@@ -137,13 +139,15 @@ class KeptSteps:
         steps.modulations = modulations
         return steps
 
-    def _replayed(self, s, frame):
+    def _step(self, s, frame):
         steps = self.steps
         if s == 0: return steps.start()
         i = steps.g.prefix+s-1
+        place,at,modulations = steps.places[s],steps.at[i:i+1],steps.modulations(s)
+        if not self.capture: return steps.step(frame, place, modulations, at, i+1)
         length = min(steps.length, -(-(i+1)//self.bucket)*self.bucket)
-        mask = torch.where(steps.at[:length] > i, -torch.inf, 0.).to(steps.places.dtype)
-        new = [frame, steps.places[s], steps.at[i:i+1], mask, *steps.modulations(s)]
+        mask = torch.where(steps.at[:length] > i, -torch.inf, 0.).to(place.dtype)
+        new = [frame, place, at, mask, *modulations]
         if length not in self.graphs:
             held = [t.clone() for t in new]
             frame,place,at,mask,*modulations = held
@@ -159,7 +163,9 @@ class FullLinear(nn.Linear):
     "A linear layer that stays in fp32 among others that do not"
     def forward(self, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]: return F.linear(x.float(), self.weight, self.bias)
 
-def _replace(module:nn.Module, name:str, new:nn.Module): setattr(module.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2], new)
+def _replace(module, name, new):
+    parent,_,own = name.rpartition('.')
+    setattr(module.get_submodule(parent), own, new)
 
 def _int8(generator, samples):
     "Let every linear layer that samples, but the last, multiply whole numbers"
@@ -180,7 +186,8 @@ def _bf16(generator):
 
 def _compile(generator, how):
     "Compile the blocks, which are all alike, so one compilation serves them all"
-    if not hasattr(generator, 'blocks'): raise ValueError(f"compile needs a generator made of `blocks`, and {type(generator).__name__} has none")
+    if not hasattr(generator, 'blocks'):
+        raise ValueError(f"compile needs a generator made of `blocks`, and {type(generator).__name__} has none")
     for block in generator.blocks:
         block.forward = torch.compile(block.forward, backend=how)
         if hasattr(block, 'step'): block.step = torch.compile(block.step, backend=how)
@@ -206,5 +213,5 @@ def fast(
     if precision == 'int8': _int8(new, samples)
     if precision == 'bf16': _bf16(new)
     if compile: _compile(new, compile)
-    if stepwise: new.sampler = KeptSteps(new.sampler, cuda_graph if graphs else None)
+    if stepwise: new.sampler = KeptSteps(new.sampler, cuda_graph if graphs else None, bool(compile))
     return new
