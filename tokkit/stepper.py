@@ -237,7 +237,8 @@ def set(self:SamplerStepper,
     finally: self._quiet = was
     self._changed({}); return self
 
-_OFF = dict(guidance='the generator was trained without label dropout', sigma='no images were given', steps='this sampler goes code by code')
+_OFF = dict(guidance='the generator was trained without label dropout', sigma='no images were given',
+            steps='this sampler goes code by code')
 
 @patch
 def _changed(self:SamplerStepper, change:dict):
@@ -291,11 +292,13 @@ def numbers(self:SamplerStepper,
     start = f"step {m.i+1} of {m.steps}"
     if m.t is not None:
         with _evaluating(self.tok): now,end = (self.tok.decode(z.to(self.device)).clamp(-1, 1) for z in (m.clean, self.trace()[-1].latents))
-        return f"{start} · t = {m.t:.2f} · the estimate is {(now-end).square().mean().sqrt().item()*127.5:.1f} grey levels (RMSE) from the end"
+        far = (now-end).square().mean().sqrt().item()*127.5
+        return f"{start} · t = {m.t:.2f} · the estimate is {far:.1f} grey levels (RMSE) from the end"
     i,which = s['sample'],math.prod(self.generator.shape)
     if m.entry[i] < 0: return f"{start} · sample {i}: nothing is set in this step"
     bits = torch.special.entr(m.p[i]).sum().item()/math.log(2)
-    many = f"{int(m.new[i].sum())} codes set, {int((~m.known[i]).sum())} of {which} hidden; the surest, " if (m.new.flatten(1).sum(1) > 1).any() else ''
+    many = f"{int(m.new[i].sum())} codes set, {int((~m.known[i]).sum())} of {which} hidden; the surest, "
+    if (m.new.flatten(1).sum(1) <= 1).all(): many = ''
     return (f"{start} · sample {i}: {many}{self._where(int(m.entry[i]))}: code {int(m.code[i])}, rank {int(m.rank[i])} of {len(m.p[i])}, "
             f"probability {m.chance[i].flatten()[m.entry[i]]:.1%} · as uncertain as among {2**bits:.0f} equal codes")
 
@@ -330,7 +333,8 @@ def rows(self:SamplerStepper,
     ink[~known.numpy()] = 240
     maps = [map_tiles(c, new, tok.spec.grid, side) for c in (ink, chance_ink(chance))]
     guess = [('guess', 'every code drawn', guess)] if self._default else []
-    return [('so far', 'pale: not set', far), *guess, ('codes', 'framed: new', maps[0]), ('chance', 'yellow: certain', maps[1]), ('in the end', '', last)]
+    maps = [('codes', 'framed: new', maps[0]), ('chance', 'yellow: certain', maps[1])]
+    return [('so far', 'pale: not set', far), *guess, *maps, ('in the end', '', last)]
 
 @patch
 def picture(self:SamplerStepper,
@@ -341,9 +345,9 @@ def picture(self:SamplerStepper,
     m,i = moment or self.moment(),self.state['sample']
     top = compose(self.rows(m), [self.classes[y] for y in self.labels.tolist()], self.numbers(m) if footer else '')
     if m.t is not None or m.entry[i] < 0: return top
-    codebook = self.tok.codebook
+    codebook = self.tok.codebook if self.tok.codebook.ndim == 2 else self.tok.codebook[0]
     title = f"sample {i}, {self._where(int(m.entry[i]))}: likeliest codes, the drawn one framed"
-    below = chart(m.p[i], int(m.code[i]), code_colors(codebook if codebook.ndim == 2 else codebook[0]), title, width=max(top.width-126, 440))
+    below = chart(m.p[i], int(m.code[i]), code_colors(codebook), title, width=max(top.width-126, 440))
     out = Image.new('RGB', (max(top.width, 126+below.width), top.height+below.height+8), 'white')
     out.paste(top, (0, 0)); out.paste(below, (126, top.height+8))
     return out
@@ -376,5 +380,6 @@ def static_strip(self:SamplerStepper,
     "A still for a page: the picture so far, one line a step; knobs stay as they were"
     moments = self._reach()
     steps = np.linspace(0, len(moments)-1, 5).round().astype(int).tolist() if steps is None else steps
-    rows = [(f'step {i+1}', f'of {len(moments)}' if moments[i].t is None else f't = {moments[i].t:.2f}', self.rows(moments[i])[0][2]) for i in steps]
+    def when(m): return f'of {len(moments)}' if m.t is None else f't = {m.t:.2f}'
+    rows = [(f'step {i+1}', when(moments[i]), self.rows(moments[i])[0][2]) for i in steps]
     return compose(rows, [self.classes[y] for y in self.labels.tolist()]).quantize(colors, dither=Image.Dither.NONE)
