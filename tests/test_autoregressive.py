@@ -49,7 +49,10 @@ def uncached(gen, labels, seeds, guidance=Guidance(1.), temperature=1., keep=Non
 def labels_and_seeds(b, seed=3): return torch.arange(b) % 3, row_seeds(make_rng(seed), b)
 
 
-@pytest.mark.parametrize('guidance', [Guidance(1.), Guidance(0.), Guidance(3.), Guidance(4., 1.5), Guidance(3., interval=(.2, .6))], ids=str)
+GUIDANCE = Guidance(1.), Guidance(0.), Guidance(3.), Guidance(4., 1.5), Guidance(3., interval=(.2, .6))
+
+
+@pytest.mark.parametrize('guidance', GUIDANCE, ids=str)
 def test_cached_as_uncached(gen, guidance):
     y, seeds = labels_and_seeds(7)
     real = torch.randint(24, (7, *gen.shape), generator=make_rng(5))
@@ -127,7 +130,8 @@ def test_loss_is_that_of_the_probabilities(switches):
         orders = draw_orders(4, 12, 1., rng) if gen.cfg.order == 'random' and not done else torch.arange(12).expand(4, -1)
         sorted_ = torch.stack([ids[i, o] for i, o in enumerate(orders)])
         with torch.no_grad(): p = gen.logits(sorted_, y, orders).log_softmax(-1).view(4, -1, gen.cfg.levels, 24)
-        logp = torch.stack([p[torch.arange(4)[:, None], torch.arange(12)+j, j, sorted_.view(4, 12, -1)[:, :, j]] for j in range(gen.cfg.levels)])
+        image, codes = torch.arange(4)[:, None], sorted_.view(4, 12, -1)
+        logp = torch.stack([p[image, torch.arange(12)+j, j, codes[:, :, j]] for j in range(gen.cfg.levels)])
         assert out['loss'].item() == pytest.approx(-logp.mean().item(), rel=1e-5)
         assert 0 <= out['accuracy'] <= 1
 
@@ -209,9 +213,11 @@ def test_empty_batch(gen):
 
 
 BAD = [(dict(labels=torch.tensor([3])), 'labels must be in 0..2, got 3..3'), (dict(labels=torch.tensor([.5])), 'whole numbers'),
-       (dict(temperature=0.), 'temperature must be > 0'), (dict(top_p=0.), 'top_p must be in (0, 1]'), (dict(top_k=0), 'top_k must be at least 1'),
+       (dict(temperature=0.), 'temperature must be > 0'), (dict(top_p=0.), 'top_p must be in (0, 1]'),
+       (dict(top_k=0), 'top_k must be at least 1'),
        (dict(keep=(torch.zeros(1, 5).long(), .5)), 'keep must be ids (whole numbers) of shape (1, 12)'),
-       (dict(keep=(torch.zeros(1, 12).long(), -.1)), 'sigma must be in [0, 1]'), (dict(keep=(torch.full((1, 12), 24), .5)), 'of another tokenizer'),
+       (dict(keep=(torch.zeros(1, 12).long(), -.1)), 'sigma must be in [0, 1]'),
+       (dict(keep=(torch.full((1, 12), 24), .5)), 'of another tokenizer'),
        (dict(guidance=-1.), 'guidance must be in [0, 1e+06]'), (dict(rng=torch.arange(3)), 'one seed a row')]
 
 
@@ -233,7 +239,10 @@ def test_damaged_weights_name_the_step(gen):
     with pytest.raises(FloatingPointError, match=f'not finite at step 4 of {gen.steps}'): broken.sample(torch.tensor([0]))
 
 
-@pytest.mark.parametrize('switches,line', [(dict(heads=5), 'heads must divide'), (dict(order='random'), 'needs target_aware'), (dict(levels=0), 'levels must be'),
-                                           (dict(order='x'), 'one of raster, random'), (dict(label_dropout=2.), 'label_dropout must be in')])
+BAD_SETTINGS = [(dict(heads=5), 'heads must divide'), (dict(order='random'), 'needs target_aware'), (dict(levels=0), 'levels must be'),
+                (dict(order='x'), 'one of raster, random'), (dict(label_dropout=2.), 'label_dropout must be in')]
+
+
+@pytest.mark.parametrize('switches,line', BAD_SETTINGS, ids=[line for _, line in BAD_SETTINGS])
 def test_bad_settings(switches, line):
     with pytest.raises(ValueError, match=line): ARGenerator(replace(ARCfg(width=32), **switches))

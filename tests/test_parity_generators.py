@@ -1,6 +1,7 @@
 "The autoregressive generator against values recorded from the released RAR"
 import json
 
+import numpy as np
 import pytest, torch
 from safetensors import safe_open
 
@@ -86,14 +87,14 @@ CASES = ['g0_kv', 'g0_nokv', 'g6_kv', 'g6_nokv', 'g16_kv', 'g6_kv_tf0.7', 'g6_kv
 def test_sampled_ids(gen, recorded, case, monkeypatch):
     "The recorded ids, exactly: by the sampler with its cache, and by the whole model without"
     how, y = recorded['config']['gen'][case], recorded['in.class_id']
-    assert list(recorded['config']['gen']) and set(CASES) == set(recorded['config']['gen'])
+    assert set(CASES) == set(recorded['config']['gen'])
     guidance = Guidance(how['guidance_scale'], how['pow'])
     keep = None if how['tf_prob'] is None else (recorded['in.tokens'], how['tf_prob'])
     if keep is not None:
         rand = recorded[f'gen.{case}.rand']
         assert torch.equal(rand < how['tf_prob'], recorded[f'gen.{case}.keep_mask'])
-        real_noise = ar.row_noise
-        monkeypatch.setattr(ar, 'row_noise', lambda seeds, shape, stream, **k: rand if stream == 'keep' else real_noise(seeds, shape, stream, **k))
+        noise = ar.row_noise
+        monkeypatch.setattr(ar, 'row_noise', lambda seeds, shape, stream, **k: rand if stream == 'keep' else noise(seeds, shape, stream, **k))
     seen, want = [], recorded[f'gen.{case}.ids']
     ids = gen.sample(y, guidance, how['temperature'], keep=keep, rng=make_rng(0), callback=seen.append)
     assert torch.equal(ids, want)
@@ -107,16 +108,17 @@ def test_sampled_ids(gen, recorded, case, monkeypatch):
 
 
 def test_guidance_table(fixtures):
-    import numpy as np
     with np.load(fixtures/'cfg_schedule.npz') as f:
         for L in (256, 16):
             for (scale, power), want in zip(f['scale_pow'], f[f'cfg_L{L}']):
-                assert np.allclose(Guidance(float(scale), float(power)).scales(L).numpy(), want if scale else 1., atol=1e-5, rtol=0), (L, scale, power)
+                got = Guidance(float(scale), float(power)).scales(L).numpy()
+                assert np.allclose(got, want if scale else 1., atol=1e-5, rtol=0), (L, scale, power)
 
 
 def test_random_ratio(fixtures):
     r = json.loads((fixtures/'schedules.json').read_text())
-    for step, want in zip(r['rar.random_ratio_steps'], r['rar.random_ratio']): assert random_ratio(step/250_000) == pytest.approx(want, abs=1e-12)
+    for step, want in zip(r['rar.random_ratio_steps'], r['rar.random_ratio']):
+        assert random_ratio(step/250_000) == pytest.approx(want, abs=1e-12)
 
 
 def test_weight_decay(fixtures):

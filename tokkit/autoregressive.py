@@ -137,10 +137,11 @@ class ARGenerator(LatentGenerator):
 
     def frames(self, ids:Int[Tensor, "b *t"]) -> Int[Tensor, "b s l"]:
         "What each step sets, as rows of the table; where a level has nothing, the row of no code"
-        ids = ids.view(*ids.shape[:2], self.cfg.levels)
+        ids = ids.reshape(*ids.shape[:2], self.cfg.levels)
         return delay(ids+torch.arange(self.cfg.levels, device=ids.device)*self.codebook_size, self.blank)
 
-    def scores(self, frames:Int[Tensor, "b s l"], labels:Int[Tensor, "b"], orders:Int[Tensor, "b n"]|None = None) -> Float[Tensor, "b s1 l k"]:
+    def scores(self, frames:Int[Tensor, "b s l"], labels:Int[Tensor, "b"],
+               orders:Int[Tensor, "b n"]|None = None) -> Float[Tensor, "b s1 l k"]:
         "Scores of every level before the first step and after each of the given frames"
         b,s,P,n = *frames.shape[:2],self.prefix,self.cfg.n
         c,places = self.condition(labels)[:,None],torch.arange(self.steps, device=frames.device).expand(b, -1)
@@ -165,12 +166,12 @@ class ARGenerator(LatentGenerator):
         "Mean cross-entropy of the next code in nats, and how often the likeliest code is the right one"
         check_labels(self, labels); check_latents(self, latents, len(labels))
         ratio = random_ratio(done) if self.cfg.order == 'random' else 0.
-        labels,orders = drop_labels(labels, self.label_dropout, self.classes, rng),None
+        latents,labels,orders = latents.long(),drop_labels(labels, self.label_dropout, self.classes, rng),None
         if ratio:
             orders = draw_orders(len(labels), self.cfg.n, ratio, rng).to(labels.device)
             latents = latents.gather(1, orders.view(*orders.shape, *[1]*(latents.ndim-2)).expand_as(latents))
         scores = self.scores(self.frames(latents)[:,:-1], labels, orders)        # (b s l k)
-        target = delay(latents.view(*latents.shape[:2], -1), -100)
+        target = delay(latents.reshape(*latents.shape[:2], -1), -100)
         right = (scores.detach().argmax(-1) == target).sum()/latents.numel()
         return dict(loss=F.cross_entropy(scores.flatten(0,2).float(), target.flatten()), accuracy=right)
 
@@ -283,7 +284,7 @@ def sample_ar(
     if b == 0: return torch.zeros(0, *g.shape, dtype=torch.long, device=device)
     def drawn(stream): return delay(row_noise(seeds, g.shape, stream, device=device).view(b, g.cfg.n, -1))
     u,kept = drawn('draw'),None if keep is None else drawn('keep') < keep[1]
-    real = None if keep is None else delay(keep[0].to(device).view(b, g.cfg.n, -1))
+    real = None if keep is None else delay(keep[0].to(device).reshape(b, g.cfg.n, -1))
     there = delay(torch.ones(1, g.cfg.n, g.cfg.levels, dtype=torch.bool, device=device))[0]         # (s l) where a level has a code
     rows = torch.arange(g.cfg.levels, device=device)*g.codebook_size
     guided = any(s != 1 for s in scales)

@@ -100,7 +100,8 @@ def attend(
     mask:Float[Tensor, "n"]|None = None,          # 0 or -inf a place
 ) -> Float[Tensor, "b h c"]:
     "Attention of single queries; on a CPU two products of matrices, which read keys and values once and at the speed of memory"
-    if q.device.type != 'cpu': return F.scaled_dot_product_attention(q[:,:,None], k, v, None if mask is None else mask[None,None,None])[:,:,0]
+    if q.device.type != 'cpu':
+        return F.scaled_dot_product_attention(q[:,:,None], k, v, None if mask is None else mask[None,None,None])[:,:,0]
     b,h,n,c = k.shape
     q,k,v = q.reshape(b*h, 1, c),k.flatten(0,1),v.flatten(0,1)                    # views of the cache
     scores = torch.baddbmm(q.new_empty(()) if mask is None else mask, q, k.mT, beta=float(mask is not None), alpha=c**-.5)
@@ -146,7 +147,8 @@ class ViTBlock(nn.Module):
         x = x+self._branch(self.attn(self.norm1(x), cache), 0)
         return x+self._branch(self.mlp(self.norm2(x)), 1)
 
-    def step(self, x:Float[Tensor, "b d"], cache:KVCache, at:int|Int[Tensor, "1"], length:int, mask:Tensor|None = None) -> Float[Tensor, "b d"]:
+    def step(self, x:Float[Tensor, "b d"], cache:KVCache, at:int|Int[Tensor, "1"], length:int,
+             mask:Tensor|None = None) -> Float[Tensor, "b d"]:
         "One new token a row, see `Attention.step`"
         x = x+self._branch(self.attn.step(self.norm1(x), cache, at, length, mask), 0)
         return x+self._branch(self.mlp(self.norm2(x)), 1)
