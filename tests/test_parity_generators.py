@@ -94,7 +94,8 @@ def test_sampled_ids(gen, recorded, case, monkeypatch):
         rand = recorded[f'gen.{case}.rand']
         assert torch.equal(rand < how['tf_prob'], recorded[f'gen.{case}.keep_mask'])
         noise = ar.row_noise
-        monkeypatch.setattr(ar, 'row_noise', lambda seeds, shape, stream, **k: rand if stream == 'keep' else noise(seeds, shape, stream, **k))
+        monkeypatch.setattr(ar, 'row_noise', lambda seeds, shape, stream, **k: (
+            rand if stream == 'keep' else noise(seeds, shape, stream, **k)))
     seen, want = [], recorded[f'gen.{case}.ids']
     ids = gen.sample(y, guidance, how['temperature'], keep=keep, rng=make_rng(0), callback=seen.append)
     assert torch.equal(ids, want)
