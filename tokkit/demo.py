@@ -96,7 +96,7 @@ GENERATOR_SETTINGS = {     # what a preset of generators changes, where it is no
     'masked': dict(generator_lr=4e-3),
     'flow': dict(generator_lr=4e-3, tokenizer='tiny-kl', codebook_size=0),       # continuous latents
 }
-GENERATOR_PASSES = dict(rar=2., masked=2., flow=3.) # times the epochs of an autoregressive one: these learn slower
+GENERATOR_PASSES = dict(rar=2., masked=2., flow=2.) # times the epochs of an autoregressive one: these learn slower
 
 def demo_cfg(
     preset:str = 'default',  # 'smoke' (seconds), 'default' (minutes), 'full' (an hour, or a GPU); 'study', 'study-large': of experiments
