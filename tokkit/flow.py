@@ -214,7 +214,7 @@ class FlowGenerator(LatentGenerator):
         return dict(loss=loss, clean_error=F.mse_loss(convert(v.detach(), 'velocity', 'clean', zt, at, c.path), z))
 
     def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None,
-               steps:int = 16, method:str = 'heun', churn:float = 1.):
+               steps:int = 16, method:str = 'sde', churn:float = 1.):
         guidance = check_sampling(self, labels, guidance, temperature, top_k, top_p, keep)
         if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}; 16 is a good number")
