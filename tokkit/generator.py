@@ -46,7 +46,7 @@ class Guidance:
         kind = self.kind or ('constant' if self.power is None else 'cosine')
         grown = dict(constant=torch.ones_like(t), linear=t, cosine=(1-torch.cos(math.pi*t**(self.power or 1.)))/2)[kind]
         lo,hi = self.interval
-        pulls = (t >= lo) & (t < hi) & (self.scale != 0)
+        pulls = (t >= lo) & (t < hi) if self.scale else torch.zeros_like(t, dtype=torch.bool)
         return torch.where(pulls, 1+(self.scale-1)*grown, 1.).float()
 
     def __str__(self):
