@@ -214,7 +214,7 @@ def test_empty_batch(gen):
 
 BAD = [(dict(labels=torch.tensor([3])), 'labels must be in 0..2, got 3..3'), (dict(labels=torch.tensor([.5])), 'whole numbers'),
        (dict(temperature=0.), 'temperature must be > 0'), (dict(top_p=0.), 'top_p must be in (0, 1]'),
-       (dict(top_k=0), 'top_k must be at least 1'),
+       (dict(top_k=0), 'top_k must be a whole number at least 1'),
        (dict(keep=(torch.zeros(1, 5).long(), .5)), 'keep must be ids (whole numbers) of shape (1, 12)'),
        (dict(keep=(torch.zeros(1, 12).long(), -.1)), 'sigma must be in [0, 1]'),
        (dict(keep=(torch.full((1, 12), 24), .5)), 'of another tokenizer'),

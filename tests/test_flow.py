@@ -232,7 +232,7 @@ def test_round_trip(tmp_path):
 # --- bad input ---
 
 @pytest.mark.parametrize('bad,line', [
-    (dict(steps=0), 'steps must be at least 1, got 0'), (dict(method='rk4'), "method must be one of euler, heun, sde, got 'rk4'"),
+    (dict(steps=0), 'steps must be a whole number at least 1, got 0'), (dict(method='rk4'), "method must be one of euler, heun, sde, got 'rk4'"),
     (dict(top_k=3), 'top_k and top_p choose among codes'), (dict(top_p=.5), 'top_k and top_p choose among codes'),
     (dict(temperature=0.), 'temperature must be > 0'), (dict(guidance=-1.), 'guidance must be in'),
     (dict(method='sde', churn=2.), 'churn must be in [0, 1], got 2'),
@@ -254,7 +254,7 @@ def test_bad_labels_and_latents():
 @pytest.mark.parametrize('bad,line', [(dict(path='bent'), 'path must be one of'), (dict(predict='score'), 'predict must be one of'),
                                       (dict(times='normal'), 'times must be one of'), (dict(std=0.), 'std must be > 0'),
                                       (dict(std=math.nan), 'std must be > 0'), (dict(label_dropout=1.5), 'label_dropout must be in'),
-                                      (dict(n=0), 'n must be at least 1'), (dict(heads=3), 'heads must divide')])
+                                      (dict(n=0), 'n must be a whole number at least 1'), (dict(heads=3), 'heads must divide')])
 def test_bad_cfg(bad, line):
     with pytest.raises(ValueError, match=line): FlowGenerator(FlowCfg(**bad))
 

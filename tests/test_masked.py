@@ -210,9 +210,9 @@ def test_saved_and_read(gen, tmp_path):
 
 
 @pytest.mark.parametrize('bad,says', [
-    (dict(steps=0), r'steps must be in \[1, 12\], got 0'), (dict(steps=13), r'steps must be in \[1, 12\], got 13'),
+    (dict(steps=0), r'steps must be a whole number in 1..12, got 0'), (dict(steps=13), r'steps must be a whole number in 1..12, got 13'),
     (dict(choice_temperature=-1.), 'choice_temperature must be in'), (dict(temperature=0.), 'temperature must be > 0'),
-    (dict(temperature=-1.), 'temperature must be > 0'), (dict(top_p=0.), r'top_p must be in \(0, 1\]'), (dict(top_k=0), 'top_k must be at least 1'),
+    (dict(temperature=-1.), 'temperature must be > 0'), (dict(top_p=0.), r'top_p must be in \(0, 1\]'), (dict(top_k=0), 'top_k must be a whole number at least 1'),
     (dict(keep=(torch.zeros(2, 12).long(), 1.1)), 'sigma must be in'), (dict(keep=(torch.zeros(2, 11).long(), .5)), 'keep must be ids'),
     (dict(keep=(torch.full((2, 12), 7), .5)), 'another tokenizer'), (dict(keep=(torch.zeros(2, 12), .5)), 'keep must be ids')], ids=str)
 def test_refuses(bad, says):
@@ -240,7 +240,7 @@ def test_a_broken_prediction_names_its_step():
 
 
 @pytest.mark.parametrize('bad,says', [(dict(schedule='sine'), 'one of cosine, arccos, linear'), (dict(label_dropout=1.5), 'label_dropout must be in'),
-                                      (dict(levels=0), 'levels must be in'), (dict(near=4), 'near must be odd'), (dict(masks='x'), 'one of cosine'), (dict(heads=3), 'heads must divide')])
+                                      (dict(levels=0), 'levels must be a whole number'), (dict(near=4), 'near must be odd'), (dict(masks='x'), 'one of cosine'), (dict(heads=3), 'heads must divide')])
 def test_refuses_shapes(bad, says):
     with pytest.raises(ValueError, match=says): generator(**bad)
 

@@ -275,7 +275,7 @@ def sample_ar(
     top_p:float|None = None,           # only the best codes that together have this probability
     keep:tuple[Tensor, float]|None = None, # (real ids, sigma in 0..1)
     rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
-    callback:Callable|None = None,     # gets dict(i, steps, latents, known, logits, position) after every step
+    callback:Callable|None = None,     # gets dict(i, steps, latents, known, new, logits, position) after every step
 ) -> Int[Tensor, "b *n"]:
     "Draw ids in raster order"
     g,b,device = generator,len(labels),labels.device
@@ -296,17 +296,19 @@ def sample_ar(
         ids[:,s] = draw(logits, u[:,s], temperature, top_k, top_p)
         if kept is not None: ids[:,s] = torch.where(kept[:,s], real[:,s], ids[:,s])
         frame = ids[:,s]+rows if g.cfg.levels == 1 else torch.where(there[s], ids[:,s]+rows, g.blank)
-        if callback: callback(_report(g, s, ids, logits, there))
+        if callback: callback(_report(g, s, ids, logits, there, kept))
     check_steps(fine)
     return undelay(ids).reshape(b, *g.shape)
 
-def _report(g, s, ids, logits, there) -> dict:
+def _report(g, s, ids, logits, there, kept) -> dict:
     "What a callback gets after step `s`"
-    set_ = undelay((there & (torch.arange(g.steps, device=ids.device) <= s)[:,None])[None])
-    known,latents = (t.reshape(len(t), *g.shape) for t in (set_.expand(len(ids), -1, -1), undelay(ids)*set_))
+    step,b = torch.arange(g.steps, device=ids.device)[:,None],len(ids)
+    set_,new = (undelay((there & when).expand(b, -1, -1)) for when in (step <= s, step == s))
+    if kept is not None: new = new & ~undelay(kept)
+    known,new,latents = (t.reshape(b, *g.shape) for t in (set_, new, undelay(ids)*set_))
     position = [(s-j, j) for j in range(g.cfg.levels) if 0 <= s-j < g.cfg.n]
     one = g.cfg.levels == 1
-    return dict(i=s, steps=g.steps, latents=latents, known=known, position=s if one else position,
+    return dict(i=s, steps=g.steps, latents=latents, known=known, new=new, position=s if one else position,
                 logits=logits[:,0] if one else logits[:,[j for _,j in position]])
 
 # %% ../nbs/42_autoregressive.ipynb #da3642bd

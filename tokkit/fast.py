@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
     def __init__(self,
         linear:nn.Linear,   # that it stands for
         low:float,          # smallest and
-        high:float,         # largest input that was seen; there is some room above, but none below
+        high:float,         # largest input that was seen; a little room is left above, none below
     ):
         super().__init__()
         if 'fbgemm' not in torch.backends.quantized.supported_engines or not hasattr(torch, 'quantize_per_channel'):
@@ -197,11 +197,12 @@ def fast(
     precision:str|None = None,      # 'fp32', 'bf16' or 'int8'; None: int8 on a CPU, bf16 on a GPU
     compile:str = '',               # backend of `torch.compile` for the blocks, e.g. 'inductor'; '' = none
     graphs:bool|None = None,        # replay whole steps as CUDA graphs; None: where there is a GPU and the generator has steps
-    samples:int = 16,               # that show int8 what its layers get to see
+    samples:int = 16,               # that show int8 what its layers get to see, at least 1
 ) -> LatentGenerator:
     "A copy that only samples"
     device = next(generator.parameters()).device
     precision = precision or ('bf16' if device.type == 'cuda' else 'int8')
+    if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")
     if precision not in PRECISIONS: raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if compile and compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
         raise ValueError(f"compile must be a backend of torch.compile ({', '.join(known)}) or '', got {compile!r}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'PREDICTIONS', 'SMALLEST', 'TIMES', 'METHODS', 'PathPoint', 'path_at', 'convert', 'draw_times',
-           'sample_euler', 'sample_heun', 'sample_sde', 'FlowCfg', 'time_embedding', 'FlowGenerator']
+           'sample_euler', 'sample_heun', 'sample_sde', 'FlowCfg', 'time_embedding', 'FlowGenerator', 'sample_flow']
 
 # %% ../nbs/44_flow.ipynb #99d3de64
 import math
@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .core import check_range
-from .generator import (LatentGenerator, check_labels, check_latents, check_sampling, check_steps, drop_labels, guide, row_noise,
-                              row_seeds)
+from .generator import (Guidance, LatentGenerator, check_count, check_grid, check_labels, check_latents, check_sampling, check_steps,
+                              drop_labels, guide, row_noise, row_seeds)
 from .layers import ModulatedBlock, modulate, sincos_pos
 
 # %% ../nbs/44_flow.ipynb #1f71f1b9
@@ -143,6 +143,7 @@ class FlowCfg:
     ratio:float = 4.            # hidden channels of the MLP over `width`
     dropout:float = 0.          # in the blocks
     label_dropout:float = .1    # fraction of labels replaced by the null class in training
+    grid:tuple|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
     mean:float = 0.             # of the latents
     std:float = 1.              # of the latents
     path:str = 'linear'         # of `PATHS`
@@ -152,9 +153,9 @@ class FlowCfg:
     def __post_init__(self):
         for name,known in dict(path=PATHS, predict=PREDICTIONS, times=TIMES).items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ('n', 'dim', 'classes', 'width', 'depth', 'heads'):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_range('label_dropout', self.label_dropout)
+        for name in ('n', 'dim', 'classes', 'width', 'depth', 'heads'): check_count(name, getattr(self, name))
+        check_range('label_dropout', self.label_dropout); check_range('dropout', self.dropout, 0, .99)
+        object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
         if not 0 < self.std < math.inf: raise ValueError(f"std must be > 0, got {self.std}; it is LatentSpec's, as `fit_spec` measures it")
 
 def time_embedding(
@@ -169,10 +170,9 @@ def time_embedding(
 # %% ../nbs/44_flow.ipynb #ca633843
 METHODS = 'euler', 'heun', 'sde'
 
-def _places(n, width) -> Float[Tensor, "n w"]:
-    "Where positions start to learn from: a grid if `n` is a square number, else a line"
-    side = math.isqrt(n)
-    return F.pad(sincos_pos((side, side) if side**2 == n else (1, n), width//4*4), (0, width%4))
+def _places(grid, width) -> Float[Tensor, "n w"]:
+    "Where positions start to learn from"
+    return F.pad(sincos_pos(grid, width//4*4), (0, width%4))
 
 class FlowGenerator(LatentGenerator):
     "A transformer that moves noise to latents"
@@ -180,7 +180,7 @@ class FlowGenerator(LatentGenerator):
         super().__init__()
         w = cfg.width
         self.cfg,self.shape,self.classes,self.label_dropout,self.codebook_size = cfg,(cfg.n, cfg.dim),cfg.classes,cfg.label_dropout,None
-        self.embed,self.pos = nn.Linear(cfg.dim, w),nn.Parameter(_places(cfg.n, w))
+        self.embed,self.pos = nn.Linear(cfg.dim, w),nn.Parameter(_places(cfg.grid or (1, cfg.n), w))
         self.time,self.label = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w)),nn.Embedding(cfg.classes+1, w)
         block = dict(dim=w, heads=cfg.heads, affine=False, dropout=cfg.dropout, ratio=cfg.ratio)
         self.blocks = nn.ModuleList([ModulatedBlock(**block) for _ in range(cfg.depth)])
@@ -213,24 +213,23 @@ class FlowGenerator(LatentGenerator):
         loss = F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path), dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict])
         return dict(loss=loss, clean_error=F.mse_loss(convert(v.detach(), 'velocity', 'clean', zt, at, c.path), z))
 
+    default_steps = 16
+
     def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None,
-               steps:int = 16, method:str = 'sde', churn:float = 1.):
-        guidance = check_sampling(self, labels, guidance, temperature, top_k, top_p, keep)
-        if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}; 16 is a good number")
-        return _sample(self, labels, guidance, temperature, keep, rng, callback, steps, method, churn)
+               steps=None, method='sde', churn=1.):
+        return sample_flow(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps, method, churn)
 
     @property
     def sample_bytes(self) -> int:
-        "The two rows of a guided sample in the widest block, and the noise of up to 64 steps"
+        "An estimate: the two rows of a guided sample in the widest block, and the noise of up to 64 steps"
         c = self.cfg
         return 4*(2*(int(c.n*c.width*(2*c.ratio+8))+c.heads*c.n**2)+c.n*c.dim*72)
 
-# %% ../nbs/44_flow.ipynb #e8d74dd1
-def _guided(generator, labels, scales, times) -> Callable:
+# %% ../nbs/44_flow.ipynb #e3ab7347
+def _guided(generator, labels, guidance, times) -> Callable:
     "The velocity with guidance, both predictions in one batch where it pulls"
     both = torch.cat([labels, torch.full_like(labels, generator.classes)])
-    scale = dict(zip(times.tolist(), scales.tolist()))
+    scale = dict(zip(times.tolist(), guidance.at(times[:-1]).tolist()))
     def velocity(z, t):
         s = scale.get(t, 1.)
         x,y = (torch.cat([z, z]), both) if s != 1 else (z, labels)
@@ -239,13 +238,30 @@ def _guided(generator, labels, scales, times) -> Callable:
     return velocity
 
 @torch.no_grad()
-def _sample(generator, labels, guidance, temperature, keep, rng, callback, steps, method, churn) -> Float[Tensor, "b n d"]:
+def sample_flow(
+    generator:FlowGenerator,                # in eval mode
+    labels:Tensor,                          # (b), 0..classes-1
+    guidance:float|Guidance = 1.,           # over the time of the path
+    temperature:float = 1.,                 # scales all noise, > 0
+    top_k:int|None = None,                  # for ids only
+    top_p:float|None = None,                # for ids only
+    keep:tuple[Tensor, float]|None = None,  # (real latents, sigma in 0..1, the time at which to start from them)
+    rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
+    callback:Callable|None = None,          # gets dict(i, steps, t, latents, clean) after every step
+    steps:int|None = None,                  # of the whole path; None: 16
+    method:str = 'sde',                     # of `METHODS`
+    churn:float = 1.,                       # of the method 'sde', as in `sample_sde`
+) -> Float[Tensor, "b n d"]:
     "From noise, or from time sigma of the path to real latents, to latents at the tokenizer's scale"
+    guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
+    if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    steps = generator.default_steps if steps is None else steps
+    check_count('steps', steps, hint='16 is a good number'); check_range('churn', churn, hint='it is how much of the noise is replaced')
     c,b,device,sigma = generator.cfg,len(labels),labels.device,0. if keep is None else float(keep[1])
-    if sigma == 1: return keep[0].clone()
-    seeds,left = row_seeds(rng, b),math.ceil(round(steps*(1-sigma), 6))             # steps that remain
+    if sigma == 1: return keep[0].to(device, torch.float32, copy=True)
+    seeds,left = row_seeds(rng, b),max(1, math.ceil(round(steps*(1-sigma), 6)))     # steps that remain
     times = torch.linspace(sigma, 1, left+1, dtype=torch.float64)
-    velocity,fine = _guided(generator, labels, guidance.scales(steps)[-left:], times),[]
+    velocity,fine = _guided(generator, labels, guidance, times),[]
     def note(at):
         fine.append(at['z'].isfinite().all())
         if callback is None: return

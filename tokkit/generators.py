@@ -24,8 +24,8 @@ def _of(preset, *fields): return {k:getattr(AR_PRESETS[preset], k) for k in fiel
 
 GENERATORS = {     # preset -> kind, and what its configuration changes
     'ar':     ('ar', {}),                                                        # raster order, a plain decoder as in LlamaGen
-    'rar':    ('ar', _of('rar', *_SWITCHES)),                                    # random orders first, as the paper's generators
-    'masked': ('masked', {}),                                                    # MaskGIT
+    'rar':    ('ar', _of('rar', *_SWITCHES)),                                    # random orders first, as the paper's; small, so no dropout
+    'masked': ('masked', {}),                                                    # after MaskGIT; nearer to it: near=0, masks='cosine'
     'flow':   ('flow', {}),                                                      # SiT: flow matching on continuous latents
     'rar-b':  ('ar', _of('rar-b', *_SWITCHES, 'width', 'depth', 'heads', 'dropout')), # 266 M parameters on 256 tokens of 4096 codes
     'rar-l':  ('ar', _of('rar-l', *_SWITCHES, 'width', 'depth', 'heads', 'dropout')), # 468 M
@@ -39,8 +39,9 @@ def _sizes(kind:str, spec:LatentSpec) -> dict:
                          "or a tokenizer without codes such as tiny-kl")
     if kind != 'flow' and k is None:
         raise ValueError(f"{kind} makes ids, and this tokenizer has continuous latents; take flow, or a tokenizer with codes such as tiny")
-    if kind == 'flow': return dict(n=spec.shape[0], dim=spec.shape[1], mean=spec.mean, std=spec.std)
-    return dict(n=ids[0], codebook_size=k)|(dict(levels=ids[1]) if len(ids) > 1 else {})
+    if kind == 'flow': return dict(n=spec.shape[0], dim=spec.shape[1], grid=spec.grid, mean=spec.mean, std=spec.std)
+    shape = dict(n=ids[0], codebook_size=k)|(dict(levels=ids[1]) if len(ids) > 1 else {})
+    return shape|(dict(grid=spec.grid) if kind == 'masked' and ids[0] == spec.shape[0] else {})
 
 def make_generator(
     preset:str,          # of `GENERATORS`

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .core import check_range
-from .generator import (Guidance, LatentGenerator, check_labels, check_latents, check_sampling, check_steps, draw, drop_labels, guide,
-                              row_noise, row_seeds)
+from .generator import (Guidance, LatentGenerator, check_count, check_grid, check_labels, check_latents, check_sampling, check_steps,
+                              draw, drop_labels, guide, row_noise, row_seeds)
 from .layers import transformer
 
 # %% ../nbs/43_masked.ipynb #d4fa4e54
@@ -60,14 +60,16 @@ class MaskedCfg:
     levels:int = 1              # ids a token
     schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in sampling
     masks:str = 'linear'        # of `MASK_SCHEDULES`, in training
+    grid:tuple|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
     near:int = 3                # side of the neighbourhood a token shows its neighbours, odd; 0: attention alone, as in MaskGIT
     label_smoothing:float = 0.  # of the target codes, in [0,1)
 
     def __post_init__(self):
         for kind in (self.schedule, self.masks): mask_schedule(torch.zeros(1), kind)
         if self.near < 0 or (self.near and not self.near%2): raise ValueError(f"near must be odd, or 0 for none, got {self.near}")
-        for name in ('dropout', 'label_dropout', 'label_smoothing'): check_range(name, getattr(self, name))
-        for name in ('n', 'codebook_size', 'classes', 'levels'): check_range(name, getattr(self, name), 1, math.inf)
+        for name in ('dropout', 'label_dropout', 'label_smoothing'): check_range(name, getattr(self, name), 0, 1 if name == 'label_dropout' else .99)
+        for name in ('n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels'): check_count(name, getattr(self, name))
+        object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
 
 # %% ../nbs/43_masked.ipynb #8fcbf709
 class MaskedGenerator(LatentGenerator):
@@ -79,8 +81,7 @@ class MaskedGenerator(LatentGenerator):
         self.label = nn.Embedding(cfg.classes+1, cfg.width)
         self.token = nn.Embedding(cfg.levels*(cfg.codebook_size+1), cfg.width)      # a table a level, whose last row is the mask token
         self.pos = nn.Parameter(torch.zeros(cfg.n+1, cfg.width))
-        side = math.isqrt(cfg.n)
-        self.grid = (side, side) if side**2 == cfg.n else (1, cfg.n)
+        self.default_steps = min(12, math.prod(self.shape))
         self.near = nn.Conv2d(cfg.width, cfg.width, cfg.near, padding=cfg.near//2) if cfg.near else None
         self.blocks = transformer(cfg.depth, cfg.width, cfg.heads, ratio=cfg.ratio, dropout=cfg.dropout)
         self.norm,self.head = nn.LayerNorm(cfg.width),nn.Linear(cfg.width, cfg.levels*cfg.codebook_size)
@@ -95,7 +96,7 @@ class MaskedGenerator(LatentGenerator):
     ) -> Float[Tensor, "b *shape k"]:
         "Scores of all codes at every entry, known ones too"
         x = self.token(ids.reshape(len(ids), self.cfg.n, self.cfg.levels)+self.tables).sum(2)       # (b n d)
-        if self.near is not None: x = x+self.near(x.mT.unflatten(2, self.grid)).flatten(2).mT
+        if self.near is not None: x = x+self.near(x.mT.unflatten(2, self.cfg.grid or (1, self.cfg.n))).flatten(2).mT
         label = self.label(labels)[:,None]
         x = torch.cat([label, x+label], 1)+self.pos                                                 # (b n+1 d)
         for block in self.blocks: x = block(x)
@@ -104,7 +105,7 @@ class MaskedGenerator(LatentGenerator):
     def losses(self, latents, labels, rng=None, done=1.): return masked_losses(self, latents, labels, rng)
 
     def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None,
-               steps=12, choice_temperature=4.5):
+               steps=None, choice_temperature=4.5):
         return sample_masked(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps, choice_temperature)
 
     @property
@@ -122,7 +123,7 @@ def masked_losses(
 ) -> dict[str, Tensor]:
     "Cross-entropy of the hidden entries, in nats, mean over an image's and then over images; likewise the fraction guessed right"
     check_labels(generator, labels); check_latents(generator, latents, len(labels))
-    c = generator.cfg
+    c,latents = generator.cfg,latents.long()
     hidden = random_mask(len(labels), c.n*c.levels, c.masks, rng).to(latents.device)              # (b m)
     weight = (hidden/hidden.sum(1, keepdim=True)/max(1, len(hidden)))[hidden]                      # images weigh the same
     hidden = hidden.reshape(latents.shape)
@@ -157,13 +158,14 @@ def sample_masked(
     keep:tuple[Tensor, float]|None = None,  # (real ids, sigma in 0..1)
     rng:torch.Generator|Int[Tensor, "b"]|None = None, # all draws
     callback:Callable|None = None,          # gets dict(i, steps, latents, known, new, logits) after every step
-    steps:int = 12,                         # passes through the network, 1..entries
+    steps:int|None = None,                  # passes through the network, 1..entries; None: 12, or all entries where there are fewer
     choice_temperature:float = 4.5,         # tau, >= 0; 0 sets the most certain entries first, large ones any
 ) -> Int[Tensor, "b *shape"]:
     "Draw ids in a few steps, the most certain entries first; in a callback's `latents` hidden entries hold the code just drawn"
     guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
     b,k,shape,device = len(labels),generator.codebook_size,generator.shape,labels.device
-    check_range('steps', steps, 1, math.prod(shape), 'a step sets at least one entry')
+    steps = generator.default_steps if steps is None else steps
+    check_count('steps', steps, math.prod(shape), 'a step sets at least one entry')
     check_range('choice_temperature', choice_temperature, 0, 1e9, 'large ones set entries in any order')
     seeds = row_seeds(rng, b)
     known,ids = torch.zeros(b, *shape, dtype=torch.bool),torch.full((b, *shape), k, device=device)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Moment', 'record', 'veil', 'map_tiles', 'chance_ink', 'chart', 'SamplerStepper']
 
-# %% ../nbs/72_stepper.ipynb #72ba51c1
-import html, inspect, math
+# %% ../nbs/72_stepper.ipynb #1ef43849
+import html, math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def record(
         if 'known' not in s:
             moments.append(Moment(s['i'], s['steps'], latents, t=float(s['t']), clean=s['clean'].cpu())); return
         b,known,before = len(latents),s['known'].cpu(),moments[-1] if moments else None
-        new = s['new'].cpu() if 'new' in s else known if before is None else known & ~before.known
+        new = s['new'].cpu()
         p = (s['logits'].float().cpu()/temperature).softmax(-1)
         chance = torch.full(known.shape, torch.nan) if before is None else before.chance.clone()
         p,at = _entries(p, s.get('position'), known)                                              # (b e k), e entries
@@ -158,8 +158,7 @@ class SamplerStepper:
         self.classes = list(classes or getattr(images, 'classes', None) or map(str, range(generator.classes)))
         self._check()
         self.real = None if images is None else self._latents(images)
-        known = inspect.signature(generator.sample).parameters
-        self._default = known['steps'].default if 'steps' in known else None      # a sampler that has no steps to choose goes code by code
+        self._default = generator.default_steps                                   # a sampler that has no steps to choose goes code by code
         self._kept,self.live,self._quiet = (None, []),False,False                 # live: every move of a knob redraws
         self._build(); self.set(**state)
 
