@@ -175,9 +175,9 @@ def test_uniform_masks_give_the_loss_of_a_random_order():
     assert known.loss(x, torch.zeros(n).long(), make_rng(9)).item() == pytest.approx(-2*(p*p.log()).sum().item()/4, abs=.02)
 
 
-@pytest.mark.parametrize('n,grid', [(12, (1, 12)), (16, (4, 4))])
+@pytest.mark.parametrize('n,grid', [(12, (1, 12)), (12, (3, 4)), (16, (4, 4))])
 def test_neighbours_are_seen_without_attention(n, grid):
-    gen = generator(n=n, depth=1)
+    gen = generator(n=n, depth=1, grid=grid)
     with torch.no_grad(): gen.blocks[0].attn.proj.weight.zero_()
     ids = torch.full((1, n), 7); other = ids.clone(); other[0, 5] = 2
     with torch.no_grad(): moved = (gen.logits(ids, labels(1))-gen.logits(other, labels(1))).abs().amax(-1)[0] > 1e-5

@@ -143,7 +143,7 @@ class FlowCfg:
     ratio:float = 4.            # hidden channels of the MLP over `width`
     dropout:float = 0.          # in the blocks
     label_dropout:float = .1    # fraction of labels replaced by the null class in training
-    grid:tuple|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
+    grid:tuple|list|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
     mean:float = 0.             # of the latents
     std:float = 1.              # of the latents
     path:str = 'linear'         # of `PATHS`

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from .core import bar, check_range, make_rng, tensors_hash
 
-# %% ../nbs/40_generator.ipynb #50c8e105
-GUIDANCE_KINDS = 'constant', 'linear', 'cosine'
-
+# %% ../nbs/40_generator.ipynb #b5c97d26
 def check_grid(
-    grid:tuple[int,int]|None, # (rows, columns), or none
+    grid:tuple|list|None,     # (rows, columns), or none
     n:int,                    # tokens
 ) -> tuple[int,int]|None:
     "The grid as a tuple, or one line about why it does not hold the tokens"
@@ -42,10 +40,13 @@ def check_count(
         limit = 'at least 1' if most == math.inf else f'in 1..{most:g}'
         raise ValueError(f"{name} must be a whole number {limit}, got {value!r}" + (f"; {hint}" if hint else ''))
 
+# %% ../nbs/40_generator.ipynb #50c8e105
+GUIDANCE_KINDS = 'constant', 'linear', 'cosine'
+
 @dataclass(frozen=True)
 class Guidance:
     "How hard guidance pulls, and when"
-    scale:float = 1.                             # g, the scale where it pulls in full, >= 0; 1 = none, 0 = conditional only, without a second pass
+    scale:float = 1.                             # g, where it pulls in full, >= 0; 1 = none, 0 = conditional only, no second pass
     power:float|None = None                      # p of the power-cosine curve, > 0; given, the kind is 'cosine'
     kind:str|None = None                         # 'constant', 'linear' or 'cosine'; None: 'cosine' with a power, else 'constant'
     interval:tuple[float,float] = (0., 1.)       # part of the sampling in which it pulls; outside the scale is 1, the curve runs on

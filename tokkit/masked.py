@@ -60,14 +60,15 @@ class MaskedCfg:
     levels:int = 1              # ids a token
     schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in sampling
     masks:str = 'linear'        # of `MASK_SCHEDULES`, in training
-    grid:tuple|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
+    grid:tuple|list|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
     near:int = 3                # side of the neighbourhood a token shows its neighbours, odd; 0: attention alone, as in MaskGIT
     label_smoothing:float = 0.  # of the target codes, in [0,1)
 
     def __post_init__(self):
         for kind in (self.schedule, self.masks): mask_schedule(torch.zeros(1), kind)
         if self.near < 0 or (self.near and not self.near%2): raise ValueError(f"near must be odd, or 0 for none, got {self.near}")
-        for name in ('dropout', 'label_dropout', 'label_smoothing'): check_range(name, getattr(self, name), 0, 1 if name == 'label_dropout' else .99)
+        check_range('label_dropout', self.label_dropout)
+        for name in ('dropout', 'label_smoothing'): check_range(name, getattr(self, name), 0, .99)
         for name in ('n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels'): check_count(name, getattr(self, name))
         object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
 
