@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .core import check_range, load_strictly
-from .generator import (Guidance, LatentGenerator, check_labels, check_latents, check_sampling, check_steps, draw, drop_labels, guide,
-                              row_noise, row_seeds)
+from .generator import (Guidance, LatentGenerator, check_count, check_labels, check_latents, check_sampling, check_steps, draw,
+                              drop_labels, guide, row_noise, row_seeds)
 from .layers import KVCache, ModulatedBlock, from_timm, to_timm, transformer
 
 # %% ../nbs/42_autoregressive.ipynb #75bcf475
@@ -42,8 +42,7 @@ class ARCfg:
     target_aware:bool = False   # every token knows the place of the next one
 
     def __post_init__(self):
-        for name in ('n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels'):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ('n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels'): check_count(name, getattr(self, name))
         check_range('label_dropout', self.label_dropout); check_range('dropout', self.dropout, 0, .99)
         if self.order not in ORDERS: raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if self.order == 'random' and not self.target_aware:
@@ -333,6 +332,7 @@ def released_decay(
     weight_decay:float = .03,   # of the others
 ) -> list[dict]:
     "Parameter groups for AdamW: without decay what the released training spares, with decay the rest"
-    spared = [p for name,p in model.named_parameters() if p.requires_grad and (p.ndim < 2 or any(w in name for w in NO_DECAY))]
-    others = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in spared)]
+    spared,others = [],[]
+    for name,p in model.named_parameters():
+        if p.requires_grad: (spared if p.ndim < 2 or any(w in name for w in NO_DECAY) else others).append(p)
     return [dict(params=spared, weight_decay=0.), dict(params=others, weight_decay=weight_decay)]

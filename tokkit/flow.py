@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .core import check_range
 from .generator import (Guidance, LatentGenerator, check_count, check_grid, check_labels, check_latents, check_sampling, check_steps,
-                              drop_labels, guide, row_noise, row_seeds)
+                              drop_labels, guided, row_noise, row_seeds)
 from .layers import ModulatedBlock, modulate, sincos_pos
 
 # %% ../nbs/44_flow.ipynb #1f71f1b9
@@ -78,8 +78,14 @@ def draw_times(
     u = draw(b, generator=rng, device=rng.device if rng else None)
     return u if times == 'uniform' else u.sigmoid()
 
-# %% ../nbs/44_flow.ipynb #4f64cacb
-def _moves(times): return list(enumerate(zip(times.tolist(), times.tolist()[1:])))
+# %% ../nbs/44_flow.ipynb #197711a0
+def _follow(move, velocity, z, times, callback):
+    "Through all steps: `move` says where one leads, given its number, its ends, the point and the velocity there"
+    for i,(t,u) in enumerate(zip(times.tolist(), times.tolist()[1:])):
+        v,before = velocity(z, t),z
+        z = move(i, t, u, z, v)
+        if callback: callback(dict(i=i, steps=len(times)-1, t=u, z=z, velocity=v, before=before, since=t))
+    return z
 
 def sample_euler(
     velocity:Callable,               # (z, time) -> how z moves
@@ -88,11 +94,7 @@ def sample_euler(
     callback:Callable|None = None,   # gets dict(i, steps, t, z; velocity, before and since when) after every step
 ) -> Float[Tensor, "b *n"]:
     "Follow the velocity in straight steps"
-    for i,(t,u) in _moves(times):
-        v,before = velocity(z, t),z
-        z = z+(u-t)*v
-        if callback: callback(dict(i=i, steps=len(times)-1, t=u, z=z, velocity=v, before=before, since=t))
-    return z
+    return _follow(lambda i, t, u, z, v: z+(u-t)*v, velocity, z, times, callback)
 
 def sample_heun(
     velocity:Callable,               # as in `sample_euler`
@@ -101,12 +103,10 @@ def sample_heun(
     callback:Callable|None = None,   # likewise
 ) -> Float[Tensor, "b *n"]:
     "Follow the mean of the velocities at both ends of a step; two evaluations a step, one in the last"
-    for i,(t,u) in _moves(times):
-        v,before = velocity(z, t),z
-        z = before+(u-t)*v
-        if i < len(times)-2: z = before+(u-t)*(v+velocity(z, u))/2
-        if callback: callback(dict(i=i, steps=len(times)-1, t=u, z=z, velocity=v, before=before, since=t))
-    return z
+    def move(i, t, u, z, v):
+        ahead = z+(u-t)*v
+        return ahead if i == len(times)-2 else z+(u-t)*(v+velocity(ahead, u))/2
+    return _follow(move, velocity, z, times, callback)
 
 # %% ../nbs/44_flow.ipynb #3b2d818e
 def sample_sde(
@@ -123,12 +123,10 @@ def sample_sde(
     a,s,_,_ = path_at(times.double(), path)
     kept = (1-churn**2*(1-(a[:-1]*s[1:]/(a[1:]*s[:-1])).square())).clamp(0, 1).sqrt().tolist()
     a,s = a.tolist(),s.tolist()
-    for i,(t,u) in _moves(times):
-        v,before,when = velocity(z, t),z,torch.as_tensor(t, dtype=z.dtype)
-        clean,old = (convert(v, 'velocity', wanted, z, when, path) for wanted in ('clean', 'noise'))
-        z = a[i+1]*clean+s[i+1]*(kept[i]*old+(1-kept[i]**2)**.5*noise[:,i])
-        if callback: callback(dict(i=i, steps=len(times)-1, t=u, z=z, velocity=v, before=before, since=t))
-    return z
+    def move(i, t, u, z, v):
+        clean,old = (convert(v, 'velocity', wanted, z, torch.as_tensor(t, dtype=z.dtype), path) for wanted in ('clean', 'noise'))
+        return a[i+1]*clean+s[i+1]*(kept[i]*old+(1-kept[i]**2)**.5*noise[:,i])
+    return _follow(move, velocity, z, times, callback)
 
 # %% ../nbs/44_flow.ipynb #c9a9dcbd
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class FlowCfg:
     ratio:float = 4.            # hidden channels of the MLP over `width`
     dropout:float = 0.          # in the blocks
     label_dropout:float = .1    # fraction of labels replaced by the null class in training
-    grid:tuple|list|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
+    grid:tuple|list|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
     mean:float = 0.             # of the latents
     std:float = 1.              # of the latents
     path:str = 'linear'         # of `PATHS`
@@ -225,16 +223,13 @@ class FlowGenerator(LatentGenerator):
         c = self.cfg
         return 4*(2*(int(c.n*c.width*(2*c.ratio+8))+c.heads*c.n**2)+c.n*c.dim*72)
 
-# %% ../nbs/44_flow.ipynb #e3ab7347
-def _guided(generator, labels, guidance, times) -> Callable:
-    "The velocity with guidance, both predictions in one batch where it pulls"
-    both = torch.cat([labels, torch.full_like(labels, generator.classes)])
+# %% ../nbs/44_flow.ipynb #8b1e9fa2
+def _velocity(generator, labels, guidance, times) -> Callable:
+    "The velocity with guidance"
     scale = dict(zip(times.tolist(), guidance.at(times[:-1]).tolist()))
     def velocity(z, t):
-        s = scale.get(t, 1.)
-        x,y = (torch.cat([z, z]), both) if s != 1 else (z, labels)
-        v = generator(x, torch.full((len(x),), t, device=z.device), y)
-        return guide(*v.chunk(2), s) if s != 1 else v
+        def predict(x, y): return generator(x, torch.full((len(x),), t, device=x.device), y)
+        return guided(predict, z, labels, generator.classes, scale.get(t, 1.))
     return velocity
 
 @torch.no_grad()
@@ -261,7 +256,7 @@ def sample_flow(
     if sigma == 1: return keep[0].to(device, torch.float32, copy=True)
     seeds,left = row_seeds(rng, b),max(1, math.ceil(round(steps*(1-sigma), 6)))     # steps that remain
     times = torch.linspace(sigma, 1, left+1, dtype=torch.float64)
-    velocity,fine = _guided(generator, labels, guidance, times),[]
+    velocity,fine = _velocity(generator, labels, guidance, times),[]
     def note(at):
         fine.append(at['z'].isfinite().all())
         if callback is None: return

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .core import check_range
 from .generator import (Guidance, LatentGenerator, check_count, check_grid, check_labels, check_latents, check_sampling, check_steps,
-                              draw, drop_labels, guide, row_noise, row_seeds)
+                              draw, drop_labels, guided, row_noise, row_seeds)
 from .layers import transformer
 
 # %% ../nbs/43_masked.ipynb #d4fa4e54
@@ -60,7 +60,7 @@ class MaskedCfg:
     levels:int = 1              # ids a token
     schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in sampling
     masks:str = 'linear'        # of `MASK_SCHEDULES`, in training
-    grid:tuple|list|None = None      # (rows, columns) on which the tokens lie, row by row; None: a line
+    grid:tuple|list|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
     near:int = 3                # side of the neighbourhood a token shows its neighbours, odd; 0: attention alone, as in MaskGIT
     label_smoothing:float = 0.  # of the target codes, in [0,1)
 
@@ -178,7 +178,7 @@ def sample_masked(
     g = -torch.log(-torch.log(g.clamp(1e-9, 1-1e-6)))
     fine = []
     for i,scale in enumerate(guidance.scales(steps).tolist()):
-        logits = _guided(generator, ids, labels, scale)                                             # (b *shape k)
+        logits = guided(generator.logits, ids, labels, generator.classes, scale)                    # (b *shape k)
         fine.append(logits.isfinite().all())
         drawn = torch.where(known, ids, draw(logits, u[:,i], temperature, top_k, top_p).clamp(max=k-1))
         sure = logits.float().log_softmax(-1).gather(-1, drawn[...,None])[...,0]+choice_temperature*(1-(i+1)/steps)*g[:,i]
@@ -188,9 +188,3 @@ def sample_masked(
         if callback: callback(dict(i=i, steps=steps, latents=drawn, known=known, new=new, logits=logits))
     check_steps(fine)
     return ids
-
-def _guided(generator, ids, labels, scale) -> Float[Tensor, "b *shape k"]:
-    "Scores at a scale; both predictions in one batch, and one only where the scale is 1"
-    if scale == 1: return generator.logits(ids, labels)
-    both = generator.logits(torch.cat([ids, ids]), torch.cat([labels, torch.full_like(labels, generator.classes)]))
-    return guide(both[:len(ids)], both[len(ids):], scale)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Moment', 'record', 'veil', 'map_tiles', 'chance_ink', 'chart', 'SamplerStepper']
 
-# %% ../nbs/72_stepper.ipynb #1ef43849
-import html, math
+# %% ../nbs/72_stepper.ipynb #56a2c6c8
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,15 +15,13 @@ import matplotlib
 import numpy as np
 import torch
 from fastcore.basics import patch
-from IPython.display import display
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from .core import make_rng
 from .generator import LatentGenerator
-from .plots import PALETTE
-from .widgets import _evaluating, _font, code_colors, compose, difference_tiles, image_tiles, png_bytes
+from .widgets import Explorer, _evaluating, _font, code_colors, compose, difference_tiles, image_tiles
 
 # %% ../nbs/72_stepper.ipynb #6150f404
 class Moment(NamedTuple):
@@ -142,8 +140,8 @@ def chart(
     if drawn not in order: ink.text((4+bars[-1][0]*step+step, foot), f'rank {rank}', (60,60,60), _font(10), 'lb')
     return image
 
-# %% ../nbs/72_stepper.ipynb #760162e1
-class SamplerStepper:
+# %% ../nbs/72_stepper.ipynb #14305aaf
+class SamplerStepper(Explorer):
     "Move through the steps of a sample, and see what was drawn"
     def __init__(self,
         generator:LatentGenerator,           # autoregressive, masked or flow
@@ -159,7 +157,7 @@ class SamplerStepper:
         self._check()
         self.real = None if images is None else self._latents(images)
         self._default = generator.default_steps                                   # a sampler that has no steps to choose goes code by code
-        self._kept,self.live,self._quiet = (None, []),False,False                 # live: every move of a knob redraws
+        self._kept = None, []
         self._build(); self.set(**state)
 
     def _check(self):
@@ -238,11 +236,6 @@ def set(self:SamplerStepper,
 
 _OFF = dict(guidance='the generator was trained without label dropout', sigma='no images were given',
             steps='this sampler goes code by code')
-
-@patch
-def _changed(self:SamplerStepper, change:dict):
-    "A knob moved"
-    if self.live and not self._quiet: self.redraw()
 
 # %% ../nbs/72_stepper.ipynb #f6964b96
 @patch
@@ -353,23 +346,9 @@ def picture(self:SamplerStepper,
 
 # %% ../nbs/72_stepper.ipynb #ae791fbc
 @patch
-def redraw(self:SamplerStepper):
-    "Sample if need be, then show the picture and its line of numbers, or say in one line why not"
-    try:
-        m = self.moment()
-        self.image.value = png_bytes(self.picture(m))
-        self.line.value = f"<span style='line-height:1.5'>{html.escape(self.numbers(m))}</span>"
-    except (ValueError, FloatingPointError) as e:
-        self.line.value = f"<span role='alert' style='color:{PALETTE[1]}'><b>not possible:</b> {html.escape(str(e))}</span>"
-
-@patch(as_prop=True)
-def widget(self:SamplerStepper) -> ipywidgets.Widget:
-    "The view; from here on it follows the knobs"
-    if not self.live: self.live = True; self.redraw()
-    return self._box
-
-@patch
-def _ipython_display_(self:SamplerStepper): display(self.widget)
+def shown(self:SamplerStepper) -> Moment:
+    "What the view shows; sampled if need be"
+    return self.moment()
 
 @patch
 def static_strip(self:SamplerStepper,
