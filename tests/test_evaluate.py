@@ -9,7 +9,7 @@ from torch import nn
 
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.evaluate import Card, FeatureBank, evaluate_generator, evaluate_tokenizer, gfid, pfid, pfid_deltas, rfid
+from tokkit.evaluate import Card, FeatureBank, pfid, pfid_deltas, rfid
 from tokkit.features import FeatureExtractor
 from tokkit.metrics import FeatureStats, frechet_distance
 from tokkit.perturb import perturb_codes
@@ -137,7 +137,6 @@ def test_reference_is_extracted_once(images):
     (lambda x: pfid(SimpleNamespace(codebook=None), x), "kind='gaussian' and strengths"),
     (lambda x: rfid(Grey(), [1, 2]), 'expected images as a tensor'),
     (lambda x: rfid(Grey(), x, 'vgg'), 'extractor must be'),
-    (lambda x: gfid(lambda n: None, x), 'a sampler must return images'),
     (lambda x: Card.from_dict(dict(metric='rFID')), 'not a card: it lacks'),
     (lambda x: Card.from_dict(card().to_dict() | dict(colour=1)), 'colour'),
 ])
@@ -150,22 +149,3 @@ def test_images_of_a_broken_decoder_are_refused(images):
     class Broken(Grey):
         def reconstruct(self, x): return x*float('nan')
     with pytest.raises(ValueError, match='NaN'): rfid(Broken(), images, judge())
-
-
-def test_gfid_of_a_sampler_a_tensor_and_a_set(images):
-    asked, e, real = [], judge(), fashion_mnist('test').subset(slice(150, 300))
-    def sampler(n): asked.append(n); i = sum(asked); return real[i-n:i][0]
-    a, b, c = gfid(sampler, images, e, bootstrap=3), gfid(real[:][0], images, e, bootstrap=3), gfid(real, images, e, bootstrap=3, settings=dict(guidance=2.))
-    assert a.value == b.value == c.value > 0 and a.replicates == c.replicates and sum(asked) == a.n == 150 and c.settings['guidance'] == 2
-
-
-def test_generator_cards(images):
-    assert [c.metric for c in evaluate_generator(images, images, judge(), bootstrap=0)] == ['gFID', 'precision', 'recall']
-    assert [c.value for c in evaluate_generator(images, images, judge(), bootstrap=0)] == pytest.approx([0., 1., 1.], abs=1e-9)
-
-
-def test_tokenizer_cards(images):
-    got = {c.metric: c for c in evaluate_tokenizer(Grey(), images, judge(), bootstrap=3, alphas=(.5,), deltas=(4,))}
-    assert list(got) == ['rFID', 'pFID', 'PSNR', 'usage', 'perplexity']
-    used = Grey().tokenize(images[:][0]).unique().numel()
-    assert got['usage'].value == pytest.approx(used/300) and 1 < got['perplexity'].value <= used and got['PSNR'].se > 0

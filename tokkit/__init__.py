@@ -4,7 +4,7 @@ _NAMES = dict(    # what a newcomer meets first; each is imported from its modul
     core='LatentSpec make_rng set_seed', data='fashion_mnist ImageFolder load_images', quantize='Quantized VectorQuantizer',
     tokenizer='Tokenizer make_tokenizer', perturb='perturb_codes perturb_latents perturbation Annealing', plugin='LatentPerturbation',   # with its `attach`
     features='FeatureExtractor',
-    evaluate='Card rfid pfid gfid', generator='Guidance LatentGenerator', generators='make_generator load_generator', learner='Learner',
+    evaluate='Card rfid pfid', scorecard='gfid', generator='Guidance LatentGenerator', generators='make_generator load_generator', learner='Learner',
     train='train_tokenizer train_generator', posttrain='latent_pairs posttrain_decoder', runs='Run')
 _MODULE = {name:module for module,names in _NAMES.items() for name in names.split()}
 __all__ = list(_MODULE)

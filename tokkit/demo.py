@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .core import changed, default_device, make_rng, read_json, tensors_hash, write_json
 from .data import ImageSet, TokenCache, from_uint8, load_images, loader, to_uint8
-from .evaluate import Card, evaluate_generator, pfid, rfid
+from .evaluate import Card, pfid, rfid
 from .features import get_extractor
 from .generator import Guidance, LatentGenerator, sample_batches
 from .generators import GENERATORS, load_generator, make_generator, save_generator
@@ -33,6 +33,7 @@ from .learner import Learner, Log, Phase, WarmupCosine
 from .perturb import Annealing, LatentPerturbation
 from .posttrain import LatentPairs, clean_pairs, latent_pairs, load_pairs, posttrain_decoder, save_pairs
 from .runs import artifact, runs_root
+from .scorecard import evaluate_generator
 from .show import text_preview, to_pil_grid
 from .tokenizer import Tokenizer, fit_spec, make_tokenizer
 from .train import GeneratorTraining, ImageTraining, train_generator, train_tokenizer
