@@ -1,0 +1,90 @@
+"iFID against a slow version of itself, and what it refuses"
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from test_evaluate import judge
+from tokkit.core import make_rng
+from tokkit.data import fashion_mnist
+from tokkit.evaluate import Card, rfid
+from tokkit.ifid import draw_near, ifid, nearest_latents, slerp
+from tokkit.metrics import FeatureStats, frechet_distance
+from tokkit.tokenizer import make_tokenizer
+
+
+class Patches(nn.Module):
+    "Latents are 4x4 patches"
+    codebook, fingerprint = None, 'patches'
+    def encode(self, x): return x.unfold(2, 4, 4).unfold(3, 4, 4).reshape(len(x), 49, 16)
+    def quantize(self, z): return SimpleNamespace(zq=z)
+    def decode(self, z): return z.view(-1, 7, 7, 4, 4).transpose(2, 3).reshape(-1, 1, 28, 28)
+    def reconstruct(self, x): return self.decode(self.encode(x))
+
+
+@pytest.fixture(scope='module')
+def images(): return fashion_mnist('test', n=100)
+
+@pytest.fixture(scope='module')
+def train(): return fashion_mnist('train', n=300)
+
+
+def test_ifid_is_what_it_says(images, train):
+    tok, e, x, y = Patches(), judge(), images[:][0], train[:][0]
+    c = ifid(tok, images, train=train, top_k=3, extractor=e, bootstrap=3, seed=4)
+    a, b = (tok.encode(v).flatten(1) for v in (x, y))
+    cosine = torch.cosine_similarity(a[:, None], b[None], dim=2)
+    top = cosine.argsort(1, descending=True)[:, :3]
+    p = torch.softmax(-(a[:, None]-b[top]).pow(2).mean(2).double(), 1)
+    drawn = top.gather(1, torch.multinomial(p, 1, generator=make_rng(4, 'ifid')))[:, 0]
+    half = torch.stack([slow_slerp(u, v) for u, v in zip(a, b[drawn])])
+    want = frechet_distance(*(FeatureStats.from_features(e(v)) for v in (tok.decode(half), x)))
+    assert isinstance(c, Card) and c.value == pytest.approx(want, rel=1e-3) and c.metric == 'iFID' and len(c.replicates) == 3
+    assert {k: c.settings[k] for k in ('top_k', 't', 'how', 'same_class', 'train_n')} == dict(top_k=3, t=.5, how='slerp', same_class=False, train_n=300)
+
+def slow_slerp(u, v):
+    angle = torch.arccos((u@v)/(u.norm()*v.norm()))
+    return (torch.sin(angle/2)*u+torch.sin(angle/2)*v)/torch.sin(angle)
+
+
+def test_slerp_ends_middle_and_parallel():
+    a, b = torch.randn(2, 6, 3, 4, generator=make_rng(0, 'slerp'))
+    assert torch.allclose(slerp(a, b, 0.), a, atol=1e-6) and torch.allclose(slerp(a, b, 1.), b, atol=1e-6)
+    assert torch.allclose(slerp(a, 2*a, .5), 1.5*a, atol=1e-5) and torch.allclose(slerp(a, -a, .5), 0*a, atol=1e-6)
+    assert slerp(a.half(), b.half()).dtype == torch.half and slerp(0*a, b, .25).allclose(b/4)
+
+
+def test_neighbours_do_not_depend_on_the_chunks():
+    rng = make_rng(0, 'near')
+    z, pool = torch.randn(20, 8, generator=rng), torch.randn(100, 8, generator=rng)
+    pool[50:] = pool[:50]                                                # ties: the first one counts
+    a, b = nearest_latents(z, [pool], 5), nearest_latents(z, pool.split(7), 5)
+    assert torch.equal(a.index, b.index) and torch.allclose(a.cosine, b.cosine, atol=1e-6) and (a.cosine.diff(dim=1) <= 1e-6).all()
+    assert set(draw_near(a, make_rng(0)).tolist()) <= set(a.index.flatten().tolist())
+
+
+def test_same_class_stays_in_the_class(images, train):
+    a, b = Patches().encode(images[:][0]), Patches().encode(train[:][0])
+    near = nearest_latents(a, b.split(64), 4, images.labels, train.labels)
+    assert (train.labels[near.index] == images.labels[:, None]).all()
+
+
+@pytest.mark.parametrize('kind', ['tiny-16', 'tiny-kl0'])
+def test_codes_and_continuous_latents(images, train, kind):
+    tok, e = make_tokenizer(kind, width=16, depth=1), judge()
+    a = ifid(tok, images, train=train, extractor=e, bootstrap=0, n=60, seed=1)
+    assert a == ifid(tok, images, train=train, extractor=e, bootstrap=0, n=60, seed=1) and a.n == 60 and a.settings['tokenizer'] == tok.fingerprint
+    zero = ifid(tok, images, train=train, extractor=e, bootstrap=0, t=0.)
+    assert zero.value == pytest.approx(rfid(tok, images, e, bootstrap=0).value, rel=1e-3)
+
+
+@pytest.mark.parametrize('more,words', [
+    (dict(top_k=0), 'top_k must be at least 1, got 0'), (dict(t=-.1), 't must be in'), (dict(how='arc'), "got 'arc'"), (dict(n=101), 'n must be in 2..100'),
+    (dict(top_k=301), 'only 300 training images to choose from'), (dict(top_k=60, same_class=True), 'training images of its class')])
+def test_refusals(images, train, more, words):
+    with pytest.raises(ValueError) as e: ifid(Patches(), images, train=train, extractor=judge(), **more)
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+def test_the_measured_images_are_no_training_set(images):
+    with pytest.raises(ValueError, match='the measured images themselves'): ifid(Patches(), images, train=fashion_mnist('test', n=100), extractor=judge())
