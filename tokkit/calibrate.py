@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'code_features', 'window_means', 'smoothed', 'both', 'delta_nodes', 'Calibration', 'calibrated_cells',
-           'calibrate']
+           'calibrate', 'recovery']
 
 # %% ../nbs/64_calibrate.ipynb #4bdfa59f
 import math
@@ -205,7 +205,8 @@ def calibrate(
     found = _minima(curve, c, x, alphas, m, rate)
     clean,least = c[0,0,0],_value(curve, c, found[0], m, rate)
     (a,d),spread = found[0].clip([alphas[0], x[0]], [alphas[-1], x[-1]]),found[1:].std(0, ddof=1)
-    step = np.array([.0025, (x[-1]-x[0])/480])                                                # half a step of the search
+    near = np.searchsorted(x, found[0,1]).clip(1, max(len(x)-1, 1))
+    step = np.array([.005, x[near]-x[near-1] if len(x) > 1 else 0.])/12**.5                   # of a uniform error: a step of alpha, and of the nodes
     reach = student.isf((1-level)/4, blocks-1)*np.hypot(spread, step)
     low,high = np.clip([found[0]-reach, found[0]+reach], [alphas[0], x[0]], [alphas[-1], x[-1]])
     plane = np.stack([c[nodes.index(e),0]@_powers(alphas, m, rate) for e in deltas], 1)
@@ -248,3 +249,29 @@ def _checked(generated, real, codes, alphas, deltas, include_self, blocks, level
     if not alphas or alphas[0] < 0 or alphas[-1] > 1: raise ValueError(f"alphas must be fractions in 0..1, got {alphas}")
     n = min(len(generated), len(real))//blocks*blocks
     return generated[:n],real[:n],alphas,deltas
+
+# %% ../nbs/64_calibrate.ipynb #c1c83f9f
+def recovery(
+    ids:Int[Tensor, "b *n"],        # of real images; each trial draws two disjoint sets from them
+    codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer
+    trials:int = 20,                # doses tried
+    n:int = 1000,                   # images of either set
+    alphas:tuple[float,float] = (.2, .9), # range of alpha, drawn uniformly and rounded to whole tokens
+    deltas:tuple[int,int] = (4, 64),      # range of delta, drawn uniformly on its logarithm
+    seed:int = 0,                   # of doses, sets and perturbations
+    **options,                      # of `calibrate`
+) -> pd.DataFrame:
+    "One row a trial: the dose of a synthetic generator, what `calibrate` found, and whether both intervals hold it"
+    ids,rows = torch.as_tensor(np.asarray(ids).astype(np.int64)),[]
+    if len(ids) < 2*n: raise ValueError(f"two disjoint sets of {n} images need {2*n}, got {len(ids)}")
+    m,low = math.prod(ids.shape[1:]),np.log(deltas)
+    for i in bar(range(trials), 'recovery'):
+        rng = make_rng(seed, 'recovery', i)
+        u,order = torch.rand(2, generator=rng).tolist(),torch.randperm(len(ids), generator=rng)
+        alpha,delta = round((alphas[0]+u[0]*(alphas[1]-alphas[0]))*m)/m,round(float(np.exp(low[0]+u[1]*(low[1]-low[0]))))
+        moved = perturb_codes(ids[order[:n]], codes, alpha, delta, rng=rng)
+        c = calibrate(moved, ids[order[n:2*n]], codes, seed=i, **options)
+        (a,b),(d,e) = c.alpha_interval,c.delta_interval
+        rows.append(dict(alpha=alpha, delta=delta, found_alpha=c.alpha, found_delta=c.delta, alpha_low=a, alpha_high=b, delta_low=d, delta_high=e,
+                         alpha_width=(b-a)/(c.alphas[-1]-c.alphas[0]), delta_width=float(np.log(e/d)/np.log(c.deltas[-1]/c.deltas[0])), left=c.left, holds=a <= alpha <= b and d <= delta <= e))
+    return pd.DataFrame(rows)
