@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['BANK', 'PFID_ALPHAS', 'PFID_DELTAS', 'Card', 'Reference', 'FeatureBank', 'draw_images', 'rfid', 'pfid_deltas', 'pfid']
 
-# %% ../nbs/32_evaluate.ipynb #216e9130
-import copy, math
+# %% ../nbs/32_evaluate.ipynb #369eb37c
+import copy, math, warnings, zipfile, zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from html import escape
+from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 import tokkit
-from .core import bar, check_range, default_device, make_rng, tensors_hash, to_plain
+from .core import atomic_path, bar, check_range, data_home, default_device, make_rng, stable_hash, tensors_hash, to_plain
 from .features import CHUNK, FeatureExtractor, chunks, default_extractor, extract, get_extractor, stream
 from .metrics import FeatureStats, bootstrap_frechet, bootstrap_weights, frechet_distance, weighted_stats
 from .neighbours import NeighbourTable
@@ -56,11 +58,32 @@ class Card:
         digits = min(max(0, 1-math.floor(math.log10(self.se))), 6) if self.se > 0 else 3
         return f"{self.value:.{digits}f} ± {self.se:.{digits}f}"
 
-    def __str__(self): return f"{self.label} {self.number} (n={self.n}, {self.reference}, seed {self.seed})"
+    def interval(self,
+        level:float = .95,         # how often it is right
+        kind:str = 'confidence',   # of the expected value, or 'prediction' of another measurement: other images, other draws
+    ) -> tuple[float,float]:       # from, to
+        "Where the value of an endless repetition lies, or that of one more"
+        if kind not in ('confidence','prediction'): raise ValueError(f"kind must be 'confidence' or 'prediction', got {kind!r}")
+        if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, got {level}")
+        if self.se is None: raise ValueError(f"{self.label} has no error to make an interval of; measure it with bootstrap=50")
+        reach = NormalDist().inv_cdf((1+level)/2)*self.se*(2**.5 if kind == 'prediction' else 1)
+        return self.value-reach, self.value+reach
+
+    @property
+    def warnings(self) -> tuple[str,...]:
+        "What makes this number worth less than it looks; empty where nothing is known"
+        d = self.settings.get('dimension') or 0
+        few = [f'{m} {what}' for what,m in (('images', self.n), ('reference images', self.settings.get('reference_n') or self.n)) if m < 2*d]
+        return tuple(f"{f} for {d} dimensions: take {2*d} or more, or fd_infinity" for f in few)
+
+    def __str__(self):
+        caution = f"; {self.warnings[0]}" if self.warnings else ''
+        return f"{self.label} {self.number} (n={self.n}, {self.reference}, seed {self.seed}{caution})"
     __repr__ = __str__
 
     def _repr_html_(self):
-        rows = dict(reference=self.reference, seed=self.seed, **self.settings, tokkit=self.version)
+        rows = dict(reference=self.reference, seed=self.seed) | {f'warning {i}': w for i,w in enumerate(self.warnings, 1)}
+        rows |= self.settings | dict(tokkit=self.version)
         more = ''.join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k,v in rows.items())
         head = f"<b>{escape(self.label)}</b> {escape(self.number)} <small>n={self.n}</small>"
         return f"{head}<details><summary>how</summary><table>{more}</table></details>"
@@ -103,34 +126,46 @@ Card.__sub__ = _subtract
 
 # %% ../nbs/32_evaluate.ipynb #67bfdf64
 class Reference:
-    "Features of one image set by one extractor, with their statistics and resampled statistics"
+    "Features of one image set by one extractor, with their statistics and resampled statistics; or fixed statistics alone"
     def __init__(self,
-        features:Float[Tensor, "n d"], # of the images
-        extractor:str,                 # name of who made them
+        features:Float[Tensor, "n d"]|FeatureStats, # of the images; or statistics, which are not resampled
+        extractor:str = '',            # name of who made them; '' is the one the statistics name
         name:str = 'features',         # name of the images
         key:str|None = None,           # hash of the images; None takes the features' own
+        shape:tuple|None = None,       # (c h w) of the images, where it is known
     ):
-        self.features,self.extractor,self.name = features,extractor,name
-        self.hash = key or tensors_hash(dict(f=torch.as_tensor(features)))
-        self.stats,self._resampled = FeatureStats.from_features(features),{}
+        fixed = isinstance(features, FeatureStats)
+        made = features.extractor if fixed else ''
+        if not (extractor or made): raise ValueError("these statistics do not say whose features they are of; give extractor='...'")
+        if extractor and made and extractor != made: raise ValueError(f"the reference features are by {made}, not by {extractor}")
+        self.extractor,self.name,self.shape = extractor or made,name,shape
+        self.features = None if fixed else features
+        self.stats = features if fixed else FeatureStats.from_features(features, self.extractor)
+        self.hash = key or tensors_hash({k: torch.as_tensor(v) for k,v in ((('m', features.mean), ('c', features.cov)) if fixed else (('f', features),))})
+        self._resampled = {}
 
-    def __len__(self): return len(self.features)
-    def __repr__(self): return f"Reference {self.name}: {len(self)} images by {self.extractor}"
+    def __len__(self): return self.stats.n
+    def __repr__(self):
+        return f"Reference {self.name}: {len(self)} images by {self.extractor}"+(', statistics only' if self.features is None else '')
 
     def replicate(self,
         i:int,        # which, from 0
         seed:int = 0, # of the weights
     ) -> FeatureStats:
-        "Statistics of replicate i; kept while they are small"
+        "Statistics of replicate i; kept while they are small. Fixed statistics are the same in each"
+        if self.features is None: return self.stats
         if (i, seed) in self._resampled: return self._resampled[i, seed]
-        s = weighted_stats(self.features, bootstrap_weights(len(self), i, seed))
+        s = weighted_stats(self.features, bootstrap_weights(len(self), i, seed), self.extractor)
         if self.features.shape[1] <= 512: self._resampled[i, seed] = s
         return s
 
+# %% ../nbs/32_evaluate.ipynb #76e992f9
 class FeatureBank:
     "Features of image sets, extracted once and shared by all cards"
-    def __init__(self, keep:int = 8): # sets kept; the oldest goes first
-        self.keep,self._kept = keep,{}
+    def __init__(self,
+        keep:int = 8,              # sets kept in memory; the oldest goes first
+        disk:bool|str|Path = False, # keep them on disk too: True below `data_home()`, or a folder
+    ): self.keep,self.disk,self._kept = keep,disk,{}
 
     def __call__(self,
         images,                        # set of images with `hash` and `name`, or a tensor (n c h w)
@@ -138,23 +173,48 @@ class FeatureBank:
         device=None,                   # where, when it has to be computed
     ) -> Reference:
         "The features of these images"
-        key = extractor, _about(images)['hash']
+        about = _about(images)
+        key = extractor, about['hash']
         if key not in self._kept:
-            made = Reference(extract(extractor, images, device), extractor.name, _about(images)['name'], key[1])
+            features = self._stored(images, about, extractor, default_device(str(device) if device else None))
             while len(self._kept) >= self.keep: self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = made
+            self._kept[key] = Reference(features, extractor.name, about['name'], about['hash'], about['shape'])
         return self._kept[key]
 
-BANK = FeatureBank()    # what all cards of this process share unless they are given another
+    def _stored(self, images, about, extractor, device) -> Float[Tensor, "n d"]:
+        "Features from the disk, or made and put there"
+        if not self.disk or isinstance(images, Tensor): return extract(extractor, images, device)
+        folder = data_home()/'features' if self.disk is True else Path(self.disk)
+        path = folder/f"{about['hash']}-{stable_hash([extractor.fingerprint, torch.__version__, device.type])}.npz"
+        if (f := _read_features(path, about['n'])) is not None: return f
+        f = extract(extractor, images, device)
+        try:
+            with atomic_path(path) as p, open(p, 'wb') as file: np.savez(file, features=f.numpy())
+        except OSError as e: warnings.warn(f"the features cannot be kept in {folder} ({e.strerror})", stacklevel=4)
+        return f
 
+def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
+    "Features of n images from a file; None where there is none, or a damaged one"
+    try:
+        with open(path, 'rb') as file, np.load(file) as z: f = torch.from_numpy(z['features'])
+        if f.ndim == 2 and len(f) == n and f.isfinite().all(): return f
+    except FileNotFoundError: return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error): pass
+    warnings.warn(f"the features in {path} were damaged; they are made again", stacklevel=4)
+
+BANK = FeatureBank(disk=True)    # what all cards of this process share unless they are given another
+
+# %% ../nbs/32_evaluate.ipynb #ffa2818e
 def _about(images) -> dict:
-    "Name, hash, size and number of a set of images"
+    "Name, hash, size, number and shape of a set of images"
     if isinstance(images, Tensor):
+        if images.ndim != 4 or not len(images): raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
         key = tensors_hash(dict(x=images))
-        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images))
-    if not all(hasattr(images, k) for k in ('hash', 'name', 'size')):
+        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images), shape=tuple(images.shape[1:]))
+    if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
         raise ValueError(f"expected images as a tensor (n c h w) in [-1,1] or a set of images, got {type(images).__name__}")
-    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images))
+    if not len(images): raise ValueError(f"expected at least one image, {images.name} has none")
+    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images), shape=(images.channels, images.size, images.size))
 
 def _judge(extractor, size:int) -> FeatureExtractor:
     "An extractor from itself, its name, or the images' size"
@@ -162,10 +222,13 @@ def _judge(extractor, size:int) -> FeatureExtractor:
 
 def _reference(reference, images, extractor, device, bank) -> Reference:
     "Whatever was given as reference, as features of this extractor; None is the images themselves"
-    if not isinstance(reference, Reference): return (bank or BANK)(images if reference is None else reference, extractor, device)
-    if reference.extractor != extractor.name:
-        raise ValueError(f"the reference features are by {reference.extractor}, the card is by {extractor.name}; use one extractor")
-    return reference
+    if isinstance(reference, FeatureStats): reference = Reference(reference, reference.extractor or extractor.name, 'statistics')
+    ref = reference if isinstance(reference, Reference) else (bank or BANK)(images if reference is None else reference, extractor, device)
+    if ref.extractor != extractor.name:
+        raise ValueError(f"the reference features are by {ref.extractor}, the card is by {extractor.name}; use one extractor")
+    if ref.shape and reference is not None and ref.shape != (shape := _about(images)['shape']):
+        raise ValueError(f"images are {shape}, those of the reference {ref.name} are {ref.shape}; make them alike first")
+    return ref
 
 # %% ../nbs/32_evaluate.ipynb #9320cfb8
 def draw_images(
@@ -204,23 +267,33 @@ def _through(f:Callable, items, device) -> Iterator[Tensor]:
         with torch.no_grad(): out = f(x.to(device))
         yield out                                       # outside the block: a generator must not leave its mode behind
 
-def _features_of(images:Iterator[Tensor], extractor, device, progress) -> Float[Tensor, "n d"]:
-    "Features of images that are made while we look"
-    parts = []
-    for f in stream(extractor, images, device): parts.append(f); progress.update(len(f))
-    return torch.cat(parts)
+def _alike(made:Iterator[Tensor], shape:tuple) -> Iterator[Tensor]:
+    "Images as they are made, if they have the shape of the originals"
+    for x in made:
+        if tuple(x.shape[1:]) != shape: raise ValueError(f"the tokenizer made images {tuple(x.shape[1:])} of images {shape}; both must be alike")
+        yield x
 
 def _frechet(f, ref:Reference, bootstrap:int, seed:int) -> tuple[float,np.ndarray]:
     "Value and bootstrap replicates of one distance"
-    value = frechet_distance(FeatureStats.from_features(f), ref.stats)
+    value = frechet_distance(FeatureStats.from_features(f, ref.extractor), ref.stats)
     return value, bootstrap_frechet(f, lambda i: ref.replicate(i, seed), bootstrap, seed)
+
+def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, bootstrap:int, seed:int, device, progress) -> tuple[float,np.ndarray]:
+    "The same of images that are made while we look; without replicates no features are kept"
+    def counted():
+        for f in stream(judge, _alike(made, shape), device): progress.update(len(f)); yield f
+    if bootstrap: return _frechet(torch.cat([*counted()]), ref, bootstrap, seed)
+    return frechet_distance(FeatureStats.stream(counted(), ref.extractor), ref.stats), np.zeros(0)
 
 def _se(replicates) -> float|None: return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None
 
-def _settings(images, ref, bootstrap, **more) -> dict:
-    about = _about(images)
-    return dict(images=about['name'], images_hash=about['hash'], reference_hash=ref.hash, reference_n=len(ref), rounding='uint8',
-                covariance='n-1', error=f'bootstrap of the images, {bootstrap} replicates' if bootstrap > 1 else 'none') | more
+def _settings(images, ref, judge, bootstrap, **more) -> dict:
+    "What every Fréchet distance depends on"
+    about,p = _about(images),judge.prepare
+    error = f"bootstrap of the images{'' if ref.features is not None else ', reference fixed'}, {bootstrap} replicates" if bootstrap > 1 else 'none'
+    return dict(images=about['name'], images_hash=about['hash'], shape=about['shape'], reference_hash=ref.hash, reference_n=len(ref), rounding='uint8',
+                resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none', extractor_hash=judge.fingerprint, dimension=len(ref.stats.mean),
+                covariance='n-1', error=error) | more
 
 # %% ../nbs/32_evaluate.ipynb #3c6f6951
 def rfid(
@@ -228,20 +301,22 @@ def rfid(
     images,                        # set of images, or a tensor (n c h w) in [-1,1]
     extractor:FeatureExtractor|str|None = None, # who judges; None goes by the size of the images
     *,
+    n:int|None = None,             # images measured, drawn by the seed; None for all
     bootstrap:int = 50,            # replicates for the error; 0 for none
-    seed:int = 0,                  # of the bootstrap
-    reference=None,                # images or `Reference` to compare with; None: the images themselves
+    seed:int = 0,                  # of the images drawn and the bootstrap
+    reference=None,                # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
     device:str|torch.device|None = None, # where to compute; None: where the tokenizer is
     bank:FeatureBank|None = None,  # keeps reference features; None: one for this process
 ) -> Card:
     "Fréchet distance between reconstructions and originals"
-    judge = _judge(extractor, _about(images)['size'])
-    with _measured(tok, device) as where, bar(total=len(images), desc='rFID', unit='image') as progress:
+    images = draw_images(images, n, seed)
+    about,n = _about(images),len(images)
+    judge = _judge(extractor, about['size'])
+    with _measured(tok, device) as where, bar(total=n, desc='rFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
-        f = _features_of(_through(tok.reconstruct, images, where), judge, where, progress)
-    value,replicates = _frechet(f, ref, bootstrap, seed)
-    settings = _settings(images, ref, bootstrap, tokenizer=_print(tok))
-    return Card('rFID', value, _se(replicates), len(f), judge.name, ref.name, seed, settings, replicates)
+        value,replicates = _distance(_through(tok.reconstruct, images, where), about['shape'], judge, ref, bootstrap, seed, where, progress)
+    settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok))
+    return Card('rFID', value, _se(replicates), n, judge.name, ref.name, seed, settings, replicates)
 
 # %% ../nbs/32_evaluate.ipynb #187c843b
 PFID_ALPHAS = (.9,.8,.7,.6,.5)      # fractions of an image's tokens redrawn
@@ -288,6 +363,14 @@ def _perturbed(tok, codes, clean, dose, table, kind, seed, how) -> tuple[Tensor,
     ids = perturb_codes(clean, codes, dose['alpha'], dose['delta'], table=table, rng=rng, **how)
     return ids, effective_rate(clean, ids)
 
+def _choices(tok, codes, deltas, cells) -> dict:
+    "What the definition leaves open for codes, and what was done"
+    k,levels = tok.codebook.shape[-2],tok.codebook.ndim == 3
+    near = 'fewest steps on the lattice of codes' if getattr(codes, 'lattice', None) else f"nearest in {'the codebook of the same level' if levels else 'the codebook'}"
+    source = 'given' if deltas else 'published' if k in PFID_DELTAS else '{200,280,360}*K/16384, rounded'
+    return dict(codebook_size=k, neighbour=f'{near}; of equally near ones the first', deltas=sorted({c['delta'] for c in cells}), deltas_from=source,
+                alphas=sorted({c['alpha'] for c in cells}), rate_measured=float(np.mean([c['rate'] for c in cells])))
+
 # %% ../nbs/32_evaluate.ipynb #39e42779
 def pfid(
     tok,                             # a tokenizer
@@ -300,29 +383,31 @@ def pfid(
     include_self:bool = True,        # a redraw may give the token's own code back
     kind:str|None = None,            # continuous latents: 'gaussian' | 'interpolate'
     strengths:Sequence[float]|None = None, # continuous latents: the doses
+    n:int|None = None,               # images measured, drawn by the seed; None for all
     bootstrap:int = 50,              # replicates for the error; 0 for none
     seed:int = 0,                    # of all draws
-    reference=None,                  # images or `Reference` to compare with; None: the images themselves
+    reference=None,                  # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
     device:str|torch.device|None = None, # where to compute; None: where the tokenizer is
     bank:FeatureBank|None = None,    # keeps reference features; None: one for this process
 ) -> Card:
     "Mean Fréchet distance of reconstructions from perturbed tokens, over a grid of doses"
-    doses,judge,cells,replicates = _doses(tok, alphas, deltas, kind, strengths),_judge(extractor, _about(images)['size']),{},[]
-    discrete,table,how = tok.codebook is not None,NeighbourTable(),dict(rate=rate, neighbours='code', include_self=include_self)
-    codes = _codes(tok) if discrete else None
+    doses,discrete = _doses(tok, alphas, deltas, kind, strengths),tok.codebook is not None
+    images = draw_images(images, n, seed)
+    about,n = _about(images),len(images)
+    judge,cells,replicates = _judge(extractor, about['size']),{},[]
+    how,table,codes = dict(rate=rate, neighbours='code', include_self=include_self),NeighbourTable(),_codes(tok) if discrete else None
     if getattr(codes, 'lattice', None): table = None                              # found faster than kept
     elif discrete: table(codes, max(d['delta'] for d in doses), include_self)     # once, for all cells
-    with _measured(tok, device) as where, bar(total=len(doses)*len(images), desc='pFID', unit='image') as progress:
+    with _measured(tok, device) as where, bar(total=len(doses)*n, desc='pFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
         clean = _encode(tok, images, where, discrete)
         for dose in doses:
             moved,measured = _perturbed(tok, codes, clean, dose, table, kind, seed, how)
-            f = _features_of(_through(tok.detokenize if discrete else tok.decode, moved, where), judge, where, progress)
-            value,r = _frechet(f, ref, bootstrap, seed)
+            made = _through(tok.detokenize if discrete else tok.decode, moved, where)
+            value,r = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
             cells[' '.join(f'{k}={v:g}' for k,v in dose.items())] = dose | dict(value=value, se=_se(r), rate=measured)
             replicates.append(r)
-    mean = np.mean(replicates, 0)
-    how = how | dict(rate_measured=float(np.mean([c['rate'] for c in cells.values()]))) if discrete else dict(kind=kind)
-    settings = _settings(images, ref, bootstrap, tokenizer=_print(tok), beta=1., **how)
-    value = float(np.mean([c['value'] for c in cells.values()]))
-    return Card('pFID', value, _se(mean), len(clean), judge.name, ref.name, seed, settings, mean, cells)
+    mean,rows = np.mean(replicates, 0),list(cells.values())
+    how = how | _choices(tok, codes, deltas, rows) if discrete else dict(kind=kind)
+    settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok), beta=1., cells=f'mean of {len(rows)}, the same images in each', **how)
+    return Card('pFID', float(np.mean([c['value'] for c in rows])), _se(mean), n, judge.name, ref.name, seed, settings, mean, cells)

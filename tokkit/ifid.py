@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import bar, make_rng
-from .evaluate import (Card, FeatureBank, _about, _encode, _features_of, _frechet, _judge, _measured, _print, _reference, _se, _settings,
-                             _through, draw_images)
+from .evaluate import (Card, FeatureBank, _about, _distance, _encode, _judge, _measured, _print, _reference, _se, _settings, _through,
+                             draw_images)
 from .features import CHUNK, FeatureExtractor
 
 # %% ../nbs/37_ifid.ipynb #ffc924bf
@@ -119,11 +119,11 @@ def ifid(
         z = _encode(tok, images, where, False)
         pairs = zip(z.split(CHUNK), _partners(tok, images, train, z, top_k, same_class, seed, where).split(CHUNK))
         between = ((slerp if how == 'slerp' else torch.lerp)(a, b, t) for a,b in pairs)
-        with torch.no_grad(): f = _features_of((tok.decode(m.to(where)) for m in between), judge, where, progress)
-    value,replicates = _frechet(f, ref, bootstrap, seed)
-    settings = _settings(images, ref, bootstrap, tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'], train_n=trained['n'],
+        made = _through(tok.decode, between, where)
+        value,replicates = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
+    settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'], train_n=trained['n'],
                          top_k=top_k, t=t, how=how, same_class=same_class, near='cosine of whole latents', weights='softmax(-mean squared distance)')
-    return Card('iFID', value, _se(replicates), len(f), judge.name, ref.name, seed, settings, replicates)
+    return Card('iFID', value, _se(replicates), len(images), judge.name, ref.name, seed, settings, replicates)
 
 def _check(tok, top_k, t, how):
     missing = [k for k in ('encode','quantize','decode') if not hasattr(tok, k)]

@@ -47,10 +47,10 @@ def evaluate_generator(
     samples = _samples(samples, n or len(reference))
     if extractor is None and isinstance(reference, Reference): extractor = reference.extractor
     judge = _judge(extractor, _about(samples)['size'])
-    ref = _reference(reference, None, judge, device, bank)
+    ref = _reference(reference, samples, judge, device, bank)
     f = extract(judge, samples, device, desc='gFID')
     value,replicates = _frechet(f, ref, bootstrap, seed)
-    how = _settings(samples, ref, bootstrap, **(settings or {}))
+    how = _settings(samples, ref, judge, bootstrap, **(settings or {}))
     cards = [Card('gFID', value, _se(replicates), len(f), judge.name, ref.name, seed, how, replicates)]
     if k is None: return cards
     for metric,v,m in zip(('precision','recall'), precision_recall(ref.features, f, k), (len(f), len(ref))):
