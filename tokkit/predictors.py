@@ -71,7 +71,8 @@ def pool(
 def _tidy(table:Any, names:Sequence[str], unit:str) -> pd.DataFrame:
     "Any table as tidy rows of these metrics"
     table = pd.DataFrame(dict(table)) if isinstance(table, Mapping) else table
-    if not isinstance(table, pd.DataFrame): raise ValueError(f"expected a table, or a dict of equally long lists, got {type(table).__name__}")
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"expected a table, or a dict of equally long lists, got {type(table).__name__}")
     if unit not in table and not {'metric', 'value'} <= set(table): table = table.assign(**{unit: range(1, len(table)+1)})
     there = table.metric.dropna().unique() if {'metric', 'value'} <= set(table) else table.columns.drop(unit)
     missing = [m for m in names if m not in set(there)]
@@ -90,7 +91,8 @@ def unit_values(
     "Value and error of every metric for every unit that has them all, repetitions averaged"
     keys = [unit]+([group] if group else [])
     points = pool(_tidy(table, list(dict.fromkeys(names)), unit), [*keys, 'metric'])
-    if np.isinf(points.value).any(): raise ValueError(f"infinite {points.metric[np.isinf(points.value)].iloc[0]}: nothing to correlate; drop that row")
+    endless = points.metric[np.isinf(points.value)]
+    if len(endless): raise ValueError(f"infinite {endless.iloc[0]}: nothing to correlate; drop that row")
     wide = points.pivot(index=keys, columns='metric', values=['value', 'se'])
     if group and wide.index.get_level_values(unit).duplicated().any():
         raise ValueError(f"one {unit} has several values of {group}; a group is a setting that belongs to the {unit}")
@@ -200,7 +202,7 @@ def compare_agreement(
 ) -> pd.DataFrame:                # a row for each scope and coefficient
     "Agreement of `first` with the target minus that of `second`, on the same tokenizers, with its interval"
     check_range('level', level)
-    if first == second or target in (first, second): raise ValueError(f"expected three different metrics, got {first}, {second} and {target}")
+    if len({first, second, target}) < 3: raise ValueError(f"expected three different metrics, got {first}, {second} and {target}")
     rows,names = [],[first, second, target]
     for scope,(wide,groups) in _scopes(unit_values(table, names, unit, group), unit, group).items():
         def gap(x1, x2, y):
@@ -210,5 +212,6 @@ def compare_agreement(
         for c in COEFFICIENTS:
             i = _interval(redrawn[c], level)
             better = first if i['low'] > 0 else second if i['high'] < 0 else ''
-            rows.append(dict(first=first, second=second, target=target, scope=scope, coefficient=c, difference=plain[c].item(), **i, better=better, n=len(wide)))
+            rows.append(dict(first=first, second=second, target=target, scope=scope, coefficient=c, difference=plain[c].item(), **i,
+                             better=better, n=len(wide)))
     return pd.DataFrame(rows)
