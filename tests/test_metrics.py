@@ -1,4 +1,5 @@
 "Distances against recorded values, closed forms, scipy and scikit-learn; extractors against the package's own network"
+import os, subprocess, sys, tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import nn
 from tokkit import features
 from tokkit.data import fashion_mnist, from_uint8, to_uint8
 from tokkit.features import FeatureExtractor, efficientnet_lite0, efficientnet_taps, extract, get_extractor
-from tokkit.metrics import (FeatureStats, bootstrap_frechet, bootstrap_weights, frechet_distance, mse, precision_recall, psnr,
-                            weighted_stats)
+from tokkit.metrics import (FeatureStats, across_processes, bootstrap_frechet, bootstrap_weights, fd_infinity, frechet_distance,
+                            load_samples, load_stats, mse, psnr, save_samples, save_stats, ssim, weighted_stats)
 
 GOLDEN = Path(__file__).parent/'golden'
 stats = FeatureStats.from_features
@@ -63,6 +64,45 @@ def test_streaming_equals_whole(sizes, d):
     if len(whole) > 1: assert np.allclose(s.cov, np.cov(whole.T).reshape(d, d), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize('n', [1, 700, 1024, 3000, 5000])
+def test_the_batch_size_changes_no_bit(n):
+    "Statistics are those of fixed blocks, however the features arrive"
+    f = np.random.default_rng(n).normal(size=(n, 20))*np.logspace(-3, 3, 20)+1e3
+    whole = stats(f)
+    for size in (1, 7, 64, 1000, 1024, n):
+        s = FeatureStats.stream(torch.from_numpy(f[i:i+size]) for i in range(0, n, size))
+        assert s.n == n and np.array_equal(s.mean, whole.mean) and np.array_equal(s.cov, whole.cov)
+    assert np.allclose(whole.mean, f.mean(0), rtol=1e-13)
+    if n > 1: assert np.allclose(whole.cov, np.cov(f.T), rtol=1e-10, atol=1e-10*np.sqrt(np.outer(*[f.var(0)]*2)))
+    assert np.array_equal(whole.cov, whole.cov.T)
+
+
+def test_memory_does_not_grow_with_the_number():
+    def peak(n, d=200):
+        tracemalloc.start()
+        FeatureStats.stream(np.full((100, d), float(i)) for i in range(n//100))
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+    assert peak(40_000) < 1.1*peak(4_000) < 5*(1024*200*8+2*200*200*8)
+
+
+def test_two_processes(tmp_path):
+    "Each has its part, one of another size; both get the statistics of the whole; two extractors are refused by both"
+    script, env = Path(__file__).parent/'stats_in_processes.py', dict(os.environ, OMP_NUM_THREADS='1')
+    ranks = [subprocess.Popen([sys.executable, script, str(tmp_path), str(i)], env=env) for i in range(2)]
+    assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    f = np.random.default_rng(0).normal(size=(1500, 30))*10+100
+    for r in (np.load(tmp_path/f'{i}.npz') for i in range(2)):
+        for name, part in (('both', f), ('one', f[:400])):
+            whole = stats(part)
+            assert r[f'{name}_n'] == whole.n and str(r['extractor']) == 'mine'
+            assert np.allclose(r[f'{name}_mean'], whole.mean, rtol=1e-12)
+            assert abs(r[f'{name}_cov']-whole.cov).max() <= 1e-10*abs(whole.cov).max()
+        assert str(r['refused']) == "across_processes: processes have features of different extractors: ['extractor 0', 'extractor 1']"
+    assert across_processes(whole) is whole
+
+
 def test_statistics_of_float16_and_integers_are_double():
     f = torch.randn(50, 3).half()
     assert stats(f).cov.dtype == np.float64 and np.allclose(stats(f).cov, np.cov(f.double().numpy().T))
@@ -74,12 +114,109 @@ def test_statistics_of_float16_and_integers_are_double():
     (lambda f: stats(f[:0]), 'at least one feature vector'),
     (lambda f: frechet_distance(stats(f[:1]), stats(f)), 'at least 2 images'),
     (lambda f: frechet_distance(stats(f[:,:2]), stats(f)), 'of 2 and of 4 dimensions'),
-    (lambda f: precision_recall(f, f[:,:2]), 'of 4 and of 2 dimensions'),
-    (lambda f: precision_recall(f, f, k=30), 'k must be in 1..29'),
+    (lambda f: stats(f, 'a.b1@32').merge(stats(f, 'a.b2@32')), 'features by a.b1@32 and by a.b2@32 cannot be compared'),
+    (lambda f: frechet_distance(stats(f, 'a'), stats(f, 'b')), 'features by a and by b cannot be compared'),
+    (lambda f: FeatureStats.stream([f, f[:,:3]]), 'a batch of 4-dimensional features is followed by one of 3'),
+    (lambda f: FeatureStats.stream(iter(())), 'at least one feature vector'),
+    (lambda f: frechet_distance(stats(f), FeatureStats(9, np.zeros(4), -np.eye(4))), 'negative eigenvalues'),
+    (lambda f: frechet_distance(FeatureStats(9, np.zeros(4), np.diag([1, 1, -.1, 1])), stats(f)), 'an eigenvalue of -'),
+    (lambda f: frechet_distance(stats(f), FeatureStats(9, np.zeros(4), np.ones((4, 4))-2*np.eye(4))), 'negative eigenvalues'),
+    (lambda f: frechet_distance(stats(f), FeatureStats(9, np.zeros(4), np.full((4, 4), np.nan))), 'NaN or infinity'),
+    (lambda f: fd_infinity(f[:7], f), 'fewer than 4 for a part'),
+    (lambda f: fd_infinity(f, f, parts=(3, 3)), 'at least two different numbers of parts'),
+    (lambda f: fd_infinity(f[:,:2], stats(f)), 'of 2 and of 4 dimensions'),
 ])
 def test_errors(call, words):
     with pytest.raises(ValueError) as e: call(np.random.default_rng(0).normal(size=(30, 4)))
     assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_rank_deficient_against_singular_values():
+    "With few images the root's trace is the sum of the singular values of one small table"
+    rng = np.random.default_rng(0)
+    f, g = rng.normal(size=(30, 200)), rng.normal(size=(50, 200))*rng.uniform(.1, 2, 200)+.1
+    p, q = stats(f), stats(g)
+    root = np.linalg.svd((f-f.mean(0))@(g-g.mean(0)).T, compute_uv=False).sum()/np.sqrt(29*49)
+    want = ((p.mean-q.mean)**2).sum()+np.trace(p.cov)+np.trace(q.cov)-2*root
+    assert frechet_distance(p, q) == pytest.approx(want, rel=1e-10) == frechet_distance(q, p)
+
+
+def test_rounding_is_clipped():
+    "Statistics that went through single precision have eigenvalues slightly below zero"
+    f = np.random.default_rng(0).normal(size=(20, 60))
+    p, q = stats(f), stats(np.random.default_rng(1).normal(size=(40, 60)))
+    rounded = FeatureStats(p.n, p.mean, p.cov.astype(np.float32).astype(float))
+    assert np.linalg.eigvalsh(rounded.cov)[0] < 0
+    assert frechet_distance(rounded, q) == pytest.approx(frechet_distance(p, q), rel=1e-3) == frechet_distance(q, rounded)
+
+
+def test_the_value_does_not_depend_on_what_was_asked_before():
+    f = np.random.default_rng(0).normal(size=(100, 30))
+    p, q, r = stats(f[:50]), stats(f[40:]), stats(f[:60])
+    first = frechet_distance(p, q)
+    frechet_distance(q, p); frechet_distance(r, p)                          # both have kept their factors
+    assert frechet_distance(p, q) == first == frechet_distance(stats(f[:50]), stats(f[40:]))
+
+
+def test_the_limit_of_many_images():
+    "Two Gaussians whose distance is known: 8 dimensions apart by 1, the second twice as wide"
+    rng, d = np.random.default_rng(0), 8
+    truth, found, plain = d*1+d*(2-1)**2, [], []
+    exact = FeatureStats(10**6, np.ones(d), 4*np.eye(d))
+    for _ in range(200):
+        f = rng.normal(size=(80, d))
+        found.append(fd_infinity(f, exact, bootstrap=0).value); plain.append(frechet_distance(stats(f), exact))
+    bias = np.mean(plain)-truth
+    assert bias > 5*np.std(plain)/200**.5 and abs(np.mean(found)-truth) < .5*bias
+    one = fd_infinity(f, exact, bootstrap=40)
+    assert .6 < one.se/np.std(found) < 1.8 and len(one.replicates) == 40 and one == fd_infinity(f, exact, bootstrap=40)
+    assert one.distances[0] == pytest.approx(plain[-1], rel=1e-9) and one.sizes[:2] == (80, 40)
+
+
+def test_the_limit_of_equal_sets_is_zero():
+    f = np.random.default_rng(0).normal(size=(400, 6))
+    assert abs(fd_infinity(f, f, bootstrap=0).value) < 1e-9
+    apart = fd_infinity(f[:200], f[200:], bootstrap=40)
+    assert abs(apart.value) < 4*apart.se < apart.distances[0]*4
+
+
+def test_statistics_in_files(tmp_path):
+    s, t = stats(np.random.default_rng(0).normal(size=(50, 4)), 'judge'), stats(np.ones((3, 2)))
+    save_stats(tmp_path/'s.npz', s, t)
+    back = load_stats(tmp_path/'s.npz')
+    assert (back.n, back.extractor) == (50, 'judge') and np.array_equal(back.cov, s.cov) and np.array_equal(back.mean, s.mean)
+    assert np.array_equal(load_stats(tmp_path/'s.npz', 3, spatial=True).mean, t.mean)
+    with np.load(tmp_path/'s.npz') as z: assert {'mu', 'sigma', 'mu_s', 'sigma_s'} <= set(z.files)
+    with pytest.raises(ValueError, match='features by judge and by other'): frechet_distance(back, stats(np.eye(4), 'other'))
+    assert [f.name for f in tmp_path.iterdir()] == ['s.npz']
+
+
+@pytest.mark.parametrize('arrays,words', [
+    (dict(mu=np.zeros(3)), 'expected the arrays mu, sigma, found mu'),
+    (dict(mu=np.zeros(3), sigma=np.eye(3)), 'does not say of how many images'),
+    (dict(mu=np.zeros(3), sigma=np.eye(4), n=5), 'do not fit'),
+    (dict(mu=np.zeros(3), sigma=np.eye(3)*np.nan, n=5), 'NaN or infinity'),
+    (dict(mu=np.zeros(3), sigma=np.triu(np.ones((3, 3))), n=5), 'not symmetric'),
+    (None, 'not a whole .npz file'),
+])
+def test_statistics_that_cannot_be_read(tmp_path, arrays, words):
+    if arrays is None: (tmp_path/'f.npz').write_bytes(b'PK\3\4 torn')
+    else: np.savez(tmp_path/'f.npz', **arrays)
+    with pytest.raises(ValueError) as e: load_stats(tmp_path/'f.npz')
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_samples_in_files(tmp_path):
+    x, grey = torch.rand(6, 3, 5, 5)*2-1, torch.rand(6, 1, 5, 5)*2-1
+    save_samples(tmp_path/'x.npz', x, torch.arange(6))
+    with np.load(tmp_path/'x.npz') as z: assert z['arr_0'].dtype == np.uint8 and z['arr_0'].shape == (6, 5, 5, 3)
+    back = load_samples(tmp_path/'x.npz')
+    assert torch.equal(back.images, to_uint8(x)) and torch.equal(back.labels, torch.arange(6))
+    save_samples(tmp_path/'g.npz', grey)
+    assert torch.equal(load_samples(tmp_path/'g.npz').images, to_uint8(grey).expand(-1, 3, -1, -1))
+    with pytest.raises(ValueError, match='expected images'): save_samples(tmp_path/'w.npz', x[:0])
+    np.savez(tmp_path/'w.npz', arr_0=np.zeros((3, 4, 4, 3)))
+    with pytest.raises(ValueError, match='expected arr_0 as uint8'): load_samples(tmp_path/'w.npz')
 
 
 def test_weights_are_drawing_with_replacement():
@@ -108,22 +245,21 @@ def test_pairs_are_resampled_together():
     assert np.array_equal(bootstrap_frechet(f+2, f, 5), bootstrap_frechet(f+2, lambda i: weighted_stats(f, bootstrap_weights(100, i)), 5))
 
 
-def test_precision_recall_by_brute_force():
-    rng = np.random.default_rng(0)
-    real, fake = rng.normal(size=(60, 3)), rng.normal(size=(50, 3))*.5+.3
-    def inside(points, manifold, k):
-        d = np.linalg.norm(manifold[:,None]-manifold[None], axis=-1)
-        r = np.sort(d, 1)[:,k]
-        return np.mean([(np.linalg.norm(manifold-p, axis=1) <= r).any() for p in points])
-    assert precision_recall(real, fake, 3) == pytest.approx((inside(fake, real, 3), inside(real, fake, 3)))
-    assert precision_recall(real, real+1000) == (0., 0.)
-
-
 def test_pixel_measures_match_torchmetrics():
     metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
     x, y = torch.rand(5, 3, 16, 16)*2-1, torch.rand(5, 3, 16, 16)*2-1
     assert torch.allclose(psnr(y, x), metrics.peak_signal_noise_ratio(y, x, data_range=2., reduction='none', dim=(1, 2, 3)), atol=1e-4)
     assert torch.equal(mse(x*9, x.sign()), mse(x.mul(9).clamp(-1, 1), x.sign()))
+
+
+@pytest.mark.parametrize('shape', [(5, 3, 16, 16), (4, 1, 28, 28), (2, 3, 6, 40)])
+def test_ssim_matches_torchmetrics(shape):
+    metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))*2-1
+    for y in (x, x*.5, -x, x.roll(1, 3)*.7+.3*x):
+        want = metrics.structural_similarity_index_measure(y.double(), x.double(), data_range=2., reduction='none')
+        assert torch.allclose(ssim(y, x).double(), want, atol=1e-5)
+    with pytest.raises(ValueError, match='half the window is 5 pixels wide'): ssim(x[...,:5], x[...,:5])
 
 
 # features
@@ -168,7 +304,7 @@ def test_taps_at_any_size(size):
     assert x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize('name,words', [('dinov2', 'cannot be loaded yet'), ('vgg', 'got '), ('efficientnet_lite0.b99@32', '1..16')])
+@pytest.mark.parametrize('name,words', [('vgg', 'got '), ('efficientnet_lite0.b99@32', '1..16')])
 def test_unknown_extractors(name, words):
     with pytest.raises(ValueError, match=words) as e: get_extractor(name)
     assert '\n' not in str(e.value)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KERNELS', 'STRIP', 'Kernel', 'get_kernel', 'jackknife', 'MMD', 'mmd2', 'mmd2_linear', 'KID', 'kid']
 
-# %% ../nbs/34_kernels.ipynb #f449aba8
-from collections.abc import Callable
+# %% ../nbs/34_kernels.ipynb #3432ec22
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Kernel:
     def __repr__(self): return self.name
 
     def fit(self,
-        *sets:Float[Tensor, "n d"]|np.ndarray,  # the data; at most 1000 vectors of each are looked at
+        *sets:Float[Tensor, "_ d"]|np.ndarray,  # the data; at most 1000 vectors of each are looked at
     ) -> 'Kernel':
         "The same with every `median` replaced by a number"
         if not self.medians: return self
@@ -87,7 +87,7 @@ def get_kernel(
 
 # %% ../nbs/34_kernels.ipynb #ed78a0f3
 def jackknife(
-    left_out:Float[np.ndarray, "n"],    # the estimate without the first, without the second, ...
+    left_out:Sequence[float]|np.ndarray,    # the estimate without the first, without the second, ...
 ) -> float:                             # standard error
     "Standard error of an estimate from those that each leave out one vector"
     v = np.asarray(left_out, dtype=np.float64)

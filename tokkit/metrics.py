@@ -262,11 +262,12 @@ def psnr(
 # %% ../nbs/31_metrics.ipynb #c39792e7
 SSIM_WINDOW = 11    # pixels
 
-def _blur(x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h-10 w-10"]:
+def _blur(x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     "Means under the Gaussian window, one direction after the other"
     g = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device)-SSIM_WINDOW//2
     g = (-(g/1.5)**2/2).exp()
     g = (g/g.sum()).repeat(x.shape[1], 1, 1, 1)                             # (c 1 1 11)
+    x = F.pad(x, (SSIM_WINDOW//2,)*4, mode='reflect')
     return F.conv2d(F.conv2d(x, g, groups=x.shape[1]), g.transpose(2, 3), groups=x.shape[1])
 
 def ssim(
@@ -275,7 +276,7 @@ def ssim(
 ) -> Float[Tensor, "b"]:          # at most 1, which is equality
     "Structural similarity of each image, the mean over channels"
     if xh.shape != x.shape: raise ValueError(f"ssim: expected two batches of one shape, got {tuple(xh.shape)} and {tuple(x.shape)}")
-    if min(x.shape[2:]) < SSIM_WINDOW: raise ValueError(f"ssim: the window is {SSIM_WINDOW} pixels wide, images of {x.shape[2]}x{x.shape[3]} are smaller")
+    if min(x.shape[2:]) <= SSIM_WINDOW//2: raise ValueError(f"ssim: half the window is {SSIM_WINDOW//2} pixels wide, images of {x.shape[2]}x{x.shape[3]} must be larger")
     xh,x = xh.clamp(-1, 1).double(),x.double()                              # a variance is a small difference of squares
     m,mh = _blur(x),_blur(xh)
     v,vh,both = _blur(x*x)-m*m,_blur(xh*xh)-mh*mh,_blur(x*xh)-m*mh
