@@ -1,10 +1,16 @@
 "Agreement of metrics: the paper's published numbers, scipy, brute force, and intervals that hold what they promise"
+import os, subprocess, sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
 from tokkit.predictors import COEFFICIENTS, coefficients, compare_agreement, paper_rows, pool, rank_agreement, unit_values
+from tokkit.runs import collect
+from tokkit.sweep import grid_points
 
 # Pearson, Spearman over the eleven tokenizers of tables 7 and 8 (arXiv 2509.12474)
 PUBLISHED = {
@@ -121,3 +127,32 @@ def test_settings_are_not_averaged():
     with pytest.raises(ValueError, match='one tokenizer has several values of K'):
         rank_agreement(moving, 'pFID', group='K')
     assert COEFFICIENTS == ('Pearson', 'Spearman', 'Kendall')
+
+
+EXPERIMENT = Path(__file__).resolve().parent.parent/'nbs'/'experiments'/'e03_which_metric_predicts_gfid.ipynb'
+
+def test_the_study_is_wide_enough():
+    spec = yaml.safe_load(EXPERIMENT.with_suffix('.yaml').read_text())
+    points = grid_points(spec['grid'])
+    names = {p['tokenizer'] for p in points}
+    assert len(names) >= 12 and len(points) == len({tuple(sorted(p.items())) for p in points})
+    for what in (lambda n: n.split('-')[0], lambda n: n.split('-')[1], lambda n: n.split('-')[2:]):      # quantizer, K, words
+        assert len({str(what(n)) for n in names}) >= 3
+    for name in names:
+        assert {p['seed'] for p in points if p['tokenizer'] == name and p['generator'] == 'ar'} == {0, 1, 2}
+        assert {p['seed'] for p in points if p['tokenizer'] == name and p['generator'] == 'masked'} == {0}
+
+
+def test_the_study_runs(tmp_path):
+    "Two seeds of a generator share their tokenizer, and every number that the result page reads is a row"
+    command = [Path(sys.executable).parent/'tokkit', 'sweep', EXPERIMENT, '-g', 'seed=0,1', '-p', 'preset', 'smoke', '-p', 'tokenizer', 'lfq-512-perturbed', '--workers', '1', '--threads', '1']
+    env = dict(os.environ, TOKKIT_RUNS=str(tmp_path/'runs'), TOKKIT_DEVICE='cpu')
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    table = collect(tmp_path/'runs')
+    assert {'metric', 'value', 'se', 'n', 'extractor', 'seed', 'run_id', 'tokenizer', 'quantizer', 'K', 'perturbation', 'loss', 'generator', 'guidance'} <= set(table)
+    assert {'rFID', 'pFID', 'iFID', 'calibrated pFID', 'gFID', 'calibrated alpha', 'pFID cell'} <= set(table.metric)
+    values = table.pivot_table(index=['metric', 'guidance'], columns='seed', values='value')
+    for m in ('rFID', 'pFID', 'iFID'): assert values.loc[m][0].item() == values.loc[m][1].item()         # measured once
+    assert (values.loc['gFID'][0] != values.loc['gFID'][1]).all()                                       # another generator
+    assert len([p for p in (tmp_path/'runs'/'tokenizer').glob('*perturbed*') if not p.name.startswith('.')]) == 1
