@@ -343,7 +343,7 @@ def _feature_rows(g:Tensor, r:Tensor, kernel, bootstrap, seed) -> list[dict]:
     rows = [dict(metric='MMD²', value=m.value, se=m.se, kernel=m.kernel)]
     if min(len(g), len(r)) > g.shape[1]:
         p,q = (FeatureStats.from_features(t) for t in (g, r))
-        draws = bootstrap_frechet(g, q, n=bootstrap, seed=seed) if bootstrap > 1 else None
+        draws = bootstrap_frechet(g, r, replicates=bootstrap, seed=seed) if bootstrap > 1 else None
         rows.append(dict(metric='FD', value=frechet_distance(p, q), se=None if draws is None else float(np.std(draws, ddof=1))))
     return rows
 
