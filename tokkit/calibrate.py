@@ -206,6 +206,7 @@ class Calibration:
         bars = [[[v-a],[b-v]] for v,(a,b) in ((self.delta, self.delta_interval), (self.alpha, self.alpha_interval))]
         ax.errorbar(self.delta, self.alpha, xerr=np.maximum(bars[0], 0), yerr=np.maximum(bars[1], 0), fmt='o', ms=4, color='tab:red', capsize=2)
         ax.set(xscale='log', xlabel='delta', ylabel='alpha')
+        ax.set_xticks(self.deltas, [str(d) for d in self.deltas]); ax.minorticks_off()
         return ax
 
 def calibrated_cells(
