@@ -143,8 +143,10 @@ def _no_covariance(what:str):
     raise ValueError(f"frechet_distance: {what}; a covariance has none: compute the statistics again, in double precision")
 
 def _factor(cov:np.ndarray) -> np.ndarray:
-    "L (d r) with cov = L L^T, by Cholesky with pivots"
+    "L (d r) with cov = L L^T: lower triangular at full rank, by Cholesky with pivots otherwise"
     if not np.isfinite(cov).all(): _no_covariance('the covariance holds NaN or infinity')
+    L,singular = linalg.lapack.dpotrf(cov.T, lower=1, clean=1)
+    if not singular and np.diag(L).min() > 1e-7*np.diag(L).max(): return L
     c,pivots,r,_ = linalg.lapack.dpstrf(cov, lower=1)
     if np.diag(cov).max() <= 0: r = 0                                      # identical images
     L = np.empty((len(cov), r))
@@ -161,7 +163,10 @@ def frechet_distance(
     if min(p.n, q.n) < 2: raise ValueError(f"a Fréchet distance needs at least 2 images on either side, got {p.n} and {q.n}")
     if p.n <= len(p.mean) and p.n < q.n: p,q = q,p                         # the factor is the reference's, unless the other has fewer columns
     L = q.factor                                                           # (d r)
-    w = linalg.eigvalsh(L.T@p.cov@L) if L.size else np.zeros(1)
+    if L.shape[0] == L.shape[1] and not np.triu(L, 1).any(): product = linalg.lapack.dsygst(p.cov.T, L, itype=2, lower=1)[0]   # L^T cov L, half the work
+    else: product = L.T@p.cov@L
+    if not np.isfinite(p.cov).all(): _no_covariance('the covariance holds NaN or infinity')
+    w = linalg.eigvalsh(product, check_finite=False) if L.size else np.zeros(1)
     if w[0] < -TOLERANCE*abs(w).max(): _no_covariance(f'an eigenvalue of {w[0]:.2g}, the largest being {w[-1]:.2g}')
     d = p.mean-q.mean
     return max(float(d@d+np.trace(p.cov)+np.trace(q.cov)-2*np.sqrt(np.clip(w, 0, None)).sum()), 0.)
