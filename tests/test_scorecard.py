@@ -1,13 +1,34 @@
 "Tables of cards, of a tokenizer and of a generator whose answers are known"
 import pytest
+import torch
+from torch import nn
 
 from test_evaluate import Grey, judge
+from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.scorecard import evaluate_generator, evaluate_tokenizer, gfid
+from tokkit.evaluate import FeatureBank, Reference, rfid
+from tokkit.features import FeatureExtractor, extract
+from tokkit.fidelity import density_coverage, inception_score, precision_recall
+from tokkit.generator import sample_batches
+from tokkit.generators import make_generator
+from tokkit.kernels import kid
+from tokkit.metrics import FeatureStats, load_stats, psnr, save_stats, ssim
+from tokkit.scorecard import GENERATOR_METRICS, TOKENIZER_METRICS, FeatureDistance, Sampler, evaluate_generator, evaluate_tokenizer, gfid
+from tokkit.tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope='module')
 def images(): return fashion_mnist('test', n=150)
+
+@pytest.fixture(scope='module')
+def others(): return fashion_mnist('test').subset(slice(150, 300))
+
+
+class Three(nn.Module):
+    "Probabilities of three classes"
+    def forward(self, x): return torch.stack([x[..., i::3].mean((1, 2, 3)) for i in range(3)], 1).mul(9).softmax(1)
+
+def classifier(): return FeatureExtractor('three', Three(), mean=(0.,), std=(1.,))
 
 
 def test_gfid_of_a_sampler_a_tensor_and_a_set(images):
@@ -17,17 +38,83 @@ def test_gfid_of_a_sampler_a_tensor_and_a_set(images):
     assert a.value == b.value == c.value > 0 and a.replicates == c.replicates and sum(asked) == a.n == 150 and c.settings['guidance'] == 2
 
 
-def test_generator_cards(images):
-    assert [c.metric for c in evaluate_generator(images, images, judge(), bootstrap=0)] == ['gFID', 'precision', 'recall']
-    assert [c.value for c in evaluate_generator(images, images, judge(), bootstrap=0)] == pytest.approx([0., 1., 1.], abs=1e-9)
+def test_a_sampler_must_give_images(images):
+    with pytest.raises(ValueError, match='a sampler must return images'): gfid(lambda n: None, images)
+
+
+def test_generator_cards_are_the_metrics(images, others):
+    e, p = judge(), classifier()
+    got = {c.metric: c for c in evaluate_generator(others, images, e, classifier=p, bootstrap=0, seed=2)}
+    assert tuple(got) == GENERATOR_METRICS
+    real, fake = (extract(e, s, 'cpu') for s in (images, others))
+    assert (got['precision'].value, got['recall'].value) == tuple(precision_recall(real, fake))
+    assert (got['density'].value, got['coverage'].value) == pytest.approx(tuple(density_coverage(real, fake)))
+    want = kid(real, fake, 1, rng=make_rng(2, 'kid'))
+    assert (got['KID'].value, got['KID'].se) == pytest.approx((want.value, want.se)) and got['KID'].settings['subset_size'] == 150
+    want = inception_score(extract(p, others, 'cpu'), rng=make_rng(2, 'is'))
+    assert (got['IS'].value, got['IS'].se) == pytest.approx(tuple(want)[:2]) and got['IS'].extractor == 'three' and got['KID'].extractor == 'pool'
+    assert 'dimension' not in got['recall'].settings and got['gFID'].settings['dimension'] == 16
+
+
+def test_the_same_images_are_perfect(images):
+    got = {c.metric: c.value for c in evaluate_generator(images, images, judge(), bootstrap=0)}
+    assert (got['gFID'], got['precision'], got['recall'], got['coverage']) == pytest.approx((0, 1, 1, 1), abs=1e-9) and got['KID'] < 0
+
+
+def test_statistics_of_a_file_are_a_reference(images, others, tmp_path):
+    e = judge(); whole = gfid(others, images, e, bootstrap=3)
+    save_stats(tmp_path/'reference.npz', FeatureStats.from_features(extract(e, images, 'cpu'), 'pool'))
+    stats = load_stats(tmp_path/'reference.npz')
+    for reference in (stats, Reference(stats, name='published')):
+        a = gfid(others, reference, e, bootstrap=3)
+        assert a.value == whole.value and a.replicates != whole.replicates and 'reference fixed' in a.settings['error']
+    with pytest.raises(ValueError, match='by pool, the card is by other'): gfid(others, stats, FeatureExtractor('other', e.module, mean=(0.,), std=(1.,)))
+    with pytest.raises(ValueError, match='coverage needs features of the reference'): evaluate_generator(others, stats, e, metrics='coverage')
+
+
+def test_sampler_is_sample_batches_and_says_what_it_did(images):
+    tok = make_tokenizer('tiny-16', width=16, depth=1, codebook_size=32)
+    gen = make_generator('ar', tok.spec, classes=10, width=16, depth=1, heads=2)
+    s = Sampler(gen.train(), tok, asked=dict(guidance=2., temperature=.9), seed=3, batch=7)
+    gen.eval(); ids, labels = sample_batches(gen, 20, seed=3, guidance=2., temperature=.9); gen.train()
+    with torch.no_grad(): want = tok.eval().from_latents(ids)
+    tok.train()
+    assert torch.allclose(s(20), want, atol=1e-5) and gen.training and tok.training and torch.equal(s.draw_labels(20), labels)
+    c = gfid(s, images, judge(), n=20, bootstrap=0)
+    assert {k: c.settings[k] for k in ('labels', 'guidance', 'temperature', 'sampling_seed')} == dict(labels='balanced', guidance='2.0', temperature='0.9', sampling_seed=3)
+    dataset = Sampler(gen, tok, images)
+    assert torch.equal(dataset.draw_labels(150), images.labels) and dataset.settings['labels'] == images.name
+    some = dataset.draw_labels(50).bincount(minlength=10)
+    assert (some <= images.labels.bincount(minlength=10)).all() and some.sum() == 50
 
 
 def test_tokenizer_cards(images):
     got = {c.metric: c for c in evaluate_tokenizer(Grey(), images, judge(), bootstrap=3, alphas=(.5,), deltas=(4,))}
-    assert list(got) == ['rFID', 'pFID', 'PSNR', 'usage', 'perplexity']
+    assert tuple(got) == tuple(m for m in TOKENIZER_METRICS if m not in ('iFID', 'IS'))
     used = Grey().tokenize(images[:][0]).unique().numel()
     assert got['usage'].value == pytest.approx(used/300) and 1 < got['perplexity'].value <= used and got['PSNR'].se > 0
+    tok, x = Grey().eval(), images[:][0]
+    with torch.no_grad(): xh = tok.reconstruct(x)
+    for m, f in dict(PSNR=psnr, SSIM=ssim).items(): assert got[m].value == pytest.approx(f(xh, x).double().mean().item())
+    assert got['LPIPS-style'].value == pytest.approx(FeatureDistance()(x, xh).mean().item(), rel=1e-4) and got['LPIPS-style'].extractor.startswith('efficientnet_lite0')
+    alone = rfid(Grey(), images, judge(), bootstrap=3)
+    assert (got['rFID'].value, got['rFID'].replicates) == (alone.value, alone.replicates)
 
 
-def test_a_sampler_must_give_images(images):
-    with pytest.raises(ValueError, match='a sampler must return images'): gfid(lambda n: None, images)
+def test_reconstructed_once(images):
+    tok = Grey(); evaluate_tokenizer(tok, images, judge(), metrics=('rFID', 'KID', 'coverage', 'PSNR', 'SSIM'), bootstrap=0)
+    assert tok.encoded == len(images)
+
+
+def test_some_metrics_of_some_images(images):
+    a = evaluate_tokenizer(Grey(), images, judge(), metrics=('PSNR', 'rFID'), n=60, seed=1, bootstrap=2, bank=FeatureBank())
+    b = rfid(Grey(), images, judge(), n=60, seed=1, bootstrap=2)
+    assert [c.metric for c in a] == ['rFID', 'PSNR'] and a[0].value == b.value and {c.n for c in a} == {60}
+
+
+@pytest.mark.parametrize('more,words', [
+    (dict(metrics='FID'), "no metric 'FID'; there are rFID, pFID"), (dict(metrics='IS'), 'IS needs a classifier'), (dict(metrics='iFID'), 'iFID needs images'),
+    (dict(n=151), 'n must be in 2..150')])
+def test_refusals(images, more, words):
+    with pytest.raises(ValueError) as e: evaluate_tokenizer(Grey(), images, judge(), **more)
+    assert words in str(e.value) and '\n' not in str(e.value)

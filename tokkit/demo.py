@@ -327,7 +327,7 @@ def _cards(self:Demo, kind:str, stage:str) -> list[Card]:
         sampler = dict(generator=c.generator, weights=self.generator(kind).fingerprint, **{k:str(v) for k,v in self.sampling.items()})
         doses = dict(deltas=None if c.codebook_size >= 256 else (2, 3, 4)) if c.codebook_size else NOISE
         cards = [rfid(tok, test, judge, **how), pfid(tok, test.subset(min(c.n_pfid, len(test))), extractor=judge, **doses, **how),
-                 *evaluate_generator(drawn, test, judge, settings=sampler, **how),
+                 *evaluate_generator(drawn, test, judge, metrics=('gFID','precision','recall'), settings=sampler, **how),
                  class_accuracy(self.classifier(), drawn, labels, 'accuracy of samples', **sampler),
                  class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions')]
         write_json(tmp/'cards.json', [card.to_dict() for card in cards])
