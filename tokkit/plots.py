@@ -335,6 +335,7 @@ def plot_cells(
     rows:pd.DataFrame,         # tidy rows of single cells: alpha, delta, value, and a column that names the tokenizer
     label:str = 'tokenizer',   # that column
     title:str = 'FID',         # what the colour means
+    numbers:bool = True,       # write the values into the cells
 ) -> Figure:
     "pFID's cells of many tokenizers in one map, the best tokenizer on top; colours are logarithmic"
     points = pool(rows, [label, 'alpha', 'delta'])
@@ -345,7 +346,7 @@ def plot_cells(
     grid.columns = [f"{a:g} δ{marks.get(p, p)}" for a,p in grid.columns]
     with house_style():
         fig, (ax,) = _panels(1, width=2.4+.5*grid.shape[1], height=1.1+.3*len(grid))
-        sns.heatmap(grid, norm=mpl.colors.LogNorm(), cmap='crest', linewidths=1, annot=True, fmt='.0f', annot_kws=dict(fontsize=8), ax=ax,
+        sns.heatmap(grid, norm=mpl.colors.LogNorm(), cmap='crest', linewidths=1, annot=numbers, fmt='.0f', annot_kws=dict(fontsize=8), ax=ax,
                     cbar_kws=dict(label=title, pad=.02))
         ax.set(xlabel='α and δ of the cell', ylabel='')
         ax.tick_params(length=0); ax.tick_params(axis='x', labelrotation=45)
