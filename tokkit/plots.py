@@ -346,8 +346,8 @@ def plot_cells(
     grid.columns = [f"{a:g} δ{marks.get(p, p)}" for a,p in grid.columns]
     with house_style():
         fig, (ax,) = _panels(1, width=2.4+.5*grid.shape[1], height=1.1+.3*len(grid))
-        sns.heatmap(grid, norm=mpl.colors.LogNorm(), cmap='crest', linewidths=1, annot=numbers, fmt='.0f', annot_kws=dict(fontsize=8), ax=ax,
-                    cbar_kws=dict(label=title, pad=.02))
+        sns.heatmap(grid, norm=mpl.colors.LogNorm(), cmap='crest', linewidths=1, annot=numbers, fmt='.0f', ax=ax,
+                    annot_kws=dict(fontsize=8), cbar_kws=dict(label=title, pad=.02))
         ax.set(xlabel='α and δ of the cell', ylabel='')
         ax.tick_params(length=0); ax.tick_params(axis='x', labelrotation=45)
         _note(fig, rows.drop(columns='se', errors='ignore'))
