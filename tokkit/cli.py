@@ -195,32 +195,50 @@ def results(
 
 # %% ../nbs/80_cli.ipynb #b485609a
 def metric(
-    metric:Literal['rfid','pfid'],       # rfid: clean tokens; pfid: the mean over perturbed tokens
+    metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: the mean over perturbed tokens; ifid: between latents; all: the whole table
     *,
     tokenizer:str,                       # folder of a saved tokenizer
     data:str = 'fashion_mnist',          # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'test', # part of the data, where it has parts
-    n:int|None = None,                   # images; 1000, or all where there are fewer, when left out
+    n:int|None = None,                   # images, drawn by the seed; 1000, or all where there are fewer, when left out
     deltas:list[int]|None = None,        # pfid: neighbours to draw among; three that follow from K when left out
     alphas:list[float]|None = None,      # pfid: fractions of an image's tokens redrawn; the paper's five when left out
+    train:str|None = None,               # ifid: fashion_mnist or a folder of other images, the neighbours; the other part of the data when left out
+    top_k:int|None = None,               # ifid: nearest neighbours to draw among; 10 when left out
+    reference:str|None = None,           # .npz file of statistics to compare with, as the ADM evaluator writes them; the images themselves when left out
+    reference_n:int|None = None,         # images behind that file, where it does not say
     extractor:str|None = None,           # whose features; efficientnet_lite0 when left out
+    bootstrap:int = 50,                  # replicates for the error; 0 for none
     seed:int = 0,                        # moves every random draw
     json:str|None = None,                # also write the card to this file
     device:str|None = None,              # cpu, cuda, cuda:1 or mps
 ):
     "Measure a saved tokenizer on images of your own"
-    from tokkit import evaluate
     from tokkit.core import write_json
     from tokkit.data import load_images
+    from tokkit.evaluate import pfid, rfid
+    from tokkit.ifid import ifid
+    from tokkit.metrics import load_stats
+    from tokkit.scorecard import evaluate_tokenizer
     from tokkit.tokenizer import Tokenizer
+    given = {k:v for k,v in dict(deltas=deltas, alphas=alphas, train=train, top_k=top_k).items() if v is not None}
+    for owner,own in dict(pfid=('deltas','alphas'), ifid=('train','top_k')).items():
+        if metric not in (owner, 'all') and (wrong := [k for k in own if k in given]):
+            raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
+    if metric == 'all' and 'top_k' in given: raise ValueError("--top-k belongs to ifid; the whole table takes 10")
     tok = Tokenizer.load(tokenizer).to(_use_device(device)).eval()
-    cells = {k:v for k,v in dict(deltas=deltas, alphas=alphas).items() if v is not None}
-    if cells and metric != 'pfid': raise ValueError(f"--{' and --'.join(cells)} belong to pfid; got {metric}")
-    images = load_images(data, split, None, tok.cfg.size, tok.cfg.channels, memory=0.)  # read as needed
-    images = images.subset(min(1000, len(images)) if n is None else n)
-    card = getattr(evaluate, metric)(tok, images, extractor=extractor, seed=seed, **cells)
-    if json: write_json(json, card.to_dict())
-    print(card)
+    how = tok.cfg.size, tok.cfg.channels
+    images = load_images(data, split, None, *how, memory=0.)  # read as needed
+    if train or metric == 'ifid': given['train'] = load_images(train or data, 'test' if not train and split == 'train' else 'train', None, *how, memory=0.)
+    given |= dict(reference=load_stats(reference, reference_n)) if reference else {}
+    measure = dict(rfid=rfid, pfid=pfid, ifid=ifid, all=evaluate_tokenizer)[metric]
+    made = measure(tok, images, n=min(1000, len(images)) if n is None else n, extractor=extractor, bootstrap=bootstrap, seed=seed, **given)
+    cards = made if isinstance(made, list) else [made]
+    if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else made.to_dict())
+    for card in cards: print(card)
+    if metric != 'all' and card.se is not None:
+        spans = {what: card.interval(kind=kind) for what,kind in (('repeated endlessly', 'confidence'), ('with another seed', 'prediction'))}
+        print('95% interval: '+'; '.join(f'{lo:.4g} to {hi:.4g} {what}' for what,(lo,hi) in spans.items()))
 
 def posttrain(
     *,

@@ -113,7 +113,7 @@ def ifid(
     _check(tok, top_k, t, how)
     images = draw_images(images, n, seed)
     judge,about,trained = _judge(extractor, _about(images)['size']),_about(images),_about(train)
-    if about['hash'] == trained['hash']: raise ValueError("train holds the measured images themselves; every nearest neighbour would be the image")
+    if about['hash'] == trained['hash']: raise ValueError("train holds the measured images themselves; every nearest neighbour would be the image: give others")
     with _measured(tok, device) as where, bar(total=len(images), desc='iFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
         z = _encode(tok, images, where, False)
