@@ -346,8 +346,3 @@ def load_samples(
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not len(x):
         raise ValueError(f"{path}: expected arr_0 as uint8 (n h w 3), got {x.dtype} {x.shape}")
     return ImageSet(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(a['arr_1']).long() if 'arr_1' in a else None, name=Path(path).name)
-
-# %% ../nbs/31_metrics.ipynb #52fa6ddd
-def __getattr__(name):
-    if name == 'precision_recall': return __import__('importlib').import_module('tokkit.fidelity').precision_recall
-    raise AttributeError(name)
