@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from scipy.interpolate import CubicSpline
 from scipy.stats import t as student
 from torch import Tensor
@@ -26,21 +26,21 @@ from .neighbours import NeighbourTable
 from .perturb import Level, perturb_codes, split_levels
 from .quantize import Quantizer
 
-# %% ../nbs/64_calibrate.ipynb #97c7b5fc
-def as_ids(ids) -> Int[Tensor, "b *n"]:
+# %% ../nbs/64_calibrate.ipynb #56ec1915
+def as_ids(ids:Int[Tensor, "b *n"]|np.ndarray) -> Int[Tensor, "b *n"]:
     "Ids as a tensor on the CPU, from a tensor or an array, memory-mapped too"
     return ids.detach().cpu().long() if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids).astype(np.int64))
 
 def latents_of(
-    ids:Int[Tensor, "b *n"],        # of images
+    ids:Int[Tensor, "b *n"]|np.ndarray,        # of images
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer
 ) -> Float[Tensor, "b e"]:
     "Whole latents, flattened"
     with torch.no_grad(): return (codes[ids] if isinstance(codes, Tensor) else codes.codes(ids)).detach().flatten(1)
 
 def mmd_plane(
-    generated:Int[Tensor, "b *n"],  # ids a generator made
-    real:Int[Tensor, "b *n"],       # ids of real images
+    generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
+    real:Int[Tensor, "m *s"]|np.ndarray,       # ids of real images
     codes:Tensor|Quantizer,         # code vectors as compared (k d), or a quantizer
     alphas:Sequence[float] = (.1, .3, .5, .7, .9), # fractions of tokens redrawn
     deltas:Sequence[int] = (2, 4, 8, 16, 32, 64),  # neighbours redrawn among
@@ -55,7 +55,7 @@ def mmd_plane(
     g,table,rows = latents_of(generated, codes),NeighbourTable(),[]
     k = get_kernel(kernel).fit(g, latents_of(real, codes))                  # one bandwidth for all cells
     for a,d in bar([(a, d) for a in alphas for d in deltas], 'MMD'):
-        moved = perturb_codes(real, codes, a, d, table=table, rng=make_rng(seed, 'mmd_plane', a, d), **options)
+        moved = perturb_codes(real, codes, a, d, table=table, rng=make_rng(seed, 'mmd_plane', f'{a:g}', d), **options)
         m = mmd2(g, latents_of(moved, codes), k)
         rows.append(dict(metric='MMD²', alpha=a, delta=d, value=m.value, se=m.se, n=len(g), kernel=m.kernel, seed=seed))
     return pd.DataFrame(rows)
@@ -65,7 +65,7 @@ WIDTHS = (.25, .5, 1.)      # of the Gaussians, in medians of the distance betwe
 
 def code_features(
     vectors:Float[Tensor, "k d"],   # code vectors
-    use:Float[Tensor, "k"],         # how often each is used
+    use:Real[Tensor, "k"],          # how often each is used
     size:int = 16,                  # features wanted, the constant included
     most:int = 1024,                # codes the eigenfunctions are found on, the most used ones
 ) -> Float[Tensor, "k r"]:
@@ -145,7 +145,7 @@ def _sums(generated, real, codes, deltas, include_self, size, blocks, ridge=.1) 
     g,r = (t.unflatten(0, (blocks, -1)).mean(1) for t in (g, r))
     return _Sums(*(torch.linalg.solve_triangular(root, t.flatten(0, -2).T, upper=False).T.reshape(t.shape) for t in (g, r, one, two)))
 
-def _coefficients(s:_Sums, weights:Float[Tensor, "b blocks"]) -> Float[Tensor, "deltas b c"]:
+def _coefficients(s:_Sums, weights:Float[Tensor, "two b blocks"]) -> Float[Tensor, "deltas b c"]:
     "MMD^2 = c0 + c1 alpha + c2 alpha2 + c3 alpha^2 + c4 alpha alpha2 + c5 alpha2^2, for each draw of the blocks of real and of generated images"
     n = s.real.shape[0]
     (wg,wr) = weights
@@ -217,8 +217,8 @@ def calibrated_cells(
 
 # %% ../nbs/64_calibrate.ipynb #6c643e69
 def calibrate(
-    generated:Int[Tensor, "b *n"],  # ids a generator made
-    real:Int[Tensor, "b *n"],       # ids of real images, others than the generator was shown; class by class about as many
+    generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
+    real:Int[Tensor, "m *s"]|np.ndarray,       # ids of real images, others than the generator was shown; class by class about as many
     codes:Tensor|Quantizer,         # code vectors as compared (k d), or a quantizer
     *,
     alphas:Sequence[float] = tuple(i/10 for i in range(11)), # rows of the plane; the minimum is sought from the first to the last
@@ -289,7 +289,7 @@ def _checked(generated, real, codes, alphas, deltas, include_self, blocks, level
 
 # %% ../nbs/64_calibrate.ipynb #c1c83f9f
 def recovery(
-    ids:Int[Tensor, "b *n"],        # of real images; each trial draws two disjoint sets from them
+    ids:Int[Tensor, "b *n"]|np.ndarray,        # of real images; each trial draws two disjoint sets from them
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer
     trials:int = 20,                # doses tried
     n:int = 1000,                   # images of either set

@@ -266,8 +266,8 @@ def _compare(counts, g, smoothing, draws, rng) -> list[dict]:
     return [dict(metric=name, value=float(value[0,i]), se=float(value[1:,i].std(ddof=1)), floor=float(floor[:,i].mean()), floor_sd=float(floor[:,i].std(ddof=1))) for i,name in enumerate(('TV', 'KL'))]
 
 def token_use(
-    generated:Int[Tensor, "b *n"],  # ids a generator made
-    real:Int[Tensor, "b *n"],       # ids of real images
+    generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
+    real:Int[Tensor, "m *s"]|np.ndarray,       # ids of real images
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer: says how ids lie
     *,
     smoothing:float = .5,           # counts added to every bin that occurs, for KL
@@ -283,7 +283,7 @@ def token_use(
     return pd.DataFrame(rows).assign(n=len(generated), smoothing=smoothing, seed=seed)
 
 def use_histogram(
-    ids:Int[Tensor, "b *n"],        # of images
+    ids:Int[Tensor, "b *n"]|np.ndarray,        # of images
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer
 ) -> Float[np.ndarray, "l k"]: # shares, a row a level
     "Share of each code"
@@ -302,8 +302,8 @@ def _regions(grid:tuple[int,int], parts:int) -> tuple[np.ndarray,list[str]]:
     return (edges[0][:,None]*parts+edges[1]).ravel(),[f'{r},{c}' for r in range(parts) for c in range(parts)]
 
 def use_by(
-    generated:Int[Tensor, "b *n"],  # ids a generator made
-    real:Int[Tensor, "b *n"],       # ids of real images
+    generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
+    real:Int[Tensor, "m *s"]|np.ndarray,       # ids of real images
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer of one grid
     by:str = 'class',               # 'class' | 'region'
     labels:tuple[Tensor,Tensor]|None = None, # of generated and of real images, for 'class'
@@ -349,7 +349,7 @@ def _feature_rows(g:Tensor, r:Tensor, kernel, bootstrap, seed) -> list[dict]:
 
 def feature_shift(
     generated:Float[Tensor, "b c h w"], # images in [-1,1]
-    real:Float[Tensor, "b c h w"],      # images in [-1,1]
+    real:Float[Tensor, "m _ _ _"],      # images in [-1,1]
     by:str|None = None,                 # None: all in one | 'class' | 'region' of the picture
     labels:tuple[Tensor,Tensor]|None = None, # of generated and of real images, for 'class'
     *,
