@@ -24,7 +24,8 @@ STRIP = 10_000_000   # distances held at once
 
 def _balls(points:np.ndarray, centres:np.ndarray, k:int) -> Iterator[Bool[np.ndarray, "some n"]]:
     "Which points lie in the balls around which centres, some points at a time"
-    radii = NearestNeighbors(n_neighbors=k+1, algorithm='brute').fit(centres).kneighbors(centres)[0][:,-1]    # the nearest is the centre itself
+    near = NearestNeighbors(n_neighbors=k+1, algorithm='brute').fit(centres)
+    radii = near.kneighbors(centres)[0][:,-1]                               # the nearest is the centre itself
     for some in np.array_split(points, -(-len(points)*len(centres)//STRIP)):
         d2 = (some**2).sum(1)[:,None]-2*some@centres.T+(centres**2).sum(1)
         yield np.sqrt(np.clip(d2, 0, None)) <= radii+1e-9
@@ -88,7 +89,8 @@ def inception_score(
     "How sure and how varied a classifier's verdicts are"
     p = check_features(probabilities, 'inception_score')
     if not 1 <= splits <= len(p): raise ValueError(f"inception_score: expected splits in 1..{len(p)} for {len(p)} images, got {splits}")
-    if p.min(initial=0) < 0 or abs(p.sum(1)-1).max() > 1e-3: raise ValueError("inception_score: expected probabilities that sum to 1, got other numbers; apply a softmax to logits")
+    if p.min(initial=0) < 0 or abs(p.sum(1)-1).max() > 1e-3:
+        raise ValueError("inception_score: expected probabilities that sum to 1, got other numbers; apply a softmax to logits")
     p = p[torch.randperm(len(p), generator=make_rng(0, 'inception_score') if rng is None else rng).numpy()]
     def score(q): return np.exp((q*(np.log(q+1e-30)-np.log(q.mean(0)+1e-30))).sum(1).mean())
     scores = [score(q) for q in np.array_split(p, splits)]

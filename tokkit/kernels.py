@@ -40,7 +40,8 @@ class Kernel:
         if not self.medians: return self
         some = torch.cat([t[torch.linspace(0, len(t)-1, min(len(t), 1000)).long()] for t in map(_matrix, sets)])
         median = float(torch.pdist(some).median()) if len(some) > 1 else 0.
-        if median <= 0: raise ValueError(f"{self.name}: the median distance of the data is 0; most vectors are equal, so give bandwidths as numbers")
+        if median <= 0:
+            raise ValueError(f"{self.name}: the median distance of the data is 0; most vectors are equal, so give bandwidths as numbers")
         return replace(self, numbers=self.numbers+tuple(median*m for m in self.medians), medians=())
 
     def _of(self, dot:Tensor, square:Tensor|None, d:int) -> Tensor:
@@ -77,11 +78,13 @@ def get_kernel(
         return 1. if not rest else float(rest[1:]) if rest[0] == '*' else 1/float(rest[1:]) if rest[0] == '/' else float('nan')
     try:
         parts = [s.strip() for s in inside.split(',') if s.strip()]
-        numbers,medians = tuple(float(s) for s in parts if not s.startswith('median')),tuple(multiple(s) for s in parts if s.startswith('median'))
+        numbers = tuple(float(s) for s in parts if not s.startswith('median'))
+        medians = tuple(multiple(s) for s in parts if s.startswith('median'))
         good = all(0 < v < float('inf') for v in numbers+medians)
     except (ValueError, ZeroDivisionError): good = False
     if good and kind == 'linear' and not parts: return Kernel(kind)
-    if good and kind == 'polynomial' and not medians and len(numbers) < 2 and all(v == int(v) for v in numbers): return Kernel(kind, numbers or (3.,))
+    degree = good and not medians and len(numbers) < 2 and all(v == int(v) for v in numbers)
+    if degree and kind == 'polynomial': return Kernel(kind, numbers or (3.,))
     if good and kind == 'gaussian': return Kernel(kind, numbers, medians if parts else (1.,))
     raise ValueError(f"expected a kernel like 'linear', 'polynomial[3]', 'gaussian[1,2]' or 'gaussian[median]', got {name!r}")
 
@@ -110,7 +113,8 @@ def _both(x, y, kernel, what:str, least:int = 2) -> tuple[Tensor,Tensor,Kernel]:
     "Two sets in double precision and the kernel for them, or a one-line error"
     for s in (x, y): check_features(s, what)
     x,y = _matrix(x),_matrix(y)
-    if x.shape[1] != y.shape[1]: raise ValueError(f"{what}: sets of {x.shape[1]} and of {y.shape[1]} dimensions cannot be compared; use one extractor for both")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{what}: sets of {x.shape[1]} and of {y.shape[1]} dimensions cannot be compared; use one extractor for both")
     if min(len(x), len(y)) < least: raise ValueError(f"{what}: expected at least {least} vectors on either side, got {len(x)} and {len(y)}")
     return x,y.to(x.device),get_kernel(kernel).fit(x, y)
 
@@ -170,7 +174,8 @@ def kid(
 ) -> KID:                                  # with `value`, `se` and `spread`
     "Kernel inception distance: unbiased MMD by a polynomial kernel, the mean over random subsets"
     x,y,k = _both(real, fake, kernel, 'kid', 3)
-    if subsets < 1 or subset_size < 2: raise ValueError(f"kid: expected at least 1 subset of at least 2 vectors, got {subsets} of {subset_size}")
+    if subsets < 1 or subset_size < 2:
+        raise ValueError(f"kid: expected at least 1 subset of at least 2 vectors, got {subsets} of {subset_size}")
     size,rng = min(subset_size, len(x), len(y)),make_rng(0, 'kid') if rng is None else rng
     def value(x, y):
         n,tables = len(x),[k(x, x), k(y, y)]

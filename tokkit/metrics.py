@@ -45,7 +45,8 @@ def _blocks(batches:Iterable, what:str) -> Iterator[np.ndarray]:
     held,n,d = [],0,None
     for f in batches:
         f = check_features(f, what)
-        if d not in (None, f.shape[1]): raise ValueError(f"{what}: a batch of {d}-dimensional features is followed by one of {f.shape[1]} dimensions")
+        if d not in (None, f.shape[1]):
+            raise ValueError(f"{what}: a batch of {d}-dimensional features is followed by one of {f.shape[1]} dimensions")
         held,n,d = [*held, f],n+len(f),f.shape[1]
         if n < BLOCK: continue
         f = np.concatenate(held) if len(held) > 1 else held[0]
@@ -73,7 +74,8 @@ class FeatureStats:
             centre = f.mean(0)
             delta,total = centre-mean,n+len(f)
             rows = np.concatenate([f-centre, np.sqrt(n*len(f)/total)*delta[None]]) if n else f-centre
-            scatter = linalg.blas.dsyrk(1., rows.T, beta=1., c=np.zeros((f.shape[1],)*2, order='F') if scatter is None else scatter, overwrite_c=1)
+            if scatter is None: scatter = np.zeros((f.shape[1],)*2, order='F')
+            scatter = linalg.blas.dsyrk(1., rows.T, beta=1., c=scatter, overwrite_c=1)      # in place
             n,mean = total,mean+delta*(len(f)/total)
         if not n: raise ValueError("FeatureStats: expected at least one feature vector, got none")
         scatter /= max(n-1, 1)                                              # so far only the upper triangle is there
@@ -129,7 +131,8 @@ def across_processes(
     known = [k for k in known if k]
     if not known: raise ValueError("across_processes: no process had any images")
     for what,i in (('dimensions', 1), ('extractors', 2)):                           # every process comes to the same conclusion
-        if len({k[i] for k in known}) > 1: raise ValueError(f"across_processes: processes have features of different {what}: {sorted({k[i] for k in known})}")
+        if len({k[i] for k in known}) > 1:
+            raise ValueError(f"across_processes: processes have features of different {what}: {sorted({k[i] for k in known})}")
     n,d,extractor = sum(k[0] for k in known),*known[0][1:]
     def total(a): t = torch.as_tensor(a, dtype=torch.float64, device=device).clone(); dist.all_reduce(t); return t.cpu().numpy()
     mean = total(np.zeros(d) if stats is None else stats.n/n*stats.mean)
@@ -161,10 +164,10 @@ def frechet_distance(
     "Squared Fréchet distance between two Gaussians"
     check_comparable(p, q)
     if min(p.n, q.n) < 2: raise ValueError(f"a Fréchet distance needs at least 2 images on either side, got {p.n} and {q.n}")
-    if p.n <= len(p.mean) and p.n < q.n: p,q = q,p                         # the factor is the reference's, unless the other has fewer columns
+    if p.n <= len(p.mean) and p.n < q.n: p,q = q,p                # the factor is the reference's, unless the other has fewer columns
     L = q.factor                                                           # (d r)
-    if L.shape[0] == L.shape[1] and not np.triu(L, 1).any(): product = linalg.lapack.dsygst(p.cov.T, L, itype=2, lower=1)[0]   # L^T cov L, half the work
-    else: product = L.T@p.cov@L
+    triangular = L.shape[0] == L.shape[1] and not np.triu(L, 1).any()
+    product = linalg.lapack.dsygst(p.cov.T, L, itype=2, lower=1)[0] if triangular else L.T@p.cov@L
     if not np.isfinite(p.cov).all(): _no_covariance('the covariance holds NaN or infinity')
     w = linalg.eigvalsh(product, check_finite=False) if L.size else np.zeros(1)
     if w[0] < -TOLERANCE*abs(w).max(): _no_covariance(f'an eigenvalue of {w[0]:.2g}, the largest being {w[-1]:.2g}')
@@ -224,18 +227,22 @@ class FDInfinity(NamedTuple):
 def fd_infinity(
     features:Float[Tensor, "n d"]|np.ndarray,               # of the images
     reference:FeatureStats|Float[Tensor, "m d"]|np.ndarray, # fixed statistics; or features, divided alike: then both sets are extrapolated
-    parts:tuple[int,...]|None = None,                       # into how many parts the images are divided, in turn; None: 1 to 5, parts not below 2d
+    parts:tuple[int,...]|None = None,                       # numbers of parts to divide the images into; None: 1 to 5, of 2d images or more
     bootstrap:int = 50,                                     # replicates for the error; 0 for none
     seed:int = 0,                                           # of the division and of the bootstrap
 ) -> FDInfinity:                                            # with `value` and `se`
     "Fréchet distance in the limit of infinitely many images, by a straight line over 1/n"
-    f,r = check_features(features, 'fd_infinity'),reference if isinstance(reference, FeatureStats) else check_features(reference, 'fd_infinity')
-    n = len(f) if isinstance(r, FeatureStats) else min(len(f), len(r))
+    f,fixed = check_features(features, 'fd_infinity'),isinstance(reference, FeatureStats)
+    r = reference if fixed else check_features(reference, 'fd_infinity')
+    n = len(f) if fixed else min(len(f), len(r))
     if parts is None: parts = range(1, 1+max(2, min(5, n//(2*f.shape[1]))))
-    if len(set(parts)) < 2 or min(parts) < 1: raise ValueError(f"fd_infinity: expected at least two different numbers of parts, e.g. (1, 2, 4), got {parts}")
-    if n < 4*max(parts): raise ValueError(f"fd_infinity: {n} images in {max(parts)} parts leave fewer than 4 for a part; take fewer parts, or more images")
+    if len(set(parts)) < 2 or min(parts) < 1:
+        raise ValueError(f"fd_infinity: expected at least two different numbers of parts, e.g. (1, 2, 4), got {parts}")
+    if n < 4*max(parts):
+        raise ValueError(f"fd_infinity: {n} images in {max(parts)} parts leave fewer than 4 for a part; take fewer parts, or more images")
     k = np.asarray(sorted(set(parts)))
-    orders = [torch.randperm(len(a), generator=make_rng(seed, 'fd_infinity', len(a))).numpy() for a in (f, r) if not isinstance(a, FeatureStats)]
+    sets = [f] if fixed else [f, r]                                            # of equal size: divided and weighted alike
+    orders = [torch.randperm(len(a), generator=make_rng(seed, 'fd_infinity', len(a))).numpy() for a in sets]
     def at(i):
         "Mean distances for every number of parts, of replicate i; None is the data as they are"
         ws = [np.ones(len(o)) if i is None else bootstrap_weights(len(o), i, seed) for o in orders]
@@ -281,7 +288,8 @@ def ssim(
 ) -> Float[Tensor, "b"]:          # at most 1, which is equality
     "Structural similarity of each image, the mean over channels"
     if xh.shape != x.shape: raise ValueError(f"ssim: expected two batches of one shape, got {tuple(xh.shape)} and {tuple(x.shape)}")
-    if min(x.shape[2:]) <= SSIM_WINDOW//2: raise ValueError(f"ssim: half the window is {SSIM_WINDOW//2} pixels wide, images of {x.shape[2]}x{x.shape[3]} must be larger")
+    if min(x.shape[2:]) <= SSIM_WINDOW//2:
+        raise ValueError(f"ssim: half the window is {SSIM_WINDOW//2} pixels wide, images of {x.shape[2]}x{x.shape[3]} must be larger")
     xh,x = xh.clamp(-1, 1).double(),x.double()                              # a variance is a small difference of squares
     m,mh = _blur(x),_blur(xh)
     v,vh,both = _blur(x*x)-m*m,_blur(xh*xh)-mh*mh,_blur(x*xh)-m*mh
@@ -320,7 +328,8 @@ def load_stats(
     a = _npz(path, mu, sigma)
     n,mean,cov = n or int(a.get('n', 0)),a[mu].astype(np.float64),a[sigma].astype(np.float64)
     if not n: raise ValueError(f"{path} does not say of how many images it holds the statistics: give n=")
-    if mean.ndim != 1 or cov.shape != (len(mean),)*2: raise ValueError(f"{path}: {mu} (d) and {sigma} (d d) do not fit: {mean.shape} and {cov.shape}")
+    if mean.ndim != 1 or cov.shape != (len(mean),)*2:
+        raise ValueError(f"{path}: {mu} (d) and {sigma} (d d) do not fit: {mean.shape} and {cov.shape}")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()): raise ValueError(f"{path}: {mu} or {sigma} holds NaN or infinity")
     if abs(cov-cov.T).max() > TOLERANCE*abs(cov).max(): raise ValueError(f"{path}: {sigma} is not symmetric")
     return FeatureStats(n, mean, cov, str(a.get('extractor', '')) if extractor is None else extractor)
@@ -345,4 +354,5 @@ def load_samples(
     x = a['arr_0']
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not len(x):
         raise ValueError(f"{path}: expected arr_0 as uint8 (n h w 3), got {x.dtype} {x.shape}")
-    return ImageSet(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(a['arr_1']).long() if 'arr_1' in a else None, name=Path(path).name)
+    labels = torch.from_numpy(a['arr_1']).long() if 'arr_1' in a else None
+    return ImageSet(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), labels, name=Path(path).name)
