@@ -262,7 +262,8 @@ def _vit(who, weights, size, **kwargs):
     path = data_home()/f'{who}.safetensors' if weights is None else weights
     where = 'these weights' if isinstance(path, dict) else path
     if not isinstance(path, dict) and not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; {who.split('_')[0]} wants its weights there as safetensors in timm's names (timm has them), or weights=PATH")
+        raise FileNotFoundError(f"no file {path}; {who.split('_')[0]} wants its weights there as safetensors in timm's names, "
+                                "or weights=PATH")
     state = read_tensors(path)
     kernel,token = state.get('patch_embed.proj.weight'),state.get('cls_token')
     if token is None or kernel is None or kernel.ndim != 4:
@@ -333,7 +334,8 @@ def get_extractor(
         found = _made(dinov2 if m[1] == 'dinov2' else clip, path, int(m[4]), *more)
         if found.name != asked: raise ValueError(f"{path} holds {found.name}, not {asked}; ask for that, or put the right file there")
         return found
-    raise ValueError(f"extractor must be efficientnet_lite0.bLAYER@SIZE, inception, dinov2.KIND@SIZE or clip.KIND@SIZE, got {name!r}; e.g. {EXTRACTORS[0]}")
+    raise ValueError("extractor must be efficientnet_lite0.bLAYER@SIZE, inception, dinov2.KIND@SIZE or clip.KIND@SIZE, "
+                     f"got {name!r}; e.g. {EXTRACTORS[0]}")
 
 def default_extractor(
     size:int, # side of the images, pixels
