@@ -251,9 +251,10 @@ def calibrate(
     plane = np.stack([c[nodes.index(e),0]@_powers(alphas, m, rate) for e in deltas], 1)
     settings = dict(n=len(real), rate=rate, include_self=include_self, size=size, bootstrap=bootstrap, blocks=blocks, seed=seed)
     (a_low,d_low),(a_high,d_high) = ((float(e[0]), round(float(np.exp(e[1])), 6)) for e in (low, high))
+    if a_low <= 0: d_low,d_high = float(deltas[0]),float(deltas[-1])                         # no dose, no delta
     left = float(max(least, 0)/clean) if clean > 0 else 1.
     replicates = np.column_stack([found[1:,0], np.exp(found[1:,1])])
-    return Calibration(float(a), round(float(np.exp(d))), (a_low, a_high), (d_low, d_high), left, level, tuple(alphas), tuple(deltas),
+    return Calibration(round(float(a), 6), round(float(np.exp(d))), (a_low, a_high), (d_low, d_high), left, level, tuple(alphas), tuple(deltas),
                        plane, replicates, settings)
 
 # %% ../nbs/64_calibrate.ipynb #8a865b98
