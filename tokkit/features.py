@@ -267,14 +267,15 @@ def _vit(who, weights, size, **kwargs):
     state = read_tensors(path)
     kernel,token = state.get('patch_embed.proj.weight'),state.get('cls_token')
     if token is None or kernel is None or kernel.ndim != 4:
-        raise ValueError(f"{where}: expected a ViT in timm's names with cls_token and patch_embed.proj.weight, got {', '.join(sorted(state)[:3])}, ...")
+        raise ValueError(f"{where}: expected a ViT in timm's names with cls_token and patch_embed.proj.weight, "
+                         f"got {', '.join(sorted(state)[:3])}, ...")
     width,patch,depth = token.shape[-1],kernel.shape[-1],1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
     vit = ViT(size, patch, 3, width, depth, max(1, width//64), **kwargs)
     return dict(state), where, vit, f"{SIZES.get((width, depth), f'w{width}d{depth}p')}{patch}"
 
 # %% ../nbs/30_features.ipynb #0f0155d9
 def dinov2(
-    weights:dict[str,Tensor]|str|Path|None = None, # in timm's names, or a file of them; None: 'dinov2_vitb14.safetensors' in the data folder
+    weights:dict[str,Tensor]|str|Path|None = None, # in timm's names, or a file of them; None: 'dinov2_vitb14' in the data folder
     size:int = 224,   # side the images are resized to, pixels; a multiple of the patch
 ) -> FeatureExtractor:
     "DINOv2's class token; width, depth and patch follow from the weights"
@@ -282,7 +283,7 @@ def dinov2(
     return FeatureExtractor(f'dinov2.{kind}@{size}', _Summary(load_vit(vit, state, where)), size, resize='bicubic')
 
 def clip(
-    weights:dict[str,Tensor]|str|Path|None = None, # in timm's names, or a file of them; None: 'clip_vitb32.safetensors' in the data folder
+    weights:dict[str,Tensor]|str|Path|None = None, # in timm's names, or a file of them; None: 'clip_vitb32' in the data folder
     size:int = 224,          # side the images are resized to, pixels; a multiple of the patch
     quick_gelu:bool = True,  # as OpenAI's weights want it; False for those trained with GELU
 ) -> FeatureExtractor:
@@ -321,7 +322,7 @@ class _Bytes(nn.Module):
     def forward(self, x): return self.net((x*255).round().to(torch.uint8).expand(-1,3,-1,-1))[0]
 
 def get_extractor(
-    name:str,           # e.g. 'efficientnet_lite0.b11@64', a card's `extractor`; 'efficientnet_lite0' goes by `size`; 'dinov2' and 'clip' are the bases
+    name:str,           # e.g. 'efficientnet_lite0.b11@64', a card's `extractor`; 'efficientnet_lite0' goes by `size`, 'dinov2' is base
     size:int|None = None, # side of the images to be judged, for a name that does not say
 ) -> FeatureExtractor:
     "The extractor of that name, made once; never another one in its place"
