@@ -121,6 +121,68 @@ def test_same_seed_same_number(images):
     assert a == b and a.value != c.value
 
 
+def test_prediction_interval_covers_an_independent_seed():
+    "A seed draws other images and other tokens; with all fifteen cells and a trained tokenizer: nbs/benchmarks/bench_interval"
+    whole, e, tok = fashion_mnist('test'), judge(), Grey()
+    def measure(seed, replicates): return pfid(tok, whole, (.9, .5), (9,), extractor=e, n=200, seed=seed, bootstrap=replicates, bank=FeatureBank(), device='cpu')
+    cards = [measure(s, 30) for s in range(20)]
+    inside = [lo <= measure(100+s, 0).value <= hi for s, (lo, hi) in enumerate(c.interval(kind='prediction') for c in cards)]
+    assert sum(inside) >= 18 and len({c.settings['images_hash'] for c in cards}) == 20
+
+
+def test_interval():
+    c = card(value=10., se=1.)
+    assert c.interval(.9) == pytest.approx((10-1.6449, 10+1.6449), abs=1e-4) and c.interval(kind='prediction')[1] == pytest.approx(10+1.96*2**.5, abs=1e-3)
+    for wrong in (dict(level=1.), dict(kind='posterior')):
+        with pytest.raises(ValueError): c.interval(**wrong)
+    with pytest.raises(ValueError, match='measure it with bootstrap=50'): card(se=None).interval()
+
+
+def test_small_samples_are_warned_of(images):
+    c = rfid(Grey(), images, judge(), n=31, bootstrap=0)
+    assert c.warnings == ('31 images for 16 dimensions: take 32 or more, or fd_infinity', '31 reference images for 16 dimensions: take 32 or more, or fd_infinity')
+    assert 'fd_infinity' in str(c) and 'fd_infinity' in c._repr_html_() and not rfid(Grey(), images, judge(), n=32, bootstrap=0).warnings
+
+
+def test_features_come_back_from_disk(images, tmp_path):
+    e = judge()
+    def get(device='cpu'): return FeatureBank(disk=tmp_path)(images, e, device).features
+    first = get(); start = Pool.passes
+    assert torch.equal(get(), first) and Pool.passes == start                      # not looked at again
+    (path,) = tmp_path.iterdir(); whole = path.read_bytes()
+    for broken in (whole[:-300], b'', whole[:200]+b'\1\2\3'+whole[203:]):
+        path.write_bytes(broken)
+        with pytest.warns(UserWarning, match='were damaged; they are made again'): assert torch.equal(get(), first)
+        assert path.read_bytes() == whole and len([*tmp_path.iterdir()]) == 1
+    FeatureBank(disk=tmp_path)(images[:][0], e, 'cpu'); assert len([*tmp_path.iterdir()]) == 1          # a tensor is not kept
+    FeatureBank(disk=tmp_path)(images, FeatureExtractor('pool', nn.Sequential(Pool(), nn.ReLU()), mean=(0.,), std=(1.,)), 'cpu')
+    assert len([*tmp_path.iterdir()]) == 2                                          # the same name, another network
+
+
+def test_without_a_place_to_keep_them_features_are_made(images, tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.warns(UserWarning, match='cannot be kept'): assert len(FeatureBank(disk=tmp_path/'file'/'sub')(images, judge(), 'cpu')) == 150
+
+
+def test_what_the_paper_leaves_open_is_on_the_card(images):
+    c = pfid(Grey(1024), images, extractor=judge(), n=100, seed=3, bootstrap=0)
+    assert (c.n, c.seed, c.extractor, c.settings['images']) == (100, 3, 'pool', f'{images.name}[100 chosen]')
+    wanted = dict(rate='exact', include_self=True, neighbours='code', beta=1., deltas=[10, 15, 20], deltas_from='published', rounding='uint8', resize='none', covariance='n-1')
+    assert {k: c.settings[k] for k in wanted} == wanted and c.settings['neighbour'].startswith('nearest in the codebook')
+    assert pfid(Grey(300), images, (.5,), extractor=judge(), bootstrap=0).settings['deltas_from'] == '{200,280,360}*K/16384, rounded'
+    assert pfid(Grey(300), images, (.5,), (4,), extractor=judge(), bootstrap=0).settings['deltas_from'] == 'given'
+
+
+def test_sets_of_other_shapes_are_refused(images):
+    class Half(Grey):
+        def reconstruct(self, x): return x[..., ::2, ::2]
+    for call, words in ((lambda: rfid(Half(), images, judge()), 'made images (1, 14, 14) of images (1, 28, 28)'),
+                        (lambda: rfid(Grey(), images, judge(), reference=fashion_mnist('test', n=9, size=32)), 'those of the reference'),
+                        (lambda: rfid(Grey(), images[:0][0], judge()), 'at least one image')):
+        with pytest.raises(ValueError) as e: call()
+        assert words in str(e.value) and '\n' not in str(e.value)
+
+
 def test_reference_is_extracted_once(images):
     e, bank = judge(), FeatureBank()
     start = Pool.passes

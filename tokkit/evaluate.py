@@ -198,7 +198,7 @@ def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
     try:
         with open(path, 'rb') as file, np.load(file) as z: f = torch.from_numpy(z['features'])
         if f.ndim == 2 and len(f) == n and f.isfinite().all(): return f
-    except FileNotFoundError: return None
+    except (FileNotFoundError, NotADirectoryError): return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error): pass
     warnings.warn(f"the features in {path} were damaged; they are made again", stacklevel=4)
 
