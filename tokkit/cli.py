@@ -195,7 +195,7 @@ def results(
 
 # %% ../nbs/80_cli.ipynb #b485609a
 def metric(
-    metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: the mean over perturbed tokens; ifid: between latents; all: the whole table
+    metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
     *,
     tokenizer:str,                       # folder of a saved tokenizer
     data:str = 'fashion_mnist',          # fashion_mnist or a folder of images
@@ -203,9 +203,9 @@ def metric(
     n:int|None = None,                   # images, drawn by the seed; 1000, or all where there are fewer, when left out
     deltas:list[int]|None = None,        # pfid: neighbours to draw among; three that follow from K when left out
     alphas:list[float]|None = None,      # pfid: fractions of an image's tokens redrawn; the paper's five when left out
-    train:str|None = None,               # ifid: fashion_mnist or a folder of other images, the neighbours; the other part of the data when left out
+    train:str|None = None,               # ifid: other images, the neighbours; the other part of the data when left out
     top_k:int|None = None,               # ifid: nearest neighbours to draw among; 10 when left out
-    reference:str|None = None,           # .npz file of statistics to compare with, as the ADM evaluator writes them; the images themselves when left out
+    reference:str|None = None,           # .npz file of statistics (mu, sigma) to compare with; the images themselves when left out
     reference_n:int|None = None,         # images behind that file, where it does not say
     extractor:str|None = None,           # whose features; efficientnet_lite0 when left out
     bootstrap:int = 50,                  # replicates for the error; 0 for none
@@ -229,7 +229,8 @@ def metric(
     tok = Tokenizer.load(tokenizer).to(_use_device(device)).eval()
     how = tok.cfg.size, tok.cfg.channels
     images = load_images(data, split, None, *how, memory=0.)  # read as needed
-    if train or metric == 'ifid': given['train'] = load_images(train or data, 'test' if not train and split == 'train' else 'train', None, *how, memory=0.)
+    other = 'test' if not train and split == 'train' else 'train'
+    if train or metric == 'ifid': given['train'] = load_images(train or data, other, None, *how, memory=0.)
     given |= dict(reference=load_stats(reference, reference_n)) if reference else {}
     measure = dict(rfid=rfid, pfid=pfid, ifid=ifid, all=evaluate_tokenizer)[metric]
     made = measure(tok, images, n=min(1000, len(images)) if n is None else n, extractor=extractor, bootstrap=bootstrap, seed=seed, **given)
@@ -237,8 +238,8 @@ def metric(
     if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else made.to_dict())
     for card in cards: print(card)
     if metric != 'all' and card.se is not None:
-        spans = {what: card.interval(kind=kind) for what,kind in (('repeated endlessly', 'confidence'), ('with another seed', 'prediction'))}
-        print('95% interval: '+'; '.join(f'{lo:.4g} to {hi:.4g} {what}' for what,(lo,hi) in spans.items()))
+        spans = (*card.interval(), 'repeated endlessly'),(*card.interval(kind='prediction'), 'with another seed')
+        print('95% interval: '+'; '.join(f'{lo:.4g} to {hi:.4g} {what}' for lo,hi,what in spans))
 
 def posttrain(
     *,

@@ -73,7 +73,8 @@ class Card:
     def warnings(self) -> tuple[str,...]:
         "What makes this number worth less than it looks; empty where nothing is known"
         d = self.settings.get('dimension') or 0
-        few = [f'{m} {what}' for what,m in (('images', self.n), ('reference images', self.settings.get('reference_n') or self.n)) if m < 2*d]
+        sets = ('images', self.n),('reference images', self.settings.get('reference_n') or self.n)
+        few = [f'{m} {what}' for what,m in sets if m < 2*d]
         return tuple(f"{f} for {d} dimensions: take {2*d} or more, or fd_infinity" for f in few)
 
     def __str__(self):
@@ -141,7 +142,8 @@ class Reference:
         self.extractor,self.name,self.shape = extractor or made,name,shape
         self.features = None if fixed else features
         self.stats = features if fixed else FeatureStats.from_features(features, self.extractor)
-        self.hash = key or tensors_hash({k: torch.as_tensor(v) for k,v in ((('m', features.mean), ('c', features.cov)) if fixed else (('f', features),))})
+        own = dict(mean=features.mean, cov=features.cov) if fixed else dict(f=features)
+        self.hash = key or tensors_hash({k: torch.as_tensor(v) for k,v in own.items()})
         self._resampled = {}
 
     def __len__(self): return self.stats.n
@@ -208,7 +210,8 @@ BANK = FeatureBank(disk=True)    # what all cards of this process share unless t
 def _about(images) -> dict:
     "Name, hash, size, number and shape of a set of images"
     if isinstance(images, Tensor):
-        if images.ndim != 4 or not len(images): raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
+        if images.ndim != 4 or not len(images):
+            raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
         key = tensors_hash(dict(x=images))
         return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images), shape=tuple(images.shape[1:]))
     if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
@@ -270,7 +273,8 @@ def _through(f:Callable, items, device) -> Iterator[Tensor]:
 def _alike(made:Iterator[Tensor], shape:tuple) -> Iterator[Tensor]:
     "Images as they are made, if they have the shape of the originals"
     for x in made:
-        if tuple(x.shape[1:]) != shape: raise ValueError(f"the tokenizer made images {tuple(x.shape[1:])} of images {shape}; both must be alike")
+        if (got := tuple(x.shape[1:])) != shape:
+            raise ValueError(f"the tokenizer made images {got} of images {shape}; both must be alike")
         yield x
 
 def _frechet(f, ref:Reference, bootstrap:int, seed:int) -> tuple[float,np.ndarray]:
@@ -278,7 +282,7 @@ def _frechet(f, ref:Reference, bootstrap:int, seed:int) -> tuple[float,np.ndarra
     value = frechet_distance(FeatureStats.from_features(f, ref.extractor), ref.stats)
     return value, bootstrap_frechet(f, lambda i: ref.replicate(i, seed), bootstrap, seed)
 
-def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, bootstrap:int, seed:int, device, progress) -> tuple[float,np.ndarray]:
+def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, bootstrap, seed, device, progress) -> tuple[float,np.ndarray]:
     "The same of images that are made while we look; without replicates no features are kept"
     def counted():
         for f in stream(judge, _alike(made, shape), device): progress.update(len(f)); yield f
@@ -290,10 +294,11 @@ def _se(replicates) -> float|None: return float(np.std(replicates, ddof=1)) if l
 def _settings(images, ref, judge, bootstrap, **more) -> dict:
     "What every Fréchet distance depends on"
     about,p = _about(images),judge.prepare
-    error = f"bootstrap of the images{'' if ref.features is not None else ', reference fixed'}, {bootstrap} replicates" if bootstrap > 1 else 'none'
-    return dict(images=about['name'], images_hash=about['hash'], shape=about['shape'], reference_hash=ref.hash, reference_n=len(ref), rounding='uint8',
-                resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none', extractor_hash=judge.fingerprint, dimension=len(ref.stats.mean),
-                covariance='n-1', error=error) | more
+    what = 'the images' if ref.features is not None else 'the images, reference fixed'
+    return dict(images=about['name'], images_hash=about['hash'], shape=about['shape'], reference_hash=ref.hash, reference_n=len(ref),
+                rounding='uint8', resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none', extractor_hash=judge.fingerprint,
+                dimension=len(ref.stats.mean), covariance='n-1',
+                error=f'bootstrap of {what}, {bootstrap} replicates' if bootstrap > 1 else 'none') | more
 
 # %% ../nbs/32_evaluate.ipynb #3c6f6951
 def rfid(
@@ -366,10 +371,11 @@ def _perturbed(tok, codes, clean, dose, table, kind, seed, how) -> tuple[Tensor,
 def _choices(tok, codes, deltas, cells) -> dict:
     "What the definition leaves open for codes, and what was done"
     k,levels = tok.codebook.shape[-2],tok.codebook.ndim == 3
-    near = 'fewest steps on the lattice of codes' if getattr(codes, 'lattice', None) else f"nearest in {'the codebook of the same level' if levels else 'the codebook'}"
+    near = f"nearest in the codebook{' of the same level' if levels else ''}"
+    if getattr(codes, 'lattice', None): near = 'fewest steps on the lattice of codes'
     source = 'given' if deltas else 'published' if k in PFID_DELTAS else '{200,280,360}*K/16384, rounded'
-    return dict(codebook_size=k, neighbour=f'{near}; of equally near ones the first', deltas=sorted({c['delta'] for c in cells}), deltas_from=source,
-                alphas=sorted({c['alpha'] for c in cells}), rate_measured=float(np.mean([c['rate'] for c in cells])))
+    return dict(codebook_size=k, neighbour=f'{near}; of equally near ones the first', deltas=sorted({c['delta'] for c in cells}),
+                deltas_from=source, alphas=sorted({c['alpha'] for c in cells}), rate_measured=float(np.mean([c['rate'] for c in cells])))
 
 # %% ../nbs/32_evaluate.ipynb #39e42779
 def pfid(
@@ -409,5 +415,6 @@ def pfid(
             replicates.append(r)
     mean,rows = np.mean(replicates, 0),list(cells.values())
     how = how | _choices(tok, codes, deltas, rows) if discrete else dict(kind=kind)
-    settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok), beta=1., cells=f'mean of {len(rows)}, the same images in each', **how)
+    how |= dict(tokenizer=_print(tok), beta=1., cells=f'mean of {len(rows)}, the same images in each')
+    settings = _settings(images, ref, judge, bootstrap, **how)
     return Card('pFID', float(np.mean([c['value'] for c in rows])), _se(mean), n, judge.name, ref.name, seed, settings, mean, cells)

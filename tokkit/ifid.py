@@ -64,8 +64,8 @@ def nearest_latents(
         best,seen = Near(*(p.gather(1, order) for p in both)),seen+len(c)
     found = int(best.cosine.isfinite().sum(1).min()) if len(q) else 0
     if found < top_k:
-        raise ValueError(f"top_k is {top_k}, but an image has only {found} training images "
-                         f"{'of its class' if train_labels is not None else 'to choose from'}; give more training images, or a smaller top_k")
+        which = 'of its class' if train_labels is not None else 'to choose from'
+        raise ValueError(f"top_k is {top_k}, but an image has only {found} training images {which}; give more of them, or a smaller top_k")
     return best
 
 def draw_near(
@@ -85,7 +85,8 @@ def _partners(tok, images, train, z, top_k, same_class, seed, where) -> Float[Te
     "For each image the latent of the training image that was drawn for it"
     labels = train_labels = None
     if same_class:
-        if not all(hasattr(s, 'labels') for s in (images, train)): raise ValueError("same_class needs sets of images with labels, got a tensor")
+        if not all(hasattr(s, 'labels') for s in (images, train)):
+            raise ValueError("same_class needs sets of images with labels, got a tensor")
         labels,train_labels = images.labels,train.labels
     near = nearest_latents(z, _latents(tok, train, where), top_k, labels, train_labels)
     drawn = draw_near(near, make_rng(seed, 'ifid'))
@@ -113,7 +114,8 @@ def ifid(
     _check(tok, top_k, t, how)
     images = draw_images(images, n, seed)
     judge,about,trained = _judge(extractor, _about(images)['size']),_about(images),_about(train)
-    if about['hash'] == trained['hash']: raise ValueError("train holds the measured images themselves; every nearest neighbour would be the image: give others")
+    if about['hash'] == trained['hash']:
+        raise ValueError("train holds the measured images themselves; every nearest neighbour would be the image: give others")
     with _measured(tok, device) as where, bar(total=len(images), desc='iFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
         z = _encode(tok, images, where, False)
@@ -121,13 +123,16 @@ def ifid(
         between = ((slerp if how == 'slerp' else torch.lerp)(a, b, t) for a,b in pairs)
         made = _through(tok.decode, between, where)
         value,replicates = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
-    settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'], train_n=trained['n'],
-                         top_k=top_k, t=t, how=how, same_class=same_class, near='cosine of whole latents', weights='softmax(-mean squared distance)')
+    choices = dict(top_k=top_k, t=t, how=how, same_class=same_class, near='cosine of whole latents',
+                   weights='softmax(-mean squared distance)')
+    settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'],
+                         train_n=trained['n'], **choices)
     return Card('iFID', value, _se(replicates), len(images), judge.name, ref.name, seed, settings, replicates)
 
 def _check(tok, top_k, t, how):
     missing = [k for k in ('encode','quantize','decode') if not hasattr(tok, k)]
-    if missing: raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} lacks {', '.join(missing)}")
+    if missing:
+        raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} lacks {', '.join(missing)}")
     if top_k < 1: raise ValueError(f"top_k must be at least 1, got {top_k}")
     if not 0 <= t <= 1: raise ValueError(f"t must be in [0, 1], got {t}")
     if how not in ('slerp','linear'): raise ValueError(f"how must be 'slerp' or 'linear', got {how!r}")

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .core import make_rng
-from .evaluate import (Card, FeatureBank, Reference, _about, _alike, _encode, _frechet, _judge, _measured, _print, _reference, _se, _settings,
-                             _through, draw_images, pfid)
+from .evaluate import (Card, FeatureBank, Reference, _about, _alike, _encode, _frechet, _judge, _measured, _print, _reference, _se,
+                             _settings, _through, draw_images, pfid)
 from .features import CHUNK, FeatureExtractor, efficientnet_taps, extract, stream
 from .fidelity import density_coverage, inception_score, precision_recall
 from .ifid import ifid
@@ -50,19 +50,21 @@ def _fidelity(wanted, f, ref:Reference, probabilities, judge, how:dict, k:int, s
     rows,(n,m),big = [],(len(f), len(ref)),min(len(f), len(ref)) > 1000
     if 'KID' in wanted:
         d = kid(ref.features, f, 100 if big else 1, rng=make_rng(seed, 'kid'))
-        rows.append(('KID', d.value, d.se, dict(kernel=d.kernel, subsets=d.subsets, subset_size=d.subset_size, error='jackknife of the images')))
+        why = dict(kernel=d.kernel, subsets=d.subsets, subset_size=d.subset_size, error='jackknife of the images')
+        rows.append(('KID', d.value, d.se, why))
     def binomial(v, n): return math.sqrt(v*(1-v)/n)
     if {'precision','recall'} & set(wanted):
         (p,r),why = precision_recall(ref.features, f, k),dict(k=k, error='binomial, at fixed manifolds')
         rows += [('precision', p, binomial(p, n), why), ('recall', r, binomial(r, m), why)]
     if {'density','coverage'} & set(wanted):
-        density,c = density_coverage(ref.features, f)
-        rows += [('density', density, None, dict(k=5, error='none')), ('coverage', c, binomial(c, m), dict(k=5, error='binomial, at fixed manifolds'))]
+        (density,c),why = density_coverage(ref.features, f),dict(k=5, error='binomial, at fixed manifolds')
+        rows += [('density', density, None, why | dict(error='none')), ('coverage', c, binomial(c, m), why)]
     if 'IS' in wanted:
         s = inception_score(probabilities, rng=make_rng(seed, 'is'))
         rows.append(('IS', s.value, s.se, dict(splits=10, error='spread over 10 parts')))
     rest = {key:v for key,v in how.items() if key != 'dimension'}
-    return [Card(name, float(v), se, n, how['classifier'] if name == 'IS' else judge.name, ref.name, seed, rest | why) for name,v,se,why in rows if name in wanted]
+    def by(name): return how['classifier'] if name == 'IS' else judge.name
+    return [Card(name, float(v), se, n, by(name), ref.name, seed, rest | why) for name,v,se,why in rows if name in wanted]
 
 # %% ../nbs/38_scorecard.ipynb #37abf680
 @dataclass
@@ -102,7 +104,8 @@ class Sampler:
     def settings(self) -> dict:
         "What the card says"
         labels = self.labels if isinstance(self.labels, str) else getattr(self.labels, 'name', 'given')
-        return dict(generator=_print(self.generator), tokenizer=_print(self.tok), labels=labels, sampling_seed=self.seed) | {k:str(v) for k,v in self.asked.items()}
+        about = dict(generator=_print(self.generator), tokenizer=_print(self.tok), labels=labels, sampling_seed=self.seed)
+        return about | {k:str(v) for k,v in self.asked.items()}
 
 def _samples(samples, n:int) -> Tensor|object:
     "Samples as a set or a tensor, drawn if they are a function"
@@ -209,7 +212,7 @@ def evaluate_tokenizer(
     images = draw_images(images, n, seed)
     about,discrete,no = _about(images),tok.codebook is not None,_impossible(reference, classifier)
     if not discrete: no |= {m: 'is of codes, and this tokenizer has none' for m in ('usage','perplexity')}
-    if not (discrete or doses): no['pFID'] = "is defined for codes and this tokenizer has none; for its latents give kind='gaussian' and strengths=(...)"
+    if not (discrete or doses): no['pFID'] = "is defined for codes; for these latents give kind='gaussian' and strengths=(...)"
     if train is None: no['iFID'] = 'needs images for the neighbours: train=...'
     if about['size'] < 11: no['SSIM'] = f"has a window of 11 pixels, the images are {about['size']} wide"
     wanted,judge = _wanted(metrics, TOKENIZER_METRICS, no),_judge(extractor, about['size'])
@@ -217,7 +220,8 @@ def evaluate_tokenizer(
     with _measured(tok, device) as where:
         look = perceptual or (FeatureDistance().to(where) if 'LPIPS-style' in wanted else None)
         tell = classifier.to(where) if classifier is not None else None
-        measures = {m: f for m,f in dict(PSNR=psnr, SSIM=ssim, IS=lambda xh, x: tell(xh), **{'LPIPS-style': lambda xh, x: look(x, xh)}).items() if m in wanted}
+        measures = {'PSNR': psnr, 'SSIM': ssim, 'IS': lambda xh, x: tell(xh), 'LPIPS-style': lambda xh, x: look(x, xh)}
+        measures = {m:f for m,f in measures.items() if m in wanted}
         parts = {m: [] for m in measures}
         def rebuilt(x):
             xh = next(_alike(iter([tok.reconstruct(x)]), about['shape']))
@@ -235,6 +239,6 @@ def evaluate_tokenizer(
     measured = {m: torch.cat(p) for m,p in parts.items()}
     cards += _fidelity(wanted, f, ref, measured.pop('IS', None), judge, how, k, seed)
     plain = {key: how[key] for key in ('tokenizer','images','images_hash','error')}
-    cards += [_mean_card(m, v, getattr(look, 'name', 'given') if m == 'LPIPS-style' else '', images, plain | dict(reference_hash=about['hash']), bootstrap, seed)
-              for m,v in measured.items()]
+    own,by = plain | dict(reference_hash=about['hash']),{'LPIPS-style': getattr(look, 'name', 'given')}
+    cards += [_mean_card(m, v, by.get(m, ''), images, own, bootstrap, seed) for m,v in measured.items()]
     return cards+(_code_cards(wanted, ids, tok, about, plain | dict(error='none'), seed) if ids is not None else [])
