@@ -160,7 +160,9 @@ def vendor(package:str, wanted:tuple[str,...], cache:Path) -> Path|None:
     with tempfile.TemporaryDirectory(dir=cache) as tmp:
         got = subprocess.run(['npm', 'pack', '--silent', package], cwd=tmp, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
         if got.returncode: print(f"site: npm cannot fetch {package} ({(got.stderr.strip().splitlines() or ['no reason given'])[0]})"); return None
-        with tarfile.open(next(Path(tmp).glob('*.tgz'))) as t: t.extractall(Path(tmp)/'all', filter='data')
+        with tarfile.open(next(Path(tmp).glob('*.tgz'))) as t:
+            t.extraction_filter = getattr(tarfile, 'data_filter', None)    # Python 3.11 has it from 3.11.4 on
+            t.extractall(Path(tmp)/'all')
         for pattern in wanted:
             for f in (Path(tmp)/'all'/'package').glob(pattern):
                 to = Path(tmp)/'kept'/f.relative_to(Path(tmp)/'all'/'package').as_posix().removeprefix('dist/')
