@@ -1,15 +1,27 @@
 "The dose nearest to a generator: closed form, recovery of known doses, quantizers of several levels, bad input"
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
-from tokkit.calibrate import Calibration, both, calibrate, calibrated_cells, code_features, delta_nodes, mmd_plane, recovery, smoothed, window_means
+from tokkit.calibrate import Calibration, both, calibrate, calibrated_cells, code_features, delta_nodes, latents_of, mmd_plane, recovery, smoothed, window_means
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
+from tokkit.evaluate import pfid
 from tokkit.kernels import mmd2
 from tokkit.neighbours import kmeans_centres, nearest_codes
 from tokkit.perturb import Level, perturb_codes
-from tokkit.quantize import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.quantize import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer, VectorQuantizer
+
+
+class Away(VectorQuantizer):
+    "As if on a GPU once `here` is False: nothing of it can be had before `cpu()`, and only a copy is brought"
+    here = True
+    def cpu(self): self.here = True; return super().cpu()
+    def __getattribute__(self, name):
+        if name in ('codebook', 'usage', 'codes', 'neighbours') and not object.__getattribute__(self, 'here'): raise RuntimeError('ids and codes on two devices')
+        return super().__getattribute__(name)
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +74,7 @@ def test_the_same_seed_the_same_answer(patches):
     assert str(one) == str(two) and np.array_equal(one.replicates, two.replicates) and np.array_equal(one.plane, two.plane)
     assert calibrate(made.numpy().astype('u2'), ids[500:1000], book, bootstrap=30).alpha == one.alpha
     assert one.plane.shape == (len(one.alphas), len(one.deltas)) and isinstance(one, Calibration)
-    assert calibrated_cells(one) == dict(alphas=[one.alpha], deltas=[one.delta])
+    assert calibrated_cells(one) == dict(alphas=[one.alpha], deltas=[one.delta], rate='exact', include_self=True)
     assert len(one.frame()) == one.plane.size and one.plot() is not None
 
 
@@ -72,6 +84,38 @@ def test_rate_and_self_are_what_was_said(patches):
         c = calibrate(perturb_codes(ids[:1000], book, .5, 10, rng=make_rng(2), **how), ids[1000:2000], book, bootstrap=60, **how)
         assert c.alpha_interval[0] < .5 < c.alpha_interval[1] and c.delta_interval[0] <= 10 <= c.delta_interval[1], (how, c)
     assert c.hit == c.alpha
+    assert calibrated_cells(c) == dict(alphas=[c.alpha], deltas=[c.delta], rate='exact', include_self=False)
+    pfid_takes = inspect.signature(pfid).parameters
+    assert set(calibrated_cells(c)) <= set(pfid_takes)
+
+
+def class_by_class(ids):
+    "As a folder lies on disk: here, darker images first"
+    return ids[ids.float().mean(1).argsort()]
+
+
+def test_images_may_come_class_by_class(patches):
+    "Fewer generated than real images, both sorted: the dose is found, and the plane's least cell is the dose"
+    ids, book = patches
+    book = book[order := book.mean(1).argsort()]
+    ids = order.argsort()[ids]                          # codes named by brightness
+    made, real = perturb_codes(ids[:1000], book, .6, 8, rng=make_rng(0)), class_by_class(ids[1000:])
+    for generated in (made, class_by_class(made)):
+        c = calibrate(generated, real, book, bootstrap=30)
+        assert c.delta_interval[0] <= 8 <= c.delta_interval[1] and c.left < .1, c
+        plane = mmd_plane(generated, real, book, (.6,), (8,), n=500)
+        assert abs(plane.value[0]) < 4*plane.se[0], plane
+
+
+def test_codes_may_lie_on_another_device(patches):
+    ids, book = patches
+    q = Away(128, 16, l2_norm=False)
+    with torch.no_grad(): q.embedding.weight.copy_(book)
+    q.here = False
+    made = perturb_codes(ids[:400], book, .5, 8, rng=make_rng(0))
+    assert calibrate(made, ids[400:800], q, bootstrap=10).alpha == pytest.approx(.5, abs=.2)
+    assert len(mmd_plane(made, ids[400:800], q, (.5,), (8,))) == 1 and latents_of(made, q).shape == (400, 784)
+    assert len(recovery(ids, q, trials=1, n=300, bootstrap=5)) == 1 and not q.here
 
 
 @pytest.mark.parametrize('quantizer', [ProductQuantizer(64, 16, 2), FiniteScalarQuantizer((5, 5, 4)), MultiScaleResidualQuantizer(64, 8, scales=(1, 2, 4))],
@@ -101,7 +145,7 @@ def test_nodes():
 
 def test_bad_input(patches):
     ids, book = patches
-    for bad, says in ((dict(deltas=[0, 4]), 'deltas must be whole numbers'), (dict(alphas=[-.1, 1]), 'alphas must be fractions'), (dict(level=2), 'level must be in'),
+    for bad, says in ((dict(deltas=[0, 4]), 'deltas must be whole numbers'), (dict(alphas=[-.1, 1]), 'alphas must be fractions'), (dict(level=2), 'level must be in'), (dict(bootstrap=0), 'bootstrap must be at least 2'), (dict(bootstrap=1), 'got 1'),
                       (dict(rate='poisson'), "rate must be 'exact' or 'bernoulli'"), (dict(deltas=[128], include_self=False), 'deltas must be whole numbers in 1..127')):
         with pytest.raises(ValueError, match=says): calibrate(ids[:300], ids[300:600], book, **bad)
     with pytest.raises(ValueError, match='at least 200 real images, got 10'): calibrate(ids[:300], ids[:10], book)

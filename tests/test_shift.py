@@ -11,11 +11,20 @@ from tokkit.flow import FlowCfg, FlowGenerator
 from tokkit.kernels import mmd2
 from tokkit.masked import MaskedCfg, MaskedGenerator
 from tokkit.perturb import perturb_codes
-from tokkit.quantize import MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.quantize import MultiScaleResidualQuantizer, ProductQuantizer, VectorQuantizer
 from tokkit.shift import decoded_shift, error_profile, feature_shift, token_use, use_by, use_histogram
 from tokkit.tokenizer import fit_spec, make_tokenizer
 
 LABELS = torch.arange(60) % 10
+
+
+class Away(VectorQuantizer):
+    "As if on a GPU once `here` is False: nothing of it can be had before `cpu()`, and only a copy is brought"
+    here = True
+    def cpu(self): self.here = True; return super().cpu()
+    def __getattribute__(self, name):
+        if name in ('codebook', 'usage', 'codes', 'neighbours') and not object.__getattribute__(self, 'here'): raise RuntimeError('ids and codes on two devices')
+        return super().__getattribute__(name)
 
 
 @pytest.fixture(scope='module')
@@ -70,6 +79,45 @@ def test_free_running_keeps_a_fraction(some):
     seen = error_profile(gen, book, ids, LABELS, sigma=.25)
     assert np.isfinite(seen.values['p']).mean() == pytest.approx(.75, abs=.06)
     assert np.isfinite(seen.values['p']).sum(1)+seen.depth.max(1) == pytest.approx(16)
+
+
+def test_codes_may_lie_on_another_device(some):
+    ids, q = some[0], Away(32, 4, l2_norm=False)
+    with torch.no_grad(): q.embedding.weight.copy_(some[1])
+    q.here = False
+    here, away = (error_profile(ar(), codes, ids, LABELS) for codes in (some[1], q))
+    assert np.array_equal(here.values['distance'], away.values['distance'], equal_nan=True)
+    pair = ids[:30], ids[30:]
+    assert token_use(*pair, q, bootstrap=2).equals(token_use(*pair, some[1], bootstrap=2))
+    assert len(use_by(*pair, q, 'region', bootstrap=2)) == 18 and use_histogram(ids, q).shape == (1, 32) and not q.here
+
+
+def test_a_few_images_are_drawn_not_the_first(some):
+    "n of a tensor, whose images may lie class by class, are those that n of a set would be"
+    ids, book = some
+    prof = error_profile(ar(), book, ids, LABELS.sort().values, n=20)
+    assert len(set(prof.labels)) > 5 and len(prof.labels) == 20
+
+
+def test_drift_is_no_error():
+    "A generator that knows both images of its world is sure of the next token; on its own it draws either, and neither is wrong"
+    torch.manual_seed(0)
+    two = torch.arange(2)[:, None].expand(2, 16).repeat(32, 1)
+    gen = ARGenerator(ARCfg(n=16, codebook_size=2, width=16, depth=1, heads=2, classes=1))
+    opt = torch.optim.AdamW(gen.parameters(), lr=1e-2)
+    for _ in range(150): loss = gen.loss(two, torch.zeros(64).long(), make_rng(0)); opt.zero_grad(); loss.backward(); opt.step()
+    asked = dict(tok=torch.eye(2), images=two, labels=torch.zeros(64).long())
+    teacher, free = error_profile(gen.eval(), **asked), error_profile(gen, **asked, mode='free', sigma=0.)
+    assert teacher.mean('p')[0] > .93 and free.mean('p')[0] < .7
+
+
+@pytest.mark.parametrize('how', [dict(top_k=3), dict(top_p=.4), dict(top_k=20, top_p=.7, temperature=1.5)])
+def test_p_is_how_often_the_real_token_is_drawn(some, how):
+    ids, book, gen = some[0][:1].expand(3000, -1), some[1], ar()
+    prof = error_profile(gen, book, ids, torch.zeros(3000).long(), n=None, batch=3000, **how)
+    p, drawn = prof.values['p'][0], 1-prof.values['wrong'].mean(0)
+    assert np.allclose(prof.values['p'], p, atol=1e-5) and (p == 0).any()
+    assert (abs(drawn-p) <= 5*(p*(1-p)/3000)**.5+1e-6).all(), (p, drawn)
 
 
 def test_several_levels(some):
@@ -165,6 +213,7 @@ def test_after_decoding():
     whole = decoded_shift(tok, ids[:30], ids[30:], extractor=means, kernel='linear', bootstrap=5)
     with torch.no_grad(): g, r = (means(tok.detokenize(t).clamp(-1, 1)) for t in (ids[:30], ids[30:]))
     assert whole.value[0] == pytest.approx(mmd2(g, r, 'linear').value, rel=1e-4) and list(whole.metric) == ['MMD²', 'FD']
+    assert whole.floor[0] == 0 and abs(whole.value[1]-whole.floor[1]) < 5*whole.floor_sd[1] and whole.floor[1] > 0, 'two sets of one kind lie at the floor'
     by = decoded_shift(tok, ids[:30], ids[30:], 'class', (LABELS[:30], LABELS[30:]), extractor=means, bootstrap=0)
     assert list(by.metric.unique()) == ['MMD²'], 'three images of four features have no Fréchet distance'
     assert len(decoded_shift(tok, ids[:30], ids[30:], 'region', extractor=means, bootstrap=0).region.unique()) == 4

@@ -25,7 +25,7 @@ from .kernels import get_kernel, mmd2
 from .neighbours import NeighbourTable
 from .perturb import Level, perturb_codes, split_levels
 from .quantize import Quantizer
-from .shift import as_ids, check_pair
+from .shift import as_codes, as_ids, check_pair
 
 # %% ../nbs/64_calibrate.ipynb #fe671bf5
 def latents_of(
@@ -33,7 +33,12 @@ def latents_of(
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer
 ) -> Float[Tensor, "b e"]:
     "Whole latents, flattened"
+    ids,codes = as_ids(ids),as_codes(codes)
     with torch.no_grad(): return (codes[ids] if isinstance(codes, Tensor) else codes.codes(ids)).detach().flatten(1)
+
+def _some(ids:Tensor, n:int, *of) -> Tensor:
+    "`n` of the images in mixed order: folders come class by class"
+    return ids[torch.randperm(len(ids), generator=make_rng(*of))[:n]]
 
 def mmd_plane(
     generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
@@ -43,12 +48,13 @@ def mmd_plane(
     deltas:Sequence[int] = (2, 4, 8, 16, 32, 64),  # neighbours redrawn among
     *,
     kernel:str = 'gaussian',        # of `get_kernel`
-    n:int = 1000,                   # images of either side that are looked at, the first ones
-    seed:int = 0,                   # of the perturbations
+    n:int = 1000,                   # images of either side that are looked at, drawn by the seed
+    seed:int = 0,                   # of the images and their perturbations
     **options,                      # of `perturb_codes`: rate, include_self, kind, ...
 ) -> pd.DataFrame:
     "Squared MMD between generated latents and perturbed real ones, a row a cell, with its jackknife error"
-    generated,real = as_ids(generated)[:n],as_ids(real)[:n]
+    generated,real = (_some(as_ids(t), n, seed, 'mmd_plane', name) for name,t in (('generated', generated), ('real', real)))
+    codes = as_codes(codes)
     g,table,rows = latents_of(generated, codes),NeighbourTable(),[]
     k = get_kernel(kernel).fit(g, latents_of(real, codes))                  # one bandwidth for all cells
     for a,d in bar([(a, d) for a in alphas for d in deltas], 'MMD'):
@@ -213,9 +219,10 @@ class Calibration:
 
 def calibrated_cells(
     calibration:Calibration, # of a generator
-) -> dict: # keywords for `pfid`: a grid of one cell
-    "The dose of a generator as the grid of a pFID: `pfid(tok, images, **calibrated_cells(c))` is the calibrated pFID"
-    return dict(alphas=[calibration.alpha], deltas=[calibration.delta])
+) -> dict: # keywords for `pfid`: a grid of one cell, rate and include_self
+    "The dose of a generator, and how it redraws, as the grid of a pFID: `pfid(tok, images, **calibrated_cells(c))` is the calibrated pFID"
+    how = {k: calibration.settings[k] for k in ('rate', 'include_self') if k in calibration.settings}
+    return dict(alphas=[calibration.alpha], deltas=[calibration.delta], **how)
 
 # %% ../nbs/64_calibrate.ipynb #6c643e69
 def calibrate(
@@ -230,13 +237,13 @@ def calibrate(
     size:int = 16,                  # features of a code
     bootstrap:int = 200,            # draws of images, for the intervals
     level:float = .95,              # confidence that both intervals hold
-    blocks:int = 50,                # blocks of images that are drawn
-    seed:int = 0,                   # of the draws
+    blocks:int = 50,                # blocks of images that are drawn; who is in which goes by the seed
+    seed:int = 0,                   # of the blocks and the draws
 ) -> Calibration:
     "The (alpha, delta) whose perturbed real images are nearest to generated ones"
-    generated,real,alphas,deltas = _checked(generated, real, codes, alphas, deltas, include_self, blocks, level)
+    generated,real,alphas,deltas = _checked(generated, real, codes, alphas, deltas, include_self, bootstrap, blocks, level, seed)
     m,nodes = math.prod(generated.shape[1:]),sorted({*delta_nodes(deltas[0], deltas[-1]), *deltas})
-    sums = _sums(generated, real, codes, nodes, include_self, size, blocks)
+    sums = _sums(generated, real, as_codes(codes), nodes, include_self, size, blocks)
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=make_rng(seed, 'calibrate'))))
     drawn = rng.multinomial(blocks, np.full(blocks, 1/blocks), (2, bootstrap))
     c = _coefficients(sums, torch.from_numpy(np.concatenate([np.ones((2, 1, blocks)), drawn], 1))).numpy()      # (deltas 1+draws 6)
@@ -275,8 +282,8 @@ def _value(curve, c, found, m, rate) -> float:
     "MMD^2 of the images at a place of the plane"
     return float((curve(found[1])[0] if curve is not None else c[0,0])@_powers(found[0], m, rate))
 
-def _checked(generated, real, codes, alphas, deltas, include_self, blocks, level):
-    "Arguments in order, or one line about what is wrong"
+def _checked(generated, real, codes, alphas, deltas, include_self, bootstrap, blocks, level, seed):
+    "Arguments in order and images in mixed order, or one line about what is wrong"
     generated,real = as_ids(generated),as_ids(real)
     k = len(codes) if isinstance(codes, Tensor) else codes.codebook_size
     if k is None: codes.codes(generated)                                    # says why not
@@ -286,6 +293,7 @@ def _checked(generated, real, codes, alphas, deltas, include_self, blocks, level
         if few: raise ValueError(f"calibrate needs at least {4*blocks} {name} images, got {len(t)}; 1000 give useful intervals")
         if low < 0 or high >= k:
             raise ValueError(f"{name} ids reach from {low} to {high}, the codebook has {k} codes; take one tokenizer for both")
+    if bootstrap < 2: raise ValueError(f"bootstrap must be at least 2, or there is no interval; got {bootstrap}; 200 is the rule")
     check_range('level', level, .5, .9999, 'it is a confidence')
     alphas,most = sorted({float(a) for a in alphas}),k if include_self else k-1
     if deltas is None: deltas = [d for i in range(1, 24) if (d := 2**i) <= max(2, k//4)]
@@ -294,7 +302,7 @@ def _checked(generated, real, codes, alphas, deltas, include_self, blocks, level
         raise ValueError(f"deltas must be whole numbers in 1..{most} for {k} codes, got {deltas}")
     if not alphas or alphas[0] < 0 or alphas[-1] > 1: raise ValueError(f"alphas must be fractions in 0..1, got {alphas}")
     n = min(len(generated), len(real))//blocks*blocks
-    return generated[:n],real[:n],alphas,deltas
+    return _some(generated, n, seed, 'calibrate', 'generated'),_some(real, n, seed, 'calibrate', 'real'),alphas,deltas
 
 # %% ../nbs/64_calibrate.ipynb #c1c83f9f
 def recovery(
@@ -308,7 +316,7 @@ def recovery(
     **options,                      # of `calibrate`
 ) -> pd.DataFrame:
     "One row a trial: the dose of a synthetic generator, what `calibrate` found, and whether both intervals hold it"
-    ids,rows = as_ids(ids),[]
+    ids,codes,rows = as_ids(ids),as_codes(codes),[]
     if len(ids) < 2*n: raise ValueError(f"two disjoint sets of {n} images need {2*n}, got {len(ids)}")
     m,low = math.prod(ids.shape[1:]),np.log(deltas)
     for i in bar(range(trials), 'recovery'):
