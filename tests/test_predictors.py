@@ -126,6 +126,9 @@ def test_settings_are_not_averaged():
     moving.loc[moving.index[moving.metric == 'pFID'][:1], 'K'] = 1
     with pytest.raises(ValueError, match='one tokenizer has several values of K'):
         rank_agreement(moving, 'pFID', group='K')
+    again = pd.DataFrame([dict(tokenizer=t, metric='rFID', value=v, seed=0, tokenizer_seed=s) for s in (0, 1) for t, v in zip('abcd', range(4))])
+    with pytest.raises(ValueError, match='rows with different tokenizer_seed would be averaged'): pool(again, ['tokenizer', 'metric'])
+    assert pool(again, ['tokenizer', 'tokenizer_seed', 'metric']).repeats.eq(1).all()
     assert COEFFICIENTS == ('Pearson', 'Spearman', 'Kendall')
 
 

@@ -260,7 +260,7 @@ def calibrate(
     (a_low,d_low),(a_high,d_high) = ((float(e[0]), round(float(np.exp(e[1])), 6)) for e in (low, high))
     if a_low <= 0: d_low,d_high = float(deltas[0]),float(deltas[-1])                         # no dose, no delta
     left = float(max(least, 0)/clean) if clean > 0 else 1.
-    replicates = np.column_stack([found[1:,0], np.exp(found[1:,1])])
+    replicates = np.column_stack([found[1:,0], np.exp(found[1:,1]).round(6)])
     return Calibration(round(float(a), 6), round(float(np.exp(d))), (a_low, a_high), (d_low, d_high), left, level,
                        tuple(alphas), tuple(deltas), plane, replicates, settings)
 

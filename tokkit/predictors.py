@@ -43,7 +43,7 @@ def paper_rows() -> pd.DataFrame: # tidy rows: tokenizer, K, generator, metric, 
     return pd.DataFrame(rows).assign(extractor='inception')
 
 # %% ../nbs/66_predictors.ipynb #0a9aecfb
-SETTINGS = ('tokenizer', 'generator', 'stage', 'extractor', 'n', 'K', 'quantizer', 'alpha', 'beta', 'delta', 'sigma',
+SETTINGS = ('tokenizer', 'tokenizer_seed', 'generator', 'stage', 'extractor', 'n', 'K', 'quantizer', 'alpha', 'beta', 'delta', 'sigma',
             'guidance', 'temperature', 'source', 'perturbation', 'loss', 'epochs', 'pairs', 'anneal', 'semantic')   # not repetitions
 
 def pool(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .core import bar, check_range, make_rng
 from .data import Indexed, TokenCache
-from .features import FeatureExtractor, default_extractor, extract
+from .features import FeatureExtractor, check_images, default_extractor, extract
 from .generator import LatentGenerator, _tail, check_latents, draw
 from .kernels import mmd2
 from .metrics import FeatureStats, bootstrap_frechet, frechet_distance
@@ -146,6 +146,7 @@ def _drawn(size, n, seed):
 @torch.no_grad()
 def _encoded(tok, x):
     where = next(tok.parameters()).device
+    check_images(x)
     return torch.cat([tok.to_latents(some.to(where)).cpu() for some in x.split(256)])
 
 # %% ../nbs/63_shift.ipynb #8a0f63e8
@@ -178,7 +179,9 @@ def error_profile(
     if kind != 'ar' and sigma == 1: raise ValueError(f"at sigma 1 nothing is left for {type(generator).__name__} to say; take sigma < 1")
     how = dict(guidance=guidance, temperature=temperature)|options|({} if kind == 'flow' else dict(top_k=top_k, top_p=top_p))
     if kind == 'flow': record = _Flow(mode, given)
-    else: record = _Tokens(kind, mode, given, _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape), temperature, top_k, top_p, seed)
+    else:
+        codes = _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape)
+        record = _Tokens(kind, mode, given, codes, temperature, top_k, top_p, seed)
     if mode == 'teacher' and kind != 'ar': how |= dict(steps=1)                # one look is enough
     where = next(generator.parameters()).device
     for i in bar(range(0, len(labels), batch), 'error profile'):
