@@ -9,9 +9,9 @@ from torch import nn
 
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.evaluate import Card, FeatureBank, pfid, pfid_deltas, rfid
-from tokkit.features import FeatureExtractor
-from tokkit.metrics import FeatureStats, frechet_distance
+from tokkit.evaluate import Card, FeatureBank, Reference, _measured, pfid, pfid_deltas, rfid
+from tokkit.features import FeatureExtractor, extract
+from tokkit.metrics import FeatureStats, frechet_distance, load_stats, save_stats
 from tokkit.perturb import perturb_codes
 
 
@@ -68,6 +68,9 @@ def test_difference_is_paired_only_on_the_same_draws():
     assert (a-card(metric='gFID')).metric == 'rFID-gFID' and (a-card(se=None, replicates=())).se is None
     with pytest.raises(ValueError, match='different extractors'): a-card(extractor='f')
     with pytest.raises(ValueError, match='different reference images'): a-card(settings=dict(reference_hash='other'))
+    one, two = (card(settings=dict(extractor_hash=h)) for h in ('11aa', '22bb'))
+    with pytest.raises(ValueError, match="although both are called 'e': fingerprints 11aa and 22bb"): one-two
+    assert (one-one).value == (one-a).value == 0                        # a card of before fingerprints is compared by name
 
 
 def test_escapes_html(): assert '<b>x' not in card(reference='<b>x')._repr_html_()
@@ -181,6 +184,51 @@ def test_sets_of_other_shapes_are_refused(images):
                         (lambda: rfid(Grey(), images[:0][0], judge()), 'at least one image')):
         with pytest.raises(ValueError) as e: call()
         assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def linear(size=None):
+    torch.manual_seed(0)
+    return FeatureExtractor('linear', nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(49, 5)), size, mean=(0.,), std=(1.,))
+
+
+def test_other_weights_get_no_old_features(images):
+    "In memory too, and however the weights were changed"
+    e, bank = linear(), FeatureBank()
+    first = bank(images, e, 'cpu')
+    e.module[2].weight.data.mul_(2)                                     # torch counts no change here
+    changed = bank(images, e, 'cpu').features
+    assert not torch.equal(changed, first.features) and torch.equal(changed, extract(e, images, 'cpu'))
+    e.module[2].weight.data.div_(2)
+    assert bank(images, e, 'cpu') is first is bank(images, linear(), 'cpu')  # the network counts, not the object
+
+
+def test_a_reference_by_another_network_of_the_same_name_is_refused(images, tmp_path):
+    small, large, tok = linear(14), linear(20), Grey(offset=.1)
+    made = FeatureBank()(images, large, 'cpu')
+    assert made.fingerprint == made.stats.fingerprint == large.fingerprint
+    save_stats(tmp_path/'s.npz', made.stats)
+    for reference in (made, made.stats, load_stats(tmp_path/'s.npz'), Reference(made.features, 'linear', fingerprint=large.fingerprint)):
+        with pytest.raises(ValueError, match=f'of the name linear.*{large.fingerprint} and {small.fingerprint}') as e: rfid(tok, images, small, reference=reference)
+        assert '\n' not in str(e.value) and rfid(tok, images, large, reference=reference, bootstrap=0).value > 0
+    a, b = rfid(tok, images, small, bootstrap=0), rfid(tok, images, large, bootstrap=0)
+    with pytest.raises(ValueError, match="although both are called 'linear'"): a-b
+    unknown = load_stats(tmp_path/'s.npz', fingerprint='')              # whoever knows better may say so
+    assert rfid(tok, images, small, reference=unknown, bootstrap=0).value > 0
+
+
+@pytest.mark.parametrize('change,words', [(lambda x: x*255, 'got numbers from -255 to 255'), (lambda x: x/0, 'NaN'), (lambda x: x.byte(), 'torch.uint8; see from_uint8')])
+def test_images_that_are_none_are_refused_before_the_tokenizer(images, change, words):
+    "With a fixed reference nobody else would look at them"
+    e = judge(); stats = FeatureBank()(images, e, 'cpu').stats
+    for measure in (rfid, lambda *a, **k: pfid(*a[:2], (.5,), (3,), extractor=a[2], **k)):
+        with pytest.raises(ValueError) as caught: measure(Grey(), change(images[:9][0]), e, reference=stats)
+        assert words in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_a_module_is_measured_where_its_buffers_are():
+    tok = nn.Module(); tok.register_buffer('codebook', torch.zeros(4, 2, device='meta'))
+    with _measured(tok, None) as where: assert where.type == 'meta'
+    with _measured(nn.Module(), None) as where: assert where.type == 'cpu'
 
 
 def test_reference_is_extracted_once(images):

@@ -169,6 +169,43 @@ def test_a_fingerprint_is_the_same_in_every_process():
     assert a == b and a[0] != a[1]
 
 
+SETTINGS = """
+import functools, torch
+from torch import nn
+from torch.nn import functional as F
+from tokkit.features import fingerprint
+class Scale:
+    def __init__(self, by): self.by = by
+    def __call__(self, x): return x*self.by
+class Own(nn.Module):
+    def __init__(self, act): super().__init__(); self.act = act; self.again = self.forward
+    def forward(self, x, of='ccc'): return self.act(x) if of in {'a', 'bb', 'ccc', 'dddd'} else x
+def enclosing(p): return lambda x: x*p
+def itself():
+    def f(x): return f(x-1) if x else 0
+    return f
+torch.manual_seed(0)
+layer, leaky, one = nn.Linear(2, 2), functools.partial(F.leaky_relu, negative_slope=.1), Scale(1)
+held = [1, leaky]; held.append(held)
+acts = [torch.relu, torch.sigmoid, F.relu, leaky, functools.partial(F.leaky_relu, negative_slope=.2), functools.partial(torch.clamp, min=0),
+        one, Scale(2), one.__call__, Scale(2).__call__, enclosing(1), enclosing(2), enclosing(torch.relu), lambda x, p=3: x*p, lambda x, p=4: x*p, itself(),
+        {'x', 'yy', 'zzz'}, frozenset('abcdef'), [torch.relu], {'f': torch.tanh}, held, (torch.tanh, 'tanh'), nn.ReLU, nn.GELU, 'a'.join, 'b'.join, object(),
+        torch.Generator(), torch.arange(9999), [torch.arange(9999)], [torch.arange(9999)+(torch.arange(9999) == 5000)], torch, functools, torch.float16, layer.forward]
+print(*[fingerprint(Own(a)) for a in acts])
+"""
+
+def test_settings_of_any_kind_have_no_address():
+    "Functions of every kind, objects and sets: alike in two processes whose memory and order of sets differ, and all of them told apart"
+    def said(seed): return subprocess.run([sys.executable, '-c', SETTINGS], capture_output=True, text=True, check=True, env=os.environ|{'PYTHONHASHSEED': seed}).stdout.split()
+    a, b = said('1'), said('7')
+    assert a == b and len(a) == len(set(a)) == 35
+
+
+def test_a_layer_used_twice_is_not_one_used_once():
+    layer = nn.Linear(3, 3)
+    assert fingerprint(nn.Sequential(layer, layer)) != fingerprint(nn.Sequential(layer))
+
+
 def test_bicubic_does_not_leave_the_range():
     u = torch.zeros(1, 1, 8, 8); u[..., 4:] = 1
     x = _Prepare(24, (0.,), (1.,), 'bicubic')(u)

@@ -9,7 +9,7 @@ from test_evaluate import judge
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
 from tokkit.evaluate import Card, rfid
-from tokkit.ifid import draw_near, ifid, nearest_latents, slerp
+from tokkit.ifid import _nearest, draw_near, ifid, nearest_latents, slerp
 from tokkit.metrics import FeatureStats, frechet_distance
 from tokkit.tokenizer import make_tokenizer
 
@@ -88,3 +88,31 @@ def test_refusals(images, train, more, words):
 
 def test_the_measured_images_are_no_training_set(images):
     with pytest.raises(ValueError, match='the measured images themselves'): ifid(Patches(), images, train=fashion_mnist('test', n=100), extractor=judge())
+
+
+@pytest.mark.parametrize('codes', [False, True])
+def test_an_image_is_not_its_own_neighbour(images, train, codes):
+    "However it came among them: as a part, drawn by n, as a tensor, once among many; also where latents are codes"
+    class Coded(Patches):
+        def quantize(self, z): return SimpleNamespace(zq=z.round() if codes else z)
+    tok, e = Coded(), judge()
+    with pytest.raises(ValueError, match='the measured images themselves'): ifid(tok, images, train=images, extractor=e, n=50)
+    several = torch.cat([train[:][0], images[70:71][0]])
+    for measured, others, n, words in ((images, fashion_mnist('test', n=200), 20, '20 of the measured images'), (images[:][0], images, None, '100 of the measured'),
+                                       (images, several, None, r'1 of the measured images are .* \(first: image 70 is 300 of train\)')):
+        with pytest.raises(ValueError, match=words) as caught: ifid(tok, measured, train=others, extractor=e, n=n, top_k=3)
+        assert '\n' not in str(caught.value)
+
+
+def test_one_latent_of_many_images_is_no_reason_to_refuse(images, train):
+    class Collapsed(Patches):
+        def quantize(self, z): return SimpleNamespace(zq=torch.zeros_like(z))
+    c = ifid(Collapsed(), images, train=train, extractor=judge(), bootstrap=0)
+    assert c.value == pytest.approx(rfid(SimpleNamespace(codebook=None, reconstruct=lambda x: torch.zeros_like(x)), images, judge(), bootstrap=0).value, rel=1e-3)
+
+
+def test_the_search_is_made_where_the_latents_are():
+    "Not one tensor of it is made on the CPU, and labels and chunks follow; the meta device knows shapes only"
+    z = torch.empty(5, 3, 2, device='meta')
+    near = _nearest(z.flatten(1), [torch.empty(4, 3, 2), torch.empty(4, 3, 2, device='meta')], 3, torch.arange(5)%2, torch.arange(8)%2)
+    assert {t.device.type for t in near} == {'meta'} and near.index.shape == near.cosine.shape == near.distance.shape == (5, 3)

@@ -97,6 +97,57 @@ def test_names_that_are_none(name):
     assert repr(name) in str(e.value) and '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('biased', [False, True])
+def test_pairs_are_left_out_together(name, biased):
+    "An image and its own reconstruction: never compared, and one draw"
+    x, e = data(8, 8)
+    y = x+.3*e
+    def value(a, b):
+        h = torch.stack([torch.stack([brute(name, a[i], a[j])+brute(name, b[i], b[j])-brute(name, a[i], b[j])-brute(name, a[j], b[i]) for j in range(len(a))]) for i in range(len(a))])
+        return float(h.mean() if biased else (h.sum()-h.trace())/(len(a)*(len(a)-1)))
+    got = mmd2(x, y, name, biased, paired=True)
+    assert got.value == pytest.approx(value(x, y), rel=1e-9)
+    left = [value(*(torch.cat([s[:i], s[i+1:]]) for s in (x, y))) for i in range(8)]
+    assert got.se == pytest.approx(jackknife(left), rel=1e-8)
+    if not biased: assert kid(x, y, kernel=name, paired=True)[:2] == got[:2]
+
+
+@pytest.mark.parametrize('kernel', ['polynomial', 'gaussian[2]'])
+def test_perfect_reconstructions_have_a_distance_of_zero(kernel):
+    x = data(300, 1)[0]
+    value, se = kid(x, x, kernel=kernel, paired=True)[:2]
+    assert abs(value) < 1e-10 and se < 1e-10 and kid(x, x, kernel=kernel).value < -1e-4      # as if independent: below zero
+
+
+def test_pairs_have_no_bias_and_an_honest_error():
+    "Copies a little off: their distribution is a Gaussian of known width, so the truth is that of independent sets"
+    def pairs(i, n=60): x, e = data(n, n, seed=i); return x, x*.8+.3*e
+    values, errors = zip(*[mmd2(*pairs(i), 'gaussian[2]', paired=True)[:2] for i in range(150)])
+    width = (.8**2+.3**2)**.5
+    x, y = data(3000, 3000, seed=999)
+    truth = mmd2(x, y*width, 'gaussian[2]')
+    assert abs(np.mean(values)-truth.value) < 4*np.hypot(np.std(values)/150**.5, truth.se)
+    assert .8 < np.mean(errors)/np.std(values) < 2                                           # near zero on the safe side
+    apart = np.mean([mmd2(*pairs(i), 'gaussian[2]').value for i in range(150)])
+    assert apart < truth.value-10*np.std(values)/150**.5
+
+
+@pytest.mark.parametrize('how', [dict(), dict(subsets=3, subset_size=25), dict(subsets=1, subset_size=25), dict(subsets=40, subset_size=25)])
+def test_the_error_of_kid_is_that_of_its_value(how):
+    values, errors = zip(*[kid(*data(60, 60, seed=i, shift=.4), rng=torch.Generator().manual_seed(i), **how)[:2] for i in range(120)])
+    assert .8 < np.mean(errors)/np.std(values) < 1.25
+
+
+def test_never_more_than_a_strip_of_the_table(monkeypatch):
+    x, y = data(50, 40)
+    sizes, plain = [], kernels.Kernel.__call__
+    def spy(self, a, b): sizes.append(len(a)*len(b)); return plain(self, a, b)
+    monkeypatch.setattr(kernels.Kernel, '__call__', spy); monkeypatch.setattr(kernels, 'STRIP', 200)
+    for paired in (False, True): kid(x[:40], y, paired=paired)
+    assert max(sizes) <= 200
+
+
 @pytest.mark.parametrize('subsets,size', [(1, 40), (5, 25)])
 def test_kid_matches_torchmetrics(subsets, size, monkeypatch):
     image = pytest.importorskip('torchmetrics.image.kid', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
@@ -107,12 +158,15 @@ def test_kid_matches_torchmetrics(subsets, size, monkeypatch):
         a, b = (s[torch.randperm(40, generator=rng)[:size]] for s in (x, y))
         want.append(float(image.poly_mmd(a, b)))
     assert got.value == pytest.approx(np.mean(want), rel=1e-6) and got.spread == pytest.approx(np.std(want), rel=1e-6, abs=1e-12)
-    assert got.se == mmd2(x, y, 'polynomial').se and got[3:] == ('polynomial[3]', subsets, size)
+    drawn = np.std(want, ddof=1)/subsets**.5 if subsets > 1 else 0
+    assert got.se == pytest.approx(np.hypot(mmd2(x, y, 'polynomial').se, drawn), rel=1e-6) and got[3:] == ('polynomial[3]', subsets, size)
 
 
 def test_kid_of_all_images_is_the_full_distance():
     x, y = data(30, 30)
-    assert kid(x, y, 3, 1000).value == pytest.approx(mmd2(x, y, 'polynomial').value)
+    full = mmd2(x, y, 'polynomial')
+    assert kid(x, y) == (full.value, full.se, None, 'polynomial[3]', None, None)
+    assert kid(x, y, 3, 1000)[:2] == pytest.approx(full[:2])
     assert kid(x, y, 3, 10) == kid(x.float(), y.numpy(), 3, 10)._replace(value=kid(x, y, 3, 10).value, se=kid(x, y, 3, 10).se, spread=kid(x, y, 3, 10).spread)
 
 
@@ -123,7 +177,9 @@ def test_kid_of_all_images_is_the_full_distance():
     (lambda x: mmd2(x[0].numpy(), x), 'expected features (n d)'),
     (lambda x: mmd2_linear(x, x[:3]), 'at least 4 vectors'),
     (lambda x: mmd2(x*0, x*0), 'the median distance of the data is 0'),
-    (lambda x: kid(x, x, subsets=0), 'at least 1 subset'),
+    (lambda x: kid(x, x, subsets=0), 'at least 1 subset of at least 3 vectors, got 0 of 1000'),
+    (lambda x: kid(x, x, 2, 2), 'at least 1 subset of at least 3 vectors, got 2 of 2'),
+    (lambda x: kid(x, x[:9], paired=True), 'expected pairs, as many vectors on either side, got 40 and 9'),
     (lambda x: get_kernel('gaussian')(x, x), 'has no bandwidth yet'),
 ])
 def test_errors(call, words):

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.linalg import sqrtm
 from torch import nn
 
-from tokkit import features
+from tokkit import features, metrics
 from tokkit.data import fashion_mnist, from_uint8, to_uint8
 from tokkit.features import FeatureExtractor, efficientnet_lite0, efficientnet_taps, extract, get_extractor
 from tokkit.metrics import (FeatureStats, across_processes, bootstrap_frechet, bootstrap_weights, fd_infinity, frechet_distance,
@@ -122,6 +122,10 @@ def test_statistics_of_float16_and_integers_are_double():
     (lambda f: frechet_distance(FeatureStats(9, np.zeros(4), np.diag([1, 1, -.1, 1])), stats(f)), 'an eigenvalue of -'),
     (lambda f: frechet_distance(stats(f), FeatureStats(9, np.zeros(4), np.ones((4, 4))-2*np.eye(4))), 'negative eigenvalues'),
     (lambda f: frechet_distance(stats(f), FeatureStats(9, np.zeros(4), np.full((4, 4), np.nan))), 'NaN or infinity'),
+    (lambda f: frechet_distance(stats(f, 'a', 'print 1'), stats(f, 'a', 'print 2')), 'two extractors of the name a cannot be compared: fingerprints print 1 and print 2'),
+    (lambda f: stats(f, 'a', 'print 1').merge(stats(f, '', 'print 2')), 'two extractors of the name a'),
+    (lambda f: weighted_stats(f, np.zeros(30)), 'a sum of 1 or more, got 30 that sum to 0'),
+    (lambda f: weighted_stats(f, np.ones(29)), 'a weight for each of 30 vectors'),
     (lambda f: fd_infinity(f[:7], f), 'fewer than 4 for a part'),
     (lambda f: fd_infinity(f, f, parts=(3, 3)), 'at least two different numbers of parts'),
     (lambda f: fd_infinity(f[:,:2], stats(f)), 'of 2 and of 4 dimensions'),
@@ -173,6 +177,18 @@ def test_the_limit_of_many_images():
     assert one.distances[0] == pytest.approx(plain[-1], rel=1e-9) and one.sizes[:2] == (80, 40)
 
 
+@pytest.mark.parametrize('n,d', [(8, 3), (16, 8)])
+@pytest.mark.parametrize('fixed', [True, False])
+def test_the_limit_of_few_images_has_an_honest_error(n, d, fixed):
+    "Parts of four: some replicates would leave one without images. The error is still that of the spread"
+    rng = np.random.default_rng(n)
+    exact = FeatureStats(10**6, np.ones(d), 4*np.eye(d))
+    def real(): return exact if fixed else rng.normal(size=(n, d))*2+1
+    found = np.std([fd_infinity(rng.normal(size=(n, d)), real(), bootstrap=0).value for _ in range(150)])
+    claimed = [fd_infinity(rng.normal(size=(n, d)), real(), bootstrap=40) for _ in range(10)]
+    assert .6 < np.mean([c.se for c in claimed])/found < 2.2 and np.isfinite([c.replicates for c in claimed]).all()
+
+
 def test_the_limit_of_equal_sets_is_zero():
     f = np.random.default_rng(0).normal(size=(400, 6))
     assert abs(fd_infinity(f, f, bootstrap=0).value) < 1e-9
@@ -181,14 +197,28 @@ def test_the_limit_of_equal_sets_is_zero():
 
 
 def test_statistics_in_files(tmp_path):
-    s, t = stats(np.random.default_rng(0).normal(size=(50, 4)), 'judge'), stats(np.ones((3, 2)))
+    s, t = stats(np.random.default_rng(0).normal(size=(50, 4)), 'judge', 'ab12'), stats(np.ones((3, 2)))
     save_stats(tmp_path/'s.npz', s, t)
     back = load_stats(tmp_path/'s.npz')
-    assert (back.n, back.extractor) == (50, 'judge') and np.array_equal(back.cov, s.cov) and np.array_equal(back.mean, s.mean)
+    assert (back.n, back.extractor, back.fingerprint, load_stats(tmp_path/'s.npz', fingerprint='').fingerprint) == (50, 'judge', 'ab12', '') and np.array_equal(back.cov, s.cov) and np.array_equal(back.mean, s.mean)
     assert np.array_equal(load_stats(tmp_path/'s.npz', 3, spatial=True).mean, t.mean)
     with np.load(tmp_path/'s.npz') as z: assert {'mu', 'sigma', 'mu_s', 'sigma_s'} <= set(z.files)
     with pytest.raises(ValueError, match='features by judge and by other'): frechet_distance(back, stats(np.eye(4), 'other'))
+    with pytest.raises(ValueError, match='fingerprints ab12 and cd34'): frechet_distance(back, stats(np.eye(4), 'judge', 'cd34'))
     assert [f.name for f in tmp_path.iterdir()] == ['s.npz']
+
+
+def test_statistics_of_older_files_and_of_others(tmp_path):
+    "Ours had no fingerprint once; others' hold images, which are not read, and say nothing else"
+    mean, cov = np.zeros(3), np.eye(3)
+    np.savez(tmp_path/'old.npz', mu=mean, sigma=cov, n=7, extractor='judge')
+    old = load_stats(tmp_path/'old.npz')
+    assert (old.n, old.extractor, old.fingerprint) == (7, 'judge', '') and frechet_distance(old, stats(np.eye(3), 'judge', 'ab12')) > 0
+    with open(tmp_path/'adm.npz', 'wb') as f: np.savez(f, mu=mean, sigma=cov, mu_s=mean, sigma_s=cov, arr_0=np.zeros((10, 9, 9, 3), np.uint8))
+    whole = (tmp_path/'adm.npz').read_bytes(); at = whole.index(b'arr_0.npy')+200
+    (tmp_path/'adm.npz').write_bytes(whole[:at]+b'torn'+whole[at+4:])                       # a checksum that only reading the images would meet
+    assert load_stats(tmp_path/'adm.npz', 50).n == load_stats(tmp_path/'adm.npz', 50, spatial=True).n == 50
+    with pytest.raises(ValueError, match='not a whole .npz file'): load_samples(tmp_path/'adm.npz')
 
 
 @pytest.mark.parametrize('arrays,words', [
@@ -215,6 +245,7 @@ def test_samples_in_files(tmp_path):
     save_samples(tmp_path/'g.npz', grey)
     assert torch.equal(load_samples(tmp_path/'g.npz').images, to_uint8(grey).expand(-1, 3, -1, -1))
     with pytest.raises(ValueError, match='expected images'): save_samples(tmp_path/'w.npz', x[:0])
+    with pytest.raises(ValueError, match='got numbers up to 255'): save_samples(tmp_path/'w.npz', x.sign()*255)
     np.savez(tmp_path/'w.npz', arr_0=np.zeros((3, 4, 4, 3)))
     with pytest.raises(ValueError, match='expected arr_0 as uint8'): load_samples(tmp_path/'w.npz')
 
@@ -249,17 +280,38 @@ def test_pixel_measures_match_torchmetrics():
     metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
     x, y = torch.rand(5, 3, 16, 16)*2-1, torch.rand(5, 3, 16, 16)*2-1
     assert torch.allclose(psnr(y, x), metrics.peak_signal_noise_ratio(y, x, data_range=2., reduction='none', dim=(1, 2, 3)), atol=1e-4)
-    assert torch.equal(mse(x*9, x.sign()), mse(x.mul(9).clamp(-1, 1), x.sign()))
+    assert torch.equal(mse(x*3, x.sign()), mse(x.mul(3).clamp(-1, 1), x.sign()))
 
 
 @pytest.mark.parametrize('shape', [(5, 3, 16, 16), (4, 1, 28, 28), (2, 3, 6, 40)])
 def test_ssim_matches_torchmetrics(shape):
+    "On [0,1] with range 1, where the field measures; on [-1,1] grey would be the zero of its products of means"
     metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))*2-1
-    for y in (x, x*.5, -x, x.roll(1, 3)*.7+.3*x):
-        want = metrics.structural_similarity_index_measure(y.double(), x.double(), data_range=2., reduction='none')
-        assert torch.allclose(ssim(y, x).double(), want, atol=1e-5)
+    for y in (x, x*.5, -x, x.roll(1, 3)*.7+.3*x, x*.5-.5, x.clamp(-1, 0)):
+        want = metrics.structural_similarity_index_measure(y.double()/2+.5, x.double()/2+.5, data_range=1., reduction='none')
+        assert torch.allclose(ssim(y, x).double(), want, atol=1e-6)
     with pytest.raises(ValueError, match='half the window is 5 pixels wide'): ssim(x[...,:5], x[...,:5])
+
+
+@pytest.mark.parametrize('measure', [mse, psnr, ssim])
+@pytest.mark.parametrize('change,words', [(lambda x: x*255, 'got numbers up to 255'), (lambda x: x/0, 'got numbers up to nan')])
+def test_what_is_no_images(measure, change, words):
+    x = torch.ones(3, 1, 16, 16); x[:, :, 0] = 0
+    for a, b in ((change(x), x), (x, change(x))):
+        with pytest.raises(ValueError) as e: measure(a, b)
+        assert words in str(e.value) and '\n' not in str(e.value)
+    assert torch.equal(measure(x*1.5, x*1.5), measure(x, x))                # overshoot is clamped on both sides
+
+
+@pytest.mark.parametrize('change,words', [
+    (lambda x: x.mul(127).to(torch.uint8), 'mse: expected reconstructions in [-1,1], got torch.uint8; see from_uint8'),
+    (lambda x: x[..., :12], 'mse: expected two batches of one shape (b c h w), got (3, 1, 16, 12) and (3, 1, 16, 16)'), (lambda x: x[:0], 'got (0, 1, 16, 16) and')])
+def test_what_signatures_say_is_said_without_them(change, words):
+    "The shapes in the signatures are checked in tests only"
+    x = torch.ones(3, 1, 16, 16)
+    with pytest.raises(ValueError) as e: metrics._both(change(x), x, 'mse')
+    assert words in str(e.value) and '\n' not in str(e.value)
 
 
 # features

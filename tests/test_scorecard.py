@@ -1,12 +1,15 @@
 "Tables of cards, of a tokenizer and of a generator whose answers are known"
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from test_evaluate import Grey, judge
 from tokkit.core import make_rng
-from tokkit.data import fashion_mnist
-from tokkit.evaluate import FeatureBank, Reference, rfid
+from tokkit.data import fashion_mnist, from_uint8, to_uint8
+from tokkit.evaluate import FeatureBank, Reference, draw_images, rfid
 from tokkit.features import FeatureExtractor, extract
 from tokkit.fidelity import density_coverage, inception_score, precision_recall
 from tokkit.generator import sample_batches
@@ -38,6 +41,38 @@ def test_gfid_of_a_sampler_a_tensor_and_a_set(images):
     assert a.value == b.value == c.value > 0 and a.replicates == c.replicates and sum(asked) == a.n == 150 and c.settings['guidance'] == 2
 
 
+def test_samples_are_not_kept(images):
+    "Of a thousand drawn in four batches one or two are there at a time; with a classifier beside the judge, too"
+    held, alive = [], []
+    def sampler(n):
+        a = np.random.default_rng(len(held)).uniform(-1, 1, (n, 1, 28, 28)).astype(np.float32)
+        held.append(weakref.ref(a)); alive.append(sum(r() is not None for r in held))
+        return torch.from_numpy(a)
+    cards = evaluate_generator(sampler, images, judge(), classifier=classifier(), n=1000, bootstrap=2)
+    assert len(alive) == 4 and max(alive) <= 2 and {c.n for c in cards} == {1000}
+    x = torch.cat([torch.from_numpy(np.random.default_rng(i).uniform(-1, 1, (n, 1, 28, 28)).astype(np.float32)) for i,n in enumerate((256, 256, 256, 232))])
+    for a, b in zip(cards, evaluate_generator(x, images, judge(), classifier=classifier(), bootstrap=2)): assert (a.value, a.se, a.replicates) == (b.value, b.se, b.replicates)
+
+
+def test_drawn_samples_have_a_hash_that_no_batch_changes(images):
+    x = fashion_mnist('train', n=150)[:][0]
+    def sampler(step):
+        at = iter(range(0, 999, step))
+        return lambda n: x[(i := next(at)):i+step]
+    a, b, c = (gfid(s, images, judge(), n=n, bootstrap=0).settings for s,n in ((sampler(7), 150), (sampler(100), 150), (sampler(100), 140)))
+    assert a['images_hash'] == b['images_hash'] != c['images_hash'] and a['images'] == f"samples {a['images_hash'][:6]}" and a['shape'] == [1, 28, 28]
+
+
+def test_n_samples_are_drawn_by_the_seed(images, others):
+    e = judge()
+    for samples in (others, others[:][0]):
+        some = gfid(samples, images, e, n=50, seed=4, bootstrap=0)
+        assert some.n == 50 and some.value == gfid(draw_images(samples, 50, 4), images, e, bootstrap=0).value != gfid(samples, images, e, n=50, seed=5, bootstrap=0).value
+        with pytest.raises(ValueError, match='n must be in 2..150'): gfid(samples, images, e, n=151)
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=f'n must be at least 2 samples, got {n}'): gfid(lambda n: others[:n][0], images, e, n=n)
+
+
 def test_a_sampler_must_give_images(images):
     with pytest.raises(ValueError, match='a sampler must return images'): gfid(lambda n: None, images)
 
@@ -49,8 +84,8 @@ def test_generator_cards_are_the_metrics(images, others):
     real, fake = (extract(e, s, 'cpu') for s in (images, others))
     assert (got['precision'].value, got['recall'].value) == tuple(precision_recall(real, fake))
     assert (got['density'].value, got['coverage'].value) == pytest.approx(tuple(density_coverage(real, fake)))
-    want = kid(real, fake, 1, rng=make_rng(2, 'kid'))
-    assert (got['KID'].value, got['KID'].se) == pytest.approx((want.value, want.se)) and got['KID'].settings['subset_size'] == 150
+    want = kid(real, fake)
+    assert (got['KID'].value, got['KID'].se) == pytest.approx((want.value, want.se)) and got['KID'].settings['pairs'] == 'all'
     want = inception_score(extract(p, others, 'cpu'), rng=make_rng(2, 'is'))
     assert (got['IS'].value, got['IS'].se) == pytest.approx(tuple(want)[:2]) and got['IS'].extractor == 'three' and got['KID'].extractor == 'pool'
     assert 'dimension' not in got['recall'].settings and got['gFID'].settings['dimension'] == 16
@@ -94,11 +129,40 @@ def test_tokenizer_cards(images):
     used = Grey().tokenize(images[:][0]).unique().numel()
     assert got['usage'].value == pytest.approx(used/300) and 1 < got['perplexity'].value <= used and got['PSNR'].se > 0
     tok, x = Grey().eval(), images[:][0]
-    with torch.no_grad(): xh = tok.reconstruct(x)
-    for m, f in dict(PSNR=psnr, SSIM=ssim).items(): assert got[m].value == pytest.approx(f(xh, x).double().mean().item())
+    with torch.no_grad(): xh = from_uint8(to_uint8(tok.reconstruct(x)))
+    for m, f in dict(PSNR=psnr, SSIM=ssim).items(): assert got[m].value == pytest.approx(f(xh, x).double().mean().item()) and got[m].settings['rounding'] == 'uint8'
+    assert got['PSNR'].settings['most'] == '100 dB an image' and 'most' not in got['SSIM'].settings
     assert got['LPIPS-style'].value == pytest.approx(FeatureDistance()(x, xh).mean().item(), rel=1e-4) and got['LPIPS-style'].extractor.startswith('efficientnet_lite0')
     alone = rfid(Grey(), images, judge(), bootstrap=3)
     assert (got['rFID'].value, got['rFID'].replicates) == (alone.value, alone.replicates)
+
+
+class Perfect(Grey):
+    def reconstruct(self, x): return x
+
+
+def test_a_perfect_tokenizer_has_a_kid_of_zero(images, others):
+    "Reconstructions and the very images they are of are no independent sets; against other images they are"
+    e = judge()
+    def measured(tok, **kw): return evaluate_tokenizer(tok, images, e, metrics='KID', **kw)[0]
+    perfect = measured(Perfect())
+    assert abs(perfect.value) < 1e-9 and perfect.se < 1e-9 and perfect.settings['pairs'] == 'all but those of an image and its reconstruction'
+    x, tok = images[:][0], Grey(offset=.1).eval()
+    with torch.no_grad(): real, fake = (extract(e, s, 'cpu') for s in (x, tok.reconstruct(x)))
+    got, same = measured(tok), measured(tok, reference=fashion_mnist('test', n=150))
+    assert (got.value, got.se) == pytest.approx(kid(real, fake, paired=True)[:2]) == (same.value, same.se)
+    far = measured(tok, reference=others)
+    assert (far.value, far.se) == pytest.approx(kid(extract(e, others, 'cpu'), fake)[:2]) and far.settings['pairs'] == 'all'
+
+
+def test_every_number_sees_rounded_images(images):
+    "Less than half a level is nothing, in a reconstruction and in the images; only decibels have a limit"
+    class Near(Grey):
+        def reconstruct(self, x): return x+.003
+    got = {c.metric: c.value for c in evaluate_tokenizer(Near(), images[:][0]-.002, judge(), bootstrap=0, alphas=(.5,), deltas=(4,))}
+    assert (got['rFID'], got['PSNR'], got['SSIM'], got['LPIPS-style']) == pytest.approx((0, 100, 1, 0), abs=1e-6)
+    large = evaluate_tokenizer(Grey(), images, judge(), metrics='LPIPS-style', perceptual=lambda x, xh: torch.full((len(x),), 500.), bootstrap=0)[0]
+    assert large.value == 500
 
 
 def test_reconstructed_once(images):

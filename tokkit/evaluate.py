@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from html import escape
+from itertools import chain
 from pathlib import Path
 from statistics import NormalDist
 
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 import tokkit
 from .core import atomic_path, bar, check_range, data_home, default_device, make_rng, stable_hash, tensors_hash, to_plain
-from .features import CHUNK, FeatureExtractor, chunks, default_extractor, extract, get_extractor, stream
-from .metrics import FeatureStats, bootstrap_frechet, bootstrap_weights, frechet_distance, weighted_stats
+from .features import CHUNK, FeatureExtractor, check_images, chunks, default_extractor, extract, get_extractor, stream
+from .metrics import FeatureStats, bootstrap_frechet, bootstrap_weights, differ, frechet_distance, weighted_stats
 from .neighbours import NeighbourTable
 from .perturb import effective_rate, perturb_codes, perturb_latents
 from .quantize import Quantizer
@@ -113,6 +114,9 @@ def _subtract(a:Card, b:Card) -> Card:
     for what in ('extractor', 'reference'):
         if getattr(a, what) != getattr(b, what):
             raise ValueError(f"cards with different {what}s cannot be subtracted: {getattr(a, what)!r} and {getattr(b, what)!r}")
+    if differ(*(prints := [c.settings.get('extractor_hash', '') for c in (a, b)])):
+        raise ValueError(f"cards with different extractors cannot be subtracted, although both are called {a.extractor!r}: "
+                         f"fingerprints {prints[0]} and {prints[1]} (weights, layers, resizing)")
     if a.settings.get('reference_hash') != b.settings.get('reference_hash'):
         raise ValueError(f"cards with different reference images cannot be subtracted, although both are called {a.reference!r}")
     paired = len(a.replicates) > 1 and (a.n, a.seed, len(a.replicates)) == (b.n, b.seed, len(b.replicates))
@@ -134,14 +138,15 @@ class Reference:
         name:str = 'features',         # name of the images
         key:str|None = None,           # hash of the images; None takes the features' own
         shape:tuple|None = None,       # (c h w) of the images, where it is known
+        fingerprint:str = '',          # of who made them, where it is known
     ):
         fixed = isinstance(features, FeatureStats)
         made = features.extractor if fixed else ''
         if not (extractor or made): raise ValueError("these statistics do not say whose features they are of; give extractor='...'")
         if extractor and made and extractor != made: raise ValueError(f"the reference features are by {made}, not by {extractor}")
         self.extractor,self.name,self.shape = extractor or made,name,shape
-        self.features = None if fixed else features
-        self.stats = features if fixed else FeatureStats.from_features(features, self.extractor)
+        self.features,self.fingerprint = (None,features.fingerprint or fingerprint) if fixed else (features,fingerprint)
+        self.stats = features if fixed else FeatureStats.from_features(features, self.extractor, fingerprint)
         own = dict(mean=features.mean, cov=features.cov) if fixed else dict(f=features)
         self.hash = key or tensors_hash({k: torch.as_tensor(v) for k,v in own.items()})
         self._resampled = {}
@@ -167,7 +172,9 @@ class FeatureBank:
     def __init__(self,
         keep:int = 8,              # sets kept in memory; the oldest goes first
         disk:bool|str|Path = False, # keep them on disk too: True below `data_home()`, or a folder
-    ): self.keep,self.disk,self._kept = keep,disk,{}
+    ):
+        if keep < 1: raise ValueError(f"keep must be at least 1 set, got {keep}")
+        self.keep,self.disk,self._kept = keep,disk,{}
 
     def __call__(self,
         images,                        # set of images with `hash` and `name`, or a tensor (n c h w)
@@ -175,19 +182,19 @@ class FeatureBank:
         device=None,                   # where, when it has to be computed
     ) -> Reference:
         "The features of these images"
-        about = _about(images)
-        key = extractor, about['hash']
+        about,device,made = _about(images),default_device(str(device) if device else None),extractor.fingerprint
+        key = made, extractor.name, device.type, about['hash']
         if key not in self._kept:
-            features = self._stored(images, about, extractor, default_device(str(device) if device else None))
+            features = self._stored(images, about, extractor, made, device)
             while len(self._kept) >= self.keep: self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = Reference(features, extractor.name, about['name'], about['hash'], about['shape'])
+            self._kept[key] = Reference(features, extractor.name, about['name'], about['hash'], about['shape'], made)
         return self._kept[key]
 
-    def _stored(self, images, about, extractor, device) -> Float[Tensor, "n d"]:
+    def _stored(self, images, about, extractor, made:str, device) -> Float[Tensor, "n d"]:
         "Features from the disk, or made and put there"
         if not self.disk or isinstance(images, Tensor): return extract(extractor, images, device)
         folder = data_home()/'features' if self.disk is True else Path(self.disk)
-        path = folder/f"{about['hash']}-{stable_hash([extractor.fingerprint, torch.__version__, device.type])}.npz"
+        path = folder/f"{about['hash']}-{stable_hash([made, torch.__version__, device.type])}.npz"
         if (f := _read_features(path, about['n'])) is not None: return f
         f = extract(extractor, images, device)
         try:
@@ -208,11 +215,12 @@ BANK = FeatureBank(disk=True)    # what all cards of this process share unless t
 
 # %% ../nbs/32_evaluate.ipynb #ffa2818e
 def _about(images) -> dict:
-    "Name, hash, size, number and shape of a set of images"
+    "Name, hash, size, number and shape of a set of images; what is said of it already"
+    if isinstance(images, dict): return images
     if isinstance(images, Tensor):
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
-        key = tensors_hash(dict(x=images))
+        key = tensors_hash(dict(x=check_images(images)))
         return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images), shape=tuple(images.shape[1:]))
     if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
         raise ValueError(f"expected images as a tensor (n c h w) in [-1,1] or a set of images, got {type(images).__name__}")
@@ -229,6 +237,9 @@ def _reference(reference, images, extractor, device, bank) -> Reference:
     ref = reference if isinstance(reference, Reference) else (bank or BANK)(images if reference is None else reference, extractor, device)
     if ref.extractor != extractor.name:
         raise ValueError(f"the reference features are by {ref.extractor}, the card is by {extractor.name}; use one extractor")
+    if ref.fingerprint and ref.fingerprint != (made := extractor.fingerprint):
+        raise ValueError(f"the reference features are by another extractor of the name {ref.extractor} than the card: "
+                         f"fingerprints {ref.fingerprint} and {made} (weights, layers, resizing); use one extractor")
     if ref.shape and reference is not None and ref.shape != (shape := _about(images)['shape']):
         raise ValueError(f"images are {shape}, those of the reference {ref.name} are {ref.shape}; make them alike first")
     return ref
@@ -257,7 +268,7 @@ def _measured(tok, device) -> Iterator[torch.device]:
         return
     if device is not None: tok.to(default_device(str(device)))
     modes = {m: m.training for m in tok.modules()}
-    where = next((p.device for p in tok.parameters()), default_device('cpu'))
+    where = next((t.device for t in chain(tok.parameters(), tok.buffers())), torch.device('cpu'))
     tok.eval()
     try:
         with torch.no_grad(): yield where
@@ -287,7 +298,7 @@ def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, bootstra
     def counted():
         for f in stream(judge, _alike(made, shape), device): progress.update(len(f)); yield f
     if bootstrap: return _frechet(torch.cat([*counted()]), ref, bootstrap, seed)
-    return frechet_distance(FeatureStats.stream(counted(), ref.extractor), ref.stats), np.zeros(0)
+    return frechet_distance(FeatureStats.stream(counted(), ref.extractor, ref.fingerprint), ref.stats), np.zeros(0)
 
 def _se(replicates) -> float|None: return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None
 
@@ -296,8 +307,8 @@ def _settings(images, ref, judge, bootstrap, **more) -> dict:
     about,p = _about(images),judge.prepare
     what = 'the images' if ref.features is not None else 'the images, reference fixed'
     return dict(images=about['name'], images_hash=about['hash'], shape=about['shape'], reference_hash=ref.hash, reference_n=len(ref),
-                rounding='uint8', resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none', extractor_hash=judge.fingerprint,
-                dimension=len(ref.stats.mean), covariance='n-1',
+                rounding='uint8', resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none',
+                extractor_hash=ref.fingerprint or judge.fingerprint, dimension=len(ref.stats.mean), covariance='n-1',
                 error=f'bootstrap of {what}, {bootstrap} replicates' if bootstrap > 1 else 'none') | more
 
 # %% ../nbs/32_evaluate.ipynb #3c6f6951

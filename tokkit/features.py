@@ -10,8 +10,9 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'FAR', 'WEIGHTS', 'CHUNK', 'CLIP_MEA
 # %% ../nbs/30_features.ipynb #e51173eb
 import inspect, math, re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, MethodType, ModuleType
 
 import numpy as np, torch
 from jaxtyping import Float
@@ -56,28 +57,57 @@ def check_images(
     return x
 
 # %% ../nbs/30_features.ipynb #487b16de
-def _code(f) -> list:
-    "What a function does: its byte code, the names it uses and its constants, those of inner functions too"
-    c = getattr(inspect.unwrap(f) if callable(f) else f, '__code__', f)
-    if not hasattr(c, 'co_code'): return [repr(f)]
-    return [c.co_code.hex(), c.co_names, [_code(k) if hasattr(k, 'co_code') else repr(k) for k in c.co_consts]]
+def _function(f, say) -> list:
+    "A function: code, defaults and what it encloses"
+    def content(cell):
+        try: return cell.cell_contents
+        except ValueError: return 'nothing yet'
+    enclosed = {k: content(c) for k,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if k != '__class__'}
+    return [say(v) for v in (f.__code__, f.__defaults__, f.__kwdefaults__, enclosed)]
+
+def _object(o, say) -> list:
+    "Any other object: its class, the code of classes that are not torch's own, and what it holds"
+    def foreign(c): return c.__module__.split('.')[0] in ('torch', 'numpy', 'builtins')
+    name,module = f'{type(o).__module__}.{type(o).__qualname__}',isinstance(o, nn.Module)
+    if foreign(type(o)) and not module: return [name, _nowhere(o)]
+    methods = [[k, say(getattr(f, 'fget', None) or getattr(f, '__func__', f))] for c in type(o).__mro__ if not foreign(c)
+               for k,f in sorted(vars(c).items()) if callable(f) or isinstance(f, (property, classmethod))]
+    if not module: return [name, methods, say(vars(o))]
+    own = {k:v for k,v in vars(o).items() if k not in _BLANK}
+    return [name, methods, o.extra_repr(), *map(say, (own, o._parameters, o._buffers, o._modules))]
+
+def _nowhere(o) -> str:
+    "What an object says of itself, without the address"
+    return re.sub(r'\b0x[0-9a-fA-F]{6,}', '', repr(o))
+
+# %% ../nbs/30_features.ipynb #83b481a3
+def _said(v, seen:dict) -> list|str:
+    "A value as plain data, the same in every process"
+    def say(o): return _said(o, seen)
+    if isinstance(v, np.ndarray) and v.dtype.kind not in 'biufc': v = v.tolist()
+    if isinstance(v, (Tensor, np.ndarray)): return tensors_hash({'': torch.as_tensor(v)}, 64)
+    if isinstance(v, tuple): return ['tuple', *map(say, v)]
+    if isinstance(v, (set, frozenset)): return ['set', *sorted(map(str, map(say, v)))]  # its own order is another in every process
+    if isinstance(v, CodeType): return [v.co_code.hex(), v.co_names, *map(say, v.co_consts)]
+    if isinstance(v, MethodType): return ['method', say(v.__func__), say(v.__self__)]
+    if isinstance(v, ModuleType): return v.__name__
+    f = inspect.unwrap(v) if callable(v) and not isinstance(v, partial) else v
+    if not hasattr(f, '__code__') and hasattr(f, '__qualname__'):                       # a class, or built in
+        return [f'{f.__module__}.{f.__qualname__}', *([say(f.__self__)] if isinstance(f, BuiltinFunctionType) else [])]
+    if not (hasattr(f, '__dict__') or isinstance(f, (list, dict))): return _nowhere(f)  # numbers, text, ...
+    if id(f) in seen: return ['again', seen[id(f)][0]]
+    seen[id(f)] = f'{len(seen)}',f                                                      # held, so that no other gets its id
+    if isinstance(f, list): return ['list', *map(say, f)]
+    if isinstance(f, dict): return ['dict', *[[say(k), say(x)] for k,x in f.items()]]
+    if isinstance(f, partial): return ['partial', say(f.func), say(f.args), say(f.keywords)]
+    return _function(f, say) if hasattr(f, '__code__') else _object(f, say)
 
 def fingerprint(
     module:nn.Module,   # any
     n:int = 16,         # hexadecimal digits kept
 ) -> str:
     "A hash of what a module computes: weights, layers and their settings, code of modules that are not torch's own"
-    what,tensors = [],{}
-    for path,m in module.named_modules():
-        own = {k:v for k,v in vars(m).items() if k not in _BLANK}
-        for part in (m._parameters, m._buffers, own):
-            tensors |= {f'{path}.{k}':torch.as_tensor(v) for k,v in part.items() if isinstance(v, (Tensor, np.ndarray))}
-        classes = [c for c in type(m).__mro__[:-1] if not c.__module__.startswith('torch.')]
-        code = [[k, _code(getattr(f, 'fget', None) or getattr(f, '__func__', f))] for c in classes for k,f in sorted(vars(c).items())
-                if callable(f) or isinstance(f, (property, classmethod, staticmethod))]
-        settings = {k:_code(v) for k,v in own.items() if not isinstance(v, (Tensor, np.ndarray))}
-        what.append([path, f'{type(m).__module__}.{type(m).__qualname__}', m.extra_repr(), code, settings])
-    return stable_hash([tensors_hash(tensors, 64), what], n)
+    return stable_hash(_said(module, {}), n)
 
 _BLANK = set(vars(nn.Module()))     # what every module has
 

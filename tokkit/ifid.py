@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import bar, make_rng
+from .data import to_uint8
 from .evaluate import (Card, FeatureBank, _about, _distance, _encode, _judge, _measured, _print, _reference, _se, _settings, _through,
                              draw_images)
 from .features import CHUNK, FeatureExtractor
@@ -25,9 +26,10 @@ def slerp(
     t:float = .5,             # how far, 0..1
 ) -> Float[Tensor, "b *s"]:
     "The point at `t` of the arc from `a` to `b`; of the straight line where they are parallel"
-    u,v = a.flatten(1).double(),b.flatten(1).double()
+    kind = torch.float32 if a.device.type == 'mps' else torch.float64               # MPS has no doubles
+    u,v = a.flatten(1).to(kind),b.flatten(1).to(kind)
     length = u.norm(dim=1)*v.norm(dim=1)
-    angle = torch.acos(((u*v).sum(1)/length.clamp(min=1e-300)).clamp(-1, 1))
+    angle = torch.acos(((u*v).sum(1)/length.clamp(min=torch.finfo(kind).tiny)).clamp(-1, 1))
     sine = torch.where(length > 0, angle.sin(), 0.)
     flat = sine < 1e-6
     sine = sine.masked_fill(flat, 1)
@@ -41,28 +43,32 @@ class Near(NamedTuple):
     cosine:Float[Tensor, "n k"]     # how near, -1..1
     distance:Float[Tensor, "n k"]   # mean squared difference
 
+def _nearest(q:Float[Tensor, "n d"], train, top_k:int, labels=None, train_labels=None) -> Near:
+    "The nearest of all that pass by, fewer than `top_k` where there are fewer; on the device of `q`"
+    best,norm,seen = Near(q.new_zeros(len(q), 0, dtype=torch.long), q[:,:0], q[:,:0]),q.norm(dim=1, keepdim=True),0
+    if train_labels is not None: labels,train_labels = labels[:,None].to(q.device),train_labels[None].to(q.device)
+    for c in train:
+        c = c.flatten(1).to(q)
+        dot,length = q@c.T,c.norm(dim=1)
+        cosine = dot/(norm*length).clamp(min=1e-30)
+        if train_labels is not None: cosine = cosine.masked_fill(labels != train_labels[:,seen:seen+len(c)], -torch.inf)
+        distance = (norm**2+length**2-2*dot).clamp(min=0)/q.shape[1]
+        index = torch.arange(seen, seen+len(c), device=q.device).expand(len(q), -1)
+        both = Near(*(torch.cat(p, 1) for p in zip(best, (index, cosine, distance))))
+        order = both.cosine.argsort(dim=1, descending=True, stable=True)[:,:top_k]
+        best,seen = Near(*(p.gather(1, order) for p in both)),seen+len(c)
+    return best
+
 def nearest_latents(
-    z:Float[Tensor, "n *s"],                # latents that ask
+    z:Float[Tensor, "n *s"],                # latents that ask; the search is made where they are
     train,                                  # chunks of training latents, in order
     top_k:int = 10,                         # how many are wanted
     labels:Int[Tensor, "n"]|None = None,    # class of each; with `train_labels`, only the same class counts
     train_labels:Int[Tensor, "m"]|None = None, # class of the training latents
 ) -> Near:
     "The `top_k` nearest training latents of each latent, by cosine"
-    q = z.flatten(1); norm = q.norm(dim=1, keepdim=True)
-    best = Near(torch.zeros(len(q), 0, dtype=torch.long), q.new_zeros(len(q), 0), q.new_zeros(len(q), 0))
-    seen = 0
-    for c in train:
-        c = c.flatten(1)
-        dot,length = q@c.T,c.norm(dim=1)
-        cosine = dot/(norm*length).clamp(min=1e-30)
-        if train_labels is not None: cosine[labels[:,None] != train_labels[seen:seen+len(c)]] = -torch.inf
-        distance = (norm**2+length**2-2*dot).clamp(min=0)/q.shape[1]
-        index = torch.arange(seen, seen+len(c)).expand(len(q), -1)
-        both = Near(*(torch.cat(p, 1) for p in zip(best, (index, cosine, distance))))
-        order = both.cosine.argsort(dim=1, descending=True, stable=True)[:,:top_k]
-        best,seen = Near(*(p.gather(1, order) for p in both)),seen+len(c)
-    found = int(best.cosine.isfinite().sum(1).min()) if len(q) else 0
+    best = _nearest(z.flatten(1), train, top_k, labels, train_labels)
+    found = int(best.cosine.isfinite().sum(1).min()) if len(z) else 0
     if found < top_k:
         which = 'of its class' if train_labels is not None else 'to choose from'
         raise ValueError(f"top_k is {top_k}, but an image has only {found} training images {which}; give more of them, or a smaller top_k")
@@ -73,13 +79,26 @@ def draw_near(
     rng:torch.Generator|None = None,    # which is drawn
 ) -> Int[Tensor, "n"]:
     "One of the nearest for each, the closer the likelier"
-    p = torch.softmax(-near.distance.double(), 1)
-    return near.index.gather(1, torch.multinomial(p, 1, generator=rng))[:,0]
+    p = torch.softmax(-near.distance.cpu().double(), 1)
+    drawn = torch.multinomial(p, 1, generator=rng)          # on the CPU: the same on every device
+    return near.index.gather(1, drawn.to(near.index.device))[:,0]
 
 # %% ../nbs/37_ifid.ipynb #310b90bf
 def _latents(tok, images, device) -> Iterator[Tensor]:
-    "Latents of images as the decoder takes them, chunk by chunk, on the CPU"
-    for z in _through(lambda x: tok.quantize(tok.encode(x)).zq, images, device): yield z.cpu()
+    "Latents of images as the decoder takes them, chunk by chunk"
+    return _through(lambda x: tok.quantize(tok.encode(x)).zq, images, device)
+
+def _at(images, i:Tensor) -> Tensor: return to_uint8(images[i] if isinstance(images, Tensor) else images[i][0])
+
+def _refuse_own(images, train, z:Tensor, near:Near):
+    "Refuse measured images that are training images, too: at distance zero, and the same image"
+    zero = near.distance <= 1e-5*z.flatten(1).square().mean(1, keepdim=True)            # up to rounding
+    rows,found = zero.nonzero()[:,0].cpu(),near.index[zero].cpu()
+    own = [(int(r), int(f)) for i,j in zip(rows.split(CHUNK), found.split(CHUNK))
+           for r,f,same in zip(i, j, (_at(images, i) == _at(train, j)).flatten(1).all(1)) if same]
+    if own:
+        raise ValueError(f"{len({r for r,_ in own})} of the measured images are among the training images (first: image {own[0][0]} is "
+                         f"{own[0][1]} of train); each would be its own nearest neighbour: leave them out of train")
 
 def _partners(tok, images, train, z, top_k, same_class, seed, where) -> Float[Tensor, "n *s"]:
     "For each image the latent of the training image that was drawn for it"
@@ -88,16 +107,18 @@ def _partners(tok, images, train, z, top_k, same_class, seed, where) -> Float[Te
         if not all(hasattr(s, 'labels') for s in (images, train)):
             raise ValueError("same_class needs sets of images with labels, got a tensor")
         labels,train_labels = images.labels,train.labels
+    z = z.to(where)
     near = nearest_latents(z, _latents(tok, train, where), top_k, labels, train_labels)
-    drawn = draw_near(near, make_rng(seed, 'ifid'))
-    which,back = drawn.unique(return_inverse=True)
-    return torch.cat([*_latents(tok, train[which] if isinstance(train, Tensor) else train.subset(which), where)])[back]
+    _refuse_own(images, train, z, near)
+    which,back = draw_near(near, make_rng(seed, 'ifid')).cpu().unique(return_inverse=True)
+    some = train[which] if isinstance(train, Tensor) else train.subset(which)
+    return torch.cat([y.cpu() for y in _latents(tok, some, where)])[back]
 
 def ifid(
     tok,                           # a tokenizer with encode, quantize and decode
     images,                        # set of images, or a tensor (n c h w) in [-1,1]
     *,
-    train,                         # images whose latents are the neighbours; not the measured ones
+    train,                         # images whose latents are the neighbours; none of the measured ones
     top_k:int = 10,                # neighbours one is drawn from; 1 is the nearest
     t:float = .5,                  # how far towards the neighbour, 0..1
     how:str = 'slerp',             # 'slerp' | 'linear'
@@ -112,10 +133,12 @@ def ifid(
 ) -> Card:
     "Fréchet distance of images decoded between each image's latent and a neighbour's"
     _check(tok, top_k, t, how)
-    images = draw_images(images, n, seed)
-    judge,about,trained = _judge(extractor, _about(images)['size']),_about(images),_about(train)
-    if about['hash'] == trained['hash']:
+    trained = _about(train)
+    if _about(images)['hash'] == trained['hash']:
         raise ValueError("train holds the measured images themselves; every nearest neighbour would be the image: give others")
+    images = draw_images(images, n, seed)
+    about = _about(images)
+    judge = _judge(extractor, about['size'])
     with _measured(tok, device) as where, bar(total=len(images), desc='iFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
         z = _encode(tok, images, where, False)
@@ -125,7 +148,7 @@ def ifid(
         value,replicates = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
     choices = dict(top_k=top_k, t=t, how=how, same_class=same_class, near='cosine of whole latents',
                    weights='softmax(-mean squared distance)')
-    settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'],
+    settings = _settings(about, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'],
                          train_n=trained['n'], **choices)
     return Card('iFID', value, _se(replicates), len(images), judge.name, ref.name, seed, settings, replicates)
 

@@ -64,8 +64,9 @@ class Kernel:
 KERNELS = 'linear', 'polynomial', 'gaussian'    # kinds
 
 def _matrix(x) -> Float[Tensor, "n d"]:
-    "In double precision, where it is"
-    return x.detach().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x), dtype=torch.float64)
+    "In double precision, where it is; on the CPU where a device (MPS) has no doubles"
+    if not isinstance(x, Tensor): return torch.as_tensor(np.asarray(x), dtype=torch.float64)
+    return (x.detach().cpu() if x.device.type == 'mps' else x.detach()).double()
 
 def get_kernel(
     name:str|Kernel,    # 'linear', 'polynomial', 'polynomial[2]', 'gaussian', 'gaussian[1,2]', 'gaussian[median/2,median]'
@@ -104,10 +105,13 @@ class MMD(NamedTuple):
 
 STRIP = 4_000_000   # pairs held at once
 
-def _sums(kernel:Kernel, x:Tensor, y:Tensor) -> Float[Tensor, "n"]:
-    "Sum of k(x_i, y_j) over j, for every i"
-    step = max(1, STRIP//len(y))
-    return torch.cat([kernel(x[i:i+step], y).sum(1) for i in range(0, len(x), step)])
+def _sums(kernel:Kernel, x:Tensor, y:Tensor) -> tuple[Float[Tensor, "n"],Float[Tensor, "m"]]:
+    "Sums of k(x_i, y_j) over j for every i, and over i for every j; never more than a strip of the table is there"
+    step,rows,columns = max(1, STRIP//len(y)),[],0
+    for i in range(0, len(x), step):
+        strip = kernel(x[i:i+step], y)
+        rows.append(strip.sum(1)); columns = columns+strip.sum(0)
+    return torch.cat(rows),columns
 
 def _both(x, y, kernel, what:str, least:int = 2) -> tuple[Tensor,Tensor,Kernel]:
     "Two sets in double precision and the kernel for them, or a one-line error"
@@ -123,12 +127,14 @@ def mmd2(
     y:Float[Tensor, "m d"]|np.ndarray,  # the other
     kernel:str|Kernel = 'gaussian',     # see `get_kernel`
     biased:bool = False,                # count the pairs of a vector with itself
+    paired:bool = False,                # x_i and y_i belong together, e.g. an image and its reconstruction
 ) -> MMD:                               # with `value`, `se` and `kernel`
     "Squared maximum mean discrepancy over all pairs, with its jackknife error"
     x,y,k = _both(x, y, kernel, 'mmd2', 3)
+    if paired: return _of_pairs(x, y, k, biased)
     n,m,own = len(x),len(y),0 if biased else 1
-    xx,yy = (_sums(k, s, s)-(0 if biased else k.pairs(s, s)) for s in (x, y))
-    xy,yx = _sums(k, x, y),_sums(k, y, x)
+    xx,yy = (_sums(k, s, s)[0]-(0 if biased else k.pairs(s, s)) for s in (x, y))
+    xy,yx = _sums(k, x, y)
     total = xy.sum()
     value = xx.sum()/(n*(n-own))+yy.sum()/(m*(m-own))-2*total/(n*m)
     def without(own_rows, other_rows, other_total, n, m):
@@ -138,6 +144,15 @@ def mmd2(
         return (pairs/((n-1)*(n-1-own))+other_total-2*(total-other_rows)/((n-1)*m)).cpu().numpy()
     errors = (jackknife(without(xx, xy, yy.sum()/(m*(m-own)), n, m)), jackknife(without(yy, yx, xx.sum()/(n*(n-own)), m, n)))
     return MMD(float(value), float(np.hypot(*errors)), k.name)
+
+def _of_pairs(x:Tensor, y:Tensor, k:Kernel, biased:bool) -> MMD:
+    "The same of vectors that belong together: no x_i is compared with its own y_i, and both are left out at once"
+    if len(x) != len(y): raise ValueError(f"mmd2: expected pairs, as many vectors on either side, got {len(x)} and {len(y)}")
+    n,own,(xy,yx) = len(x),0 if biased else 1,_sums(k, x, y)
+    alone = k.pairs(x, x)+k.pairs(y, y)-2*k.pairs(x, y)
+    rows = _sums(k, x, x)[0]+_sums(k, y, y)[0]-xy-yx-own*alone
+    left_out = (rows.sum()-2*rows+(1-own)*alone)/((n-1)*(n-1-own))
+    return MMD(float(rows.sum()/(n*(n-own))), jackknife(left_out.cpu().numpy()), k.name)
 
 # %% ../nbs/34_kernels.ipynb #f0197ac9
 def mmd2_linear(
@@ -156,29 +171,34 @@ def mmd2_linear(
 
 # %% ../nbs/34_kernels.ipynb #7281e7ca
 class KID(NamedTuple):
-    "A kernel distance over subsets"
-    value:float     # mean over the subsets
-    se:float        # standard error, jackknife over all images
-    spread:float    # standard deviation over the subsets, as it is published
-    kernel:str      # its name
-    subsets:int     # how many
-    subset_size:int # vectors in each
+    "A kernel distance: of all pairs, or the mean over subsets"
+    value:float           # over all pairs; or the mean over the subsets
+    se:float              # its standard error: jackknife over the images, and the draw of the subsets
+    spread:float|None     # standard deviation over the subsets, as it is published; None without
+    kernel:str            # its name
+    subsets:int|None      # how many
+    subset_size:int|None  # vectors in each
 
 def kid(
     real:Float[Tensor, "n d"]|np.ndarray,  # features of real images
     fake:Float[Tensor, "m d"]|np.ndarray,  # features of made ones
-    subsets:int = 100,                     # random subsets of either side
+    subsets:int|None = None,               # random subsets of either side, 100 as published; None: all pairs
     subset_size:int = 1000,                # vectors in each; fewer where there are fewer
     rng:torch.Generator|None = None,       # draws them; None: a fixed seed
     kernel:str|Kernel = 'polynomial',      # see `get_kernel`
+    paired:bool = False,                   # fake_i was made of real_i: a reconstruction
 ) -> KID:                                  # with `value`, `se` and `spread`
-    "Kernel inception distance: unbiased MMD by a polynomial kernel, the mean over random subsets"
+    "Kernel inception distance: unbiased MMD by a polynomial kernel"
     x,y,k = _both(real, fake, kernel, 'kid', 3)
-    if subsets < 1 or subset_size < 2:
-        raise ValueError(f"kid: expected at least 1 subset of at least 2 vectors, got {subsets} of {subset_size}")
+    whole = mmd2(x, y, k, paired=paired)
+    if subsets is None: return KID(whole.value, whole.se, None, k.name, None, None)
+    if subsets < 1 or subset_size < 3:
+        raise ValueError(f"kid: expected at least 1 subset of at least 3 vectors, got {subsets} of {subset_size}")
     size,rng = min(subset_size, len(x), len(y)),make_rng(0, 'kid') if rng is None else rng
-    def value(x, y):
-        n,tables = len(x),[k(x, x), k(y, y)]
-        return float(sum((t.sum()-t.diagonal().sum())/(n*(n-1)) for t in tables)-2*k(x, y).mean())
-    values = [value(*(s[torch.randperm(len(s), generator=rng)[:size].to(s.device)] for s in (x, y))) for _ in range(subsets)]
-    return KID(float(np.mean(values)), mmd2(x, y, k).se, float(np.std(values)), k.name, subsets, size)
+    def some():
+        i = torch.randperm(len(x), generator=rng)[:size]
+        return x[i.to(x.device)],y[(i if paired else torch.randperm(len(y), generator=rng)[:size]).to(x.device)]
+    each = [mmd2(*some(), k, paired=paired) for _ in range(subsets)]
+    values = np.array([e.value for e in each])
+    se = float(np.hypot(whole.se, values.std(ddof=1)/subsets**.5)) if subsets > 1 else each[0].se
+    return KID(float(values.mean()), se, float(values.std()), k.name, subsets, size)
