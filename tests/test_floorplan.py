@@ -17,13 +17,14 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'perturb': (0, 9, 10), 'plugin': (0, 9, 10, 20),
     # 3 metrics: features, metrics and critics know images, not tokenizers; evaluate joins them
     'features': (0, 1, 11), 'metrics': (0, 1), 'evaluate': (0, 1, 9, 10, 12, 20, 30, 31), 'lpips': (0,), 'kernels': (0, 31),
-    'critics': (0, 11, 30), 'fidelity': (0, 31), 'ifid': (0, 1, 10, 12, 30, 31, 32),
+    'critics': (0, 11, 30), 'moments': (0, 30), 'fidelity': (0, 31), 'ifid': (0, 1, 10, 12, 30, 31, 32),
     'scorecard': (0, 1, 10, 12, 20, 30, 31, 32, 33, 34, 36, 37),
     # 4 generators: know latents, not pixels
     'generator': (0,), 'fast': (0, 11, 40), 'autoregressive': (0, 11, 40), 'masked': (0, 11, 40), 'flow': (0, 11, 40),
-    'generators': (0, 40, 42, 43, 44),
+    'generators': (0, 40, 42, 43, 44), 'pairs': (0, 1, 12, 40),
     # 5 training: the learner knows batches, not images
-    'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 40, 50, 51, 52),
+    'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 40, 49, 50, 51, 52),
+    'unpaired': (0, 1, 12, 39, 49, 51, 52, 53),
     # 6 study
     'sweep': (0, 32), 'runs': (0, 60), 'engine': (0, 61), 'demo': ANY,
     'shift': (0, 1, 10, 12, 20, 30, 31, 32, 34, 40), 'calibrate': (0, 9, 10, 20, 31, 34, 63), 'predictors': (0, 60),

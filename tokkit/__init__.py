@@ -5,7 +5,7 @@ _NAMES = dict(    # what a newcomer meets first; each is imported from its modul
     tokenizer='Tokenizer make_tokenizer', perturb='perturb_codes perturb_latents perturbation Annealing', plugin='LatentPerturbation',   # with its `attach`
     features='FeatureExtractor',
     evaluate='Card rfid pfid', scorecard='gfid', generator='Guidance LatentGenerator', generators='make_generator load_generator', learner='Learner',
-    train='train_tokenizer train_generator', posttrain='latent_pairs posttrain_decoder', runs='Run')
+    train='train_tokenizer train_generator', pairs='latent_pairs', posttrain='posttrain_decoder', unpaired='heal_unpaired', runs='Run')
 _MODULE = {name:module for module,names in _NAMES.items() for name in names.split()}
 __all__ = list(_MODULE)
 

@@ -31,7 +31,8 @@ from .generator import Guidance, LatentGenerator, sample_batches
 from .generators import GENERATORS, load_generator, make_generator, save_generator
 from .learner import Learner, Log, Phase, WarmupCosine
 from .perturb import Annealing, LatentPerturbation
-from .posttrain import LatentPairs, clean_pairs, latent_pairs, load_pairs, posttrain_decoder, save_pairs
+from .pairs import LatentPairs, open_pairs, write_pairs
+from .posttrain import posttrain_decoder
 from .runs import artifact, runs_root
 from .scorecard import evaluate_generator
 from .show import text_preview, to_pil_grid
@@ -233,9 +234,8 @@ def _pairs(self:Demo, kind:str, stage:str) -> LatentPairs:
     images = self.images[0].subset(min(c.pairs, len(self.images[0])))
     params = dict(images=images.hash, tokenizer=tok.fingerprint)
     if gen is not None: params |= dict(generator=gen.fingerprint, sigma=c.sigma, source=c.source, seed=c.seed, **self.sampling)
-    def pairs(): return latent_pairs(gen, tok, images, c.sigma, c.source, c.seed, **self.sampling) if gen else clean_pairs(tok, images)
-    def make(tmp): save_pairs(pairs(), tmp)
-    return self._stage('pairs', f'{kind}-{stage}', params, make, lambda p: load_pairs(p, images))
+    def make(tmp): write_pairs(tmp, gen, tok, images, c.sigma, c.source, c.seed, **self.sampling)
+    return self._stage('pairs', f'{kind}-{stage}', params, make, lambda p: open_pairs(p, images))
 
 def _decoder(self:Demo, kind:str, stage:str) -> Tokenizer:
     "The tokenizer with its decoder as it is ('before'), or trained on clean ('control') or generated latents ('after')"

@@ -276,7 +276,7 @@ def sample_batches(
     generator:LatentGenerator,         # in eval mode
     labels:Int[Tensor, "b"]|int,       # labels, or how many images of balanced labels
     batch:int|None = None,             # images drawn at once; None: what memory allows
-    seed:int = 0,                      # of all draws
+    seed:int|Int[Tensor, "b"] = 0,     # of all draws, or one of each row
     keep:tuple[Tensor, float]|None = None, # real latents (one row a label) and sigma
     desc:str = 'sampling',             # for the bar
     **kwargs,                          # further arguments of `sample`
@@ -287,7 +287,8 @@ def sample_batches(
     if keep is not None and len(keep[0]) != len(labels):
         raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")
     if batch is not None and batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
-    batch,seeds = batch or fit_batch(generator, len(labels), device),row_seeds(make_rng(seed, 'sample'), len(labels))
+    batch = batch or fit_batch(generator, len(labels), device)
+    seeds = row_seeds(seed if isinstance(seed, Tensor) else make_rng(seed, 'sample'), len(labels))
     def some(i):
         part = (keep[0][i:i+batch].to(device), keep[1]) if keep is not None else None
         return generator.sample(labels[i:i+batch].to(device), keep=part, rng=seeds[i:i+batch], **kwargs).cpu()

@@ -87,6 +87,7 @@ class Phase:
 
 class Callback:
     "Things that happen around training; override what you need"
+    stop = False           # True asks the loop to end before the next epoch
     def begin(self, learner): "Before the first batch"
     def epoch_begin(self, learner): "Before an epoch"
     def batch_end(self, learner): "After every batch, with `learner.log` filled"
@@ -159,6 +160,7 @@ class Learner:
         shown = bar(desc=self.desc, total=self.total, initial=self.step, unit='batch') if self.main else tqdm(disable=True)
         with shown as self.bar:
             for self.epoch in range(self.epoch, self.epochs):
+                if any(c.stop for c in self.callbacks): break
                 for part in (self.loader, getattr(self.loader, 'dataset', None)):      # order of the batches, crops of the images
                     if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
                 self.model.train(); self._event('epoch_begin')

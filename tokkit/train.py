@@ -16,11 +16,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .autoregressive import released_decay
-from .core import check_range, stable_hash, tensors_hash
+from .core import atomic_path, check_range, load_strictly, read_tensors, stable_hash, tensors_hash
 from .data import loader
 from .generator import LatentGenerator
 from .critics import DiffAug, blur_schedule
@@ -153,9 +154,10 @@ class ImageLoss(Callback):
         return self
 
     def __call__(self, learner:Learner, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"],
-                 zq:Float[Tensor, "b n d"]|None = None) -> dict:
-        "The loss and its parts; `zq` are the latents the semantic term looks at"
+                 zq:Float[Tensor, "b n d"]|None = None, judged:Float[Tensor, "b c h w"]|None = None) -> dict:
+        "The loss and its parts; `zq` are the latents the semantic term looks at, `judged` what the critic sees instead of `xh`"
         c,out,loss,xh = self.cfg,{},0.,xh.float()          # losses in full precision, whatever the networks used
+        fake = xh if judged is None else judged.float()
         if c.reconstruction:
             out['recon'] = recon_loss(xh, x, c.reconstruction_kind)
             loss = c.reconstruction*out['recon']
@@ -163,9 +165,9 @@ class ImageLoss(Callback):
             out['perceptual'] = self.perceptual(xh, x)
             loss = loss+c.perceptual*c.perceptual_every*out['perceptual']
         if self.critic is not None:
-            self.real[learner.part],self.fake[learner.part] = x,xh.detach()
+            self.real[learner.part],self.fake[learner.part] = x,fake.detach()
             if learner.done >= c.adversarial_start:
-                out['adversarial'] = self.decoder_loss(self._scores(learner, xh, 'decoder'))
+                out['adversarial'] = self.decoder_loss(self._scores(learner, fake, 'decoder'))
                 balance = adaptive_weight(loss, out['adversarial'], self.last, synchronize=True) if c.adaptive else 1.
                 loss = loss+c.adversarial*balance*out['adversarial']
         if self.semantic is not None and zq is not None:
@@ -197,6 +199,20 @@ class ImageLoss(Callback):
     def _learned(self):
         game = dict(critic=self.critic, lecam=self.lecam) if self.critic is not None else {}
         return game|(dict(semantic=self.semantic) if self.semantic is not None else {})
+
+    def save_critic(self,
+        path:str|Path, # one file, replaced whole
+    ):
+        "Keep the discriminator"
+        with atomic_path(path) as p: save_file({k:v.cpu().contiguous() for k,v in self.critic.state_dict().items()}, p)
+
+    def load_critic(self,
+        path:str|Path, # written by `save_critic`
+    ) -> 'ImageLoss':  # itself
+        "Go on with a discriminator, or say in one line why not"
+        if self.critic is None: raise ValueError("a discriminator was given, but adversarial is 0: give it a weight, or leave critic out")
+        load_strictly(self.critic, read_tensors(path), path)
+        return self
 
     def _critic_step(self, learner, batch):
         real,fake = (self._scores(learner, x[learner.part], who) for x,who in ((self.real, 'real'), (self.fake, 'fake')))
@@ -250,8 +266,8 @@ class TensorPairs(Dataset):
     def __getitem__(self, i): return self.a[i],self.b[i]
     def __getitems__(self, i): return self.a[i],self.b[i]
 
-def _callbacks(ema, loss, work, preview, key) -> list[Callback]:
-    extra = ([loss] if loss else [])+([EveryEpoch(preview)] if preview else [])
+def _callbacks(ema, loss, work, preview, key, *more) -> list[Callback]:
+    extra = ([loss] if loss else [])+([EveryEpoch(preview)] if preview else [])+list(more)
     return [Log(), ema, *extra]+([Checkpoint(Path(work)/'checkpoint.pt', key)] if work else [])
 
 def matrices_decay(
@@ -281,8 +297,10 @@ def train_tokenizer(
     device:str|None = None,                       # where; None: the best there is
     seed:int = 0,                                 # moves order, perturbation and revival
     desc:str = 'tokenizer',                       # for the bar
+    critic:str|Path|None = None,                  # file that keeps the discriminator, for post-training to go on with
 ) -> pd.DataFrame:
     "Train a tokenizer; returns the losses, one row an epoch"
+    if critic and not cfg.adversarial: raise ValueError("adversarial is 0, so there is no discriminator to keep; leave critic out")
     tok.train()
     loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed, tok.spec.shape[1])
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
@@ -290,7 +308,9 @@ def train_tokenizer(
     if loss.weights(): groups.append(dict(params=loss.weights(), weight_decay=0.))
     phase = Phase(step, adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
     with _compiled(cfg.compile, tok.encoder, tok.decoder):
-        return _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc, perturbation)
+        history = _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc, perturbation)
+    if critic: loss.save_critic(critic)
+    return history
 
 @contextmanager
 def _compiled(backend:str, *parts:nn.Module):
@@ -302,13 +322,13 @@ def _compiled(backend:str, *parts:nn.Module):
     finally:
         for part in parts: part._compiled_call_impl = None
 
-def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, perturbation=None):
-    "Run the loop and leave the averaged weights in the model"
+def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, perturbation=None, watch=None):
+    "Run the loop and leave the averaged weights in the model; `watch(ema)` gives one more callback"
     ema = EMA(cfg.ema)
     told = re.sub(r' at 0x\w+', '', repr(perturbation))               # a function of one's own is known by its name only
     key = stable_hash([cfg, repr(getattr(model, 'cfg', None)), tensors_hash(model.state_dict()), told,
                        getattr(data, 'hash', len(data)), seed, desc]) if work else ''
-    callbacks = _callbacks(ema, loss, work, preview, key)
+    callbacks = _callbacks(ema, loss, work, preview, key, *([watch(ema)] if watch else []))
     learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc,
                       getattr(cfg, 'accumulate', 1), work)
     if loss: loss.to(learner.device)

@@ -1,0 +1,174 @@
+"Post-training: what is frozen stays, whatever the quantizer; pairs and training survive a kill; the released code's list of what learns"
+import json, signal, subprocess, sys, time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokkit.autoregressive import ARCfg, ARGenerator
+from tokkit.core import make_rng
+from tokkit.data import fashion_mnist
+from tokkit.evaluate import Card
+from tokkit.flow import FlowCfg, FlowGenerator
+from tokkit.learner import EMA
+from tokkit.masked import MaskedCfg, MaskedGenerator
+from tokkit.official import official_names
+from tokkit.pairs import check_fit, clean_pairs, encode_all, latent_pairs, open_pairs, row_sigmas, write_pairs
+from tokkit.posttrain import Probe, official_trainable, posttrain_decoder
+from tokkit.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
+from tokkit.train import ImageTraining
+from tokkit.unpaired import heal_unpaired
+
+BRIEF = ImageTraining(epochs=1, batch=25, perceptual=0, lr=5e-3)
+QUANTIZERS = ['tiny', 'tiny-pq', 'tiny-rq', 'tiny-fsq', 'tiny-lfq', 'tiny-kl', 'tiny-msrq']
+
+
+@pytest.fixture(scope='module')
+def images(): return fashion_mnist('train', 50)
+
+
+def small(preset, **changes): return make_tokenizer(preset, width=32, depth=1, **changes).eval()
+
+def kept(tok): return {k: v.clone() for k, v in tok.state_dict().items() if not k.startswith('decoder.')}
+
+
+@pytest.mark.parametrize('preset', QUANTIZERS)
+@pytest.mark.parametrize('how', ['plain', 'lora', 'consistency', 'unpaired'])
+def test_frozen_means_frozen(preset, how, images):
+    tok = small(preset)
+    before, decoder = kept(tok), [v.clone() for k, v in tok.state_dict().items() if k.startswith('decoder.')]
+    if how == 'unpaired': healed, _ = heal_unpaired(tok, encode_all(tok, images).flip(0), images, BRIEF, device='cpu')
+    else: healed, _ = posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, device='cpu', **({} if how == 'plain' else {how: 2}))
+    for t in (tok, healed):
+        assert list(kept(t)) == list(before) and all(torch.equal(v, before[k]) for k, v in kept(t).items())
+    after = [v for k, v in healed.state_dict().items() if k.startswith('decoder.')]
+    assert any(not torch.equal(a, b) for a, b in zip(after, decoder)), 'the decoder did not learn'
+    assert all(torch.equal(v, d) for v, d in zip([v for k, v in tok.state_dict().items() if k.startswith('decoder.')], decoder)), 'the given tokenizer moved'
+    assert not healed.training and all(p.requires_grad for p in healed.decoder.parameters())
+
+
+def test_official_list_of_what_learns(fixtures):
+    with torch.device('meta'): tok = Tokenizer(TOKENIZERS['base'])
+    theirs = {ours: name for name, ours in official_names(tok).items()}
+    got = sorted(theirs[n] for n in official_trainable(tok))
+    assert got == sorted(json.loads((fixtures/'state_dict_shapes.json').read_text())['post_training_trainable_names'])
+
+
+def test_official_trains_exactly_its_list(images):
+    tok = small('tiny')
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    healed, _ = posttrain_decoder(tok, latent_pairs(gen, tok, images, .5, 'tokens'), BRIEF, device='cpu', freeze='official')
+    moved = {n for n, p in healed.named_parameters() if not torch.equal(p, dict(tok.named_parameters())[n])}
+    assert moved <= set(official_trainable(tok)) and {'quantizer.embedding.weight', 'encoder.out.weight'} <= moved
+
+
+def test_all_kept_is_plain_training(images):
+    tok = small('tiny')
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    a, b = (posttrain_decoder(tok, p, BRIEF, device='cpu')[0] for p in (latent_pairs(gen, tok, images, 1., 'tokens'), clean_pairs(tok, images)))
+    assert a.fingerprint == b.fingerprint
+
+
+def test_nothing_kept_is_refused(images):
+    with pytest.raises(ValueError, match='nothing ties the two of a pair together'): row_sigmas(9, [.5, 0.])
+
+
+@pytest.mark.parametrize('preset,make', [
+    ('tiny', lambda s: MaskedGenerator(MaskedCfg(codebook_size=512, width=32, depth=1))),
+    ('tiny-kl', lambda s: FlowGenerator(FlowCfg(dim=s.shape[1], width=32, depth=1)))])
+def test_pairs_of_other_generators(preset, make, images, tmp_path):
+    tok = small(preset); gen = make(tok.spec).eval()
+    little, much = (latent_pairs(gen, tok, images, s, 'tokens', steps=3) for s in (.2, .9))
+    assert little.about['drawn_differ'] > much.about['drawn_differ'] > 0
+    stored = latent_pairs(gen, tok, images, .9, 'tokens', steps=3, folder=tmp_path/'pairs')
+    assert torch.equal(stored.latents, much.latents)
+
+
+def test_bfloat16_halves_continuous_pairs(images, tmp_path):
+    tok = small('tiny-kl')
+    write_pairs(tmp_path/'a', None, tok, images); write_pairs(tmp_path/'b', None, tok, images, latents='bfloat16')
+    a, b = (open_pairs(tmp_path/k, images, tok) for k in 'ab')
+    assert b.parts[0].dtype == torch.bfloat16 and torch.allclose(a.latents, b.latents, rtol=.01)
+    sizes = [sum(f.stat().st_size for f in (tmp_path/k).glob('*.safetensors')) for k in 'ab']
+    assert sizes[1] < .6*sizes[0]
+
+
+@pytest.mark.parametrize('preset', ['tiny-pq', 'tiny-kl'])
+def test_what_does_not_fit_is_named(preset, images):
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    with pytest.raises(ValueError, match=r'the generator draws ids \(49,\) of 512 codes, the tokenizer decodes'): check_fit(gen, small(preset))
+
+
+def test_a_scale_that_does_not_fit_is_named(images):
+    tok = small('tiny-kl'); tok.spec = replace(tok.spec, std=2.)
+    with pytest.raises(ValueError, match='standard deviation of 0.5, the tokenizer'): check_fit(FlowGenerator(FlowCfg(dim=8, width=32, depth=1, std=.5)), tok)
+
+
+def test_store_of_other_checkpoints_is_refused(images, tmp_path):
+    tok = small('tiny'); gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    write_pairs(tmp_path, gen, tok, images, .5, 'tokens')
+    other = small('tiny', seed=1)
+    with pytest.raises(ValueError, match='was made with tokenizer'): open_pairs(tmp_path, images, other)
+    with pytest.raises(ValueError, match='holds pairs with tokenizer'): write_pairs(tmp_path, gen, other, images, .5, 'tokens')
+    with torch.no_grad(): next(gen.parameters()).add_(1)
+    with pytest.raises(ValueError, match='was made with generator'): open_pairs(tmp_path, images, tok, gen)
+
+
+def test_a_full_disk_leaves_what_is_whole(images, tmp_path, monkeypatch):
+    tok, writes = small('tiny'), []
+    import tokkit.pairs as pairs
+    def full(*args, **kwargs):
+        writes.append(1)
+        if len(writes) == 3: raise OSError(28, 'No space left on device')
+        return save(*args, **kwargs)
+    save = pairs.save_file; monkeypatch.setattr(pairs, 'save_file', full)
+    with pytest.raises(OSError, match=r'No space left.*2 of 5 parts are whole and stay: make room and call again'): write_pairs(tmp_path, None, tok, images, part=10)
+    monkeypatch.setattr(pairs, 'save_file', save)
+    assert write_pairs(tmp_path, None, tok, images, part=10) == 0 and torch.equal(open_pairs(tmp_path, images).latents, encode_all(tok, images))
+
+
+KILLED = '''
+import sys, torch
+from tokkit.autoregressive import ARCfg, ARGenerator
+from tokkit.data import fashion_mnist
+from tokkit.pairs import latent_pairs
+from tokkit.posttrain import posttrain_decoder
+from tokkit.tokenizer import make_tokenizer
+from tokkit.train import ImageTraining
+torch.manual_seed(0)
+tok, gen, images = make_tokenizer('tiny', width=32, depth=1).eval(), ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval(), fashion_mnist('train', 200)
+import tokkit.pairs; write = tokkit.pairs.write_pairs
+pairs = (write(f'{sys.argv[1]}/pairs', gen, tok, images, .7, part=20), tokkit.pairs.open_pairs(f'{sys.argv[1]}/pairs', images, tok, gen))[1]
+healed, _ = posttrain_decoder(tok, pairs, ImageTraining(epochs=6, batch=25, perceptual=0, lr=2e-3), sys.argv[1], device='cpu')
+print(pairs.hash, healed.fingerprint)
+'''
+
+def test_killed_and_taken_up_again(tmp_path):
+    "SIGKILL once while pairs are made and once while the decoder learns: the same bits as without"
+    def start(name): return subprocess.Popen([sys.executable, '-c', KILLED, str(tmp_path/name)], stdout=subprocess.PIPE, text=True)
+    def kill_when(process, there):
+        while process.poll() is None and not there(): time.sleep(.005)
+        process.send_signal(signal.SIGKILL); process.wait()
+        return process.returncode == -9
+    for name in ('whole', 'killed'): (tmp_path/name).mkdir()
+    process = start('whole'); whole = process.communicate(timeout=300)[0]
+    parts = lambda: len(list((tmp_path/'killed'/'pairs').glob('part-*')))
+    assert kill_when(start('killed'), lambda: parts() >= 3) and 3 <= parts() < 10
+    assert kill_when(start('killed'), (tmp_path/'killed'/'checkpoint.pt').exists)
+    process = start('killed'); again = process.communicate(timeout=300)[0]
+    assert whole and again == whole
+
+
+def test_probe_keeps_the_best_and_says_when_it_went_astray(images):
+    tok = small('tiny')
+    probe = Probe(encode_all(tok, images), fashion_mnist('test', 50), bootstrap=5)
+    with pytest.warns(UserWarning, match='went astray .*the best weights before that are kept, of epoch'):
+        back, history = posttrain_decoder(tok, clean_pairs(tok, images), replace(BRIEF, lr=9., clip=0., epochs=30, ema=0.), device='cpu', probe=probe, patience=99)
+    assert history.epoch.iloc[0] == -1 and probe(back).value == history.probe.min()
+
+
+def test_probe_stops_in_time(images):
+    tok, values = small('tiny'), iter([10., 8., 9., 9., 9., 7., 7.])
+    def probe(t): return Card('gFID', next(values), .1, 50, 'own', 'none')
+    healed, history = posttrain_decoder(tok, clean_pairs(tok, images), replace(BRIEF, epochs=6), device='cpu', probe=probe, patience=1)
+    assert history.probe.tolist() == [10., 8., 9., 9.] and healed.fingerprint != tok.fingerprint
