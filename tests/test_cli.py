@@ -152,7 +152,7 @@ def test_metric_on_a_folder(own, tmp_path, capsys):
     card = json.loads((tmp_path/'card.json').read_text())
     assert card['metric'] == 'pFID' and card['n'] == 120 and len(card['cells']) == 4 and card['se'] > 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith('pFID[') and said[1].startswith('95% interval: ') and 'with another seed' in said[1]
+    assert said[0].startswith('pFID[') and said[1].startswith('95% intervals: ') and 'prediction, for another seed' in said[1]
     assert main(['metric', 'rfid', '--tokenizer', str(own/'tokenizer'), '--data', str(own/'images'), '--deltas', '2']) == 2
     assert '--deltas belong to pfid' in capsys.readouterr().err
     assert main(['metric', 'rfid', '--tokenizer', str(own/'tokenizer'), '--data', str(own/'nowhere')]) == 2
@@ -168,11 +168,13 @@ def test_every_metric_on_a_folder(own, tmp_path, capsys):
         return out.out.splitlines() if code == 0 else out.err
     (first,), (again,), (other,) = said('rfid'), said('rfid'), said('rfid', '--seed', 1)
     assert first == again != other and 'n=60' in first
-    assert 'every nearest neighbour would be the image' in said('ifid', n=120)              # a folder without parts has no other images
-    (line,) = said('ifid', '--train', own/'images'/'class0', '--top-k', 3); assert line.startswith('iFID[')
+    assert 'no train and test parts, and 0 images beside the 120 measured' in said('ifid', n=120)
+    near, = said('ifid', '--top-k', 1)                                                        # the other half are the neighbours
+    assert near.split()[1] != first.split()[1]
+    assert 'are among the training images' in said('ifid', '--train', own/'images'/'class0', '--top-k', 3)
     table = said('all', '--deltas', '2,4', '--alphas', '.5', '--json', tmp_path/'all.json')
     cards = [c['metric'] for c in json.loads((tmp_path/'all.json').read_text())]
-    assert len(table) == len(cards) and {'rFID', 'pFID', 'KID', 'coverage', 'SSIM', 'perplexity'} <= set(cards) and 'iFID' not in cards
+    assert len(table) == len(cards) and {'rFID', 'pFID', 'KID', 'coverage', 'SSIM', 'perplexity'} <= set(cards) and 'iFID' in cards
     x = load_images(own/'images', size=28); stats = FeatureStats.from_features(extract(default_extractor(28), x, 'cpu'), default_extractor(28).name)
     save_stats(tmp_path/'reference.npz', stats)
     (line,) = said('rfid', '--reference', tmp_path/'reference.npz'); assert 'statistics' in line

@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'comma_list', 'add_options', 'read_grid', 'demo', 'run', 
            'lab_command', 'lab', 'docs', 'leftovers', 'clean', 'make_parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #7413ace7
-import argparse, ast, os, shutil, subprocess, sys
+import argparse, ast, os, shutil, subprocess, sys, warnings
 from collections.abc import Callable
 from inspect import Parameter, signature
 from pathlib import Path
@@ -41,7 +41,8 @@ def add_options(
     "Give `parser` an option for each parameter of `command`"
     kinds = signature(command).parameters
     for name,p in docments(command, full=True, returns=False).items():
-        help_ = (p.docment or '').replace('%', '%%')
+        many = 'list[' in str(p.anno) and name not in ('params','grid')
+        help_ = (p.docment or '').replace('%', '%%')+('; commas between' if many else '')
         flags = [f for f in (_SHORT.get(name), '--'+name.replace('_','-')) if f]
         if name == 'params': parser.add_argument(*flags, nargs=2, action='append', metavar=('NAME','VALUE'), default=[], help=help_)
         elif name == 'grid': parser.add_argument(*flags, action='append', metavar='NAME=V,V', default=[], help=help_)
@@ -62,8 +63,12 @@ def _table(table) -> str:
     first = [c for c in table if c in ('metric','value','se')]
     fixed = [c for c in table if c not in first and len(table) > 1 and table[c].astype(str).nunique() == 1]
     head = ' · '.join(f'{c} {table[c].iloc[0]}' for c in fixed if str(table[c].iloc[0]) not in ('', 'nan', 'None'))
-    body = table.drop(columns=fixed).to_string(index=False, na_rep='', max_colwidth=56, float_format=lambda v: f'{v:.4g}')
+    shown = table.drop(columns=fixed).head(_ROWS).dropna(axis=1, how='all')
+    body = shown.to_string(index=False, na_rep='', max_colwidth=56, float_format=lambda v: f'{v:.4g}')
+    if len(table) > _ROWS: body += f'\n... and {len(table)-_ROWS} rows more: tokkit results --csv FILE'
     return f'{head}\n{body}' if head else body
+
+_ROWS = 60          # of a table in the terminal; every row is in the run's metrics.json
 
 def _checkout(what:str) -> Path:
     "The source tree, or an error that says why it is needed"
@@ -226,20 +231,54 @@ def metric(
         if metric not in (owner, 'all') and (wrong := [k for k in own if k in given]):
             raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
     if metric == 'all' and 'top_k' in given: raise ValueError("--top-k belongs to ifid; the whole table takes 10")
-    tok = Tokenizer.load(tokenizer).to(_use_device(device)).eval()
+    tok = _saved_tokenizer(tokenizer).to(_use_device(device)).eval()
     how = tok.cfg.size, tok.cfg.channels
     images = load_images(data, split, None, *how, memory=0.)  # read as needed
-    other = 'test' if not train and split == 'train' else 'train'
-    if train or metric == 'ifid': given['train'] = load_images(train or data, other, None, *how, memory=0.)
+    n = min(1000, len(images)) if n is None else n
+    _check_metric(metric, reference, data, tok, n)
+    if metric in ('ifid','all'): images,given['train'] = _apart(images, n, seed, train, data, split, how)
     given |= dict(reference=load_stats(reference, reference_n)) if reference else {}
     measure = dict(rfid=rfid, pfid=pfid, ifid=ifid, all=evaluate_tokenizer)[metric]
-    made = measure(tok, images, n=min(1000, len(images)) if n is None else n, extractor=extractor, bootstrap=bootstrap, seed=seed, **given)
+    made = measure(tok, images, n=n, extractor=extractor, bootstrap=bootstrap, seed=seed, **given)
     cards = made if isinstance(made, list) else [made]
     if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else made.to_dict())
     for card in cards: print(card)
     if metric != 'all' and card.se is not None:
-        spans = (*card.interval(), 'repeated endlessly'),(*card.interval(kind='prediction'), 'with another seed')
-        print('95% interval: '+'; '.join(f'{lo:.4g} to {hi:.4g} {what}' for lo,hi,what in spans))
+        spans = ('confidence', *card.interval()),('prediction, for another seed', *card.interval(kind='prediction'))
+        print('95% intervals: '+'; '.join(f'{lo:.4g} to {hi:.4g} ({what})' for what,lo,hi in spans))
+
+def _check_metric(metric, reference, data, tok, n):
+    "Raise one line about what would fail later, or in words of Python"
+    if reference and not Path(reference).is_file():
+        raise FileNotFoundError(f"no file {reference}; --reference takes an .npz of mu and sigma, as tokkit.metrics.save_stats writes it")
+    if metric == 'all' and n < 6: raise ValueError(f"the whole table looks at 5 neighbours of each image and needs 6 images, got -n {n}")
+    if data == 'fashion_mnist' and tok.cfg.channels != 1:
+        raise ValueError(f"fashion_mnist, the default of --data, is grey; this tokenizer takes {tok.cfg.channels} channels: give a folder")
+
+def _saved_tokenizer(folder:str):
+    "A tokenizer from its folder, or which folders below it hold one"
+    from tokkit.tokenizer import Tokenizer
+    try: return Tokenizer.load(folder)
+    except (ValueError, OSError) as e:
+        below = [p.parent.name for p in sorted(Path(folder).glob('*/config.json'))]
+        if not below: raise e
+        raise FileNotFoundError(f"{folder} holds no tokenizer itself; below it are {', '.join(below)}: name one of them") from None
+
+def _apart(images, n, seed, train, data, split, how):
+    "The images to measure, and others for their neighbours"
+    import torch
+    from tokkit.core import make_rng
+    from tokkit.data import load_images
+    if train: return images,load_images(train, 'train', None, *how, memory=0.)
+    others = load_images(data, 'test' if split == 'train' else 'train', None, *how, memory=0.)
+    if others.hash != images.hash: return images,others
+    order = torch.randperm(len(images), generator=make_rng(seed, 'images'))   # a folder without parts: the rest are the neighbours
+    few,rest = (images.subset(i.sort().values) for i in (order[:n], order[n:]))
+    if len(rest) < 10:
+        left = f"and {len(rest)} images beside the {n} measured"
+        raise ValueError(f"{data} has no train and test parts, {left}; give --train FOLDER, or a smaller -n")
+    _say(f"tokkit: {data} has no train and test parts; the {len(rest)} images that are not measured are the neighbours")
+    return few,rest
 
 def posttrain(
     *,
@@ -248,32 +287,54 @@ def posttrain(
     out:str,                             # folder for the healed tokenizer
     data:str = 'fashion_mnist',          # fashion_mnist or a folder of images
     n:int|None = None,                   # images to train on; all when left out
-    sigma:float = .9,                    # fraction of real tokens kept while pairs are made, in [0,1]
-    source:Literal['reencode','tokens'] = 'reencode', # learn from re-encoded pictures (the paper's) or from the drawn tokens
-    guidance:float = 1.5,                # guidance scale while pairs are made
-    epochs:int = 2,                      # passes over the pairs
+    mode:Literal['paired','unpaired'] = 'paired', # pairs of latents and images (the paper's), or free samples and the moments of features
+    sigma:list[float]|None = None,       # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
+    source:Literal['reencode','tokens']|None = None, # paired: re-encoded pictures (the paper's, when left out) or the drawn tokens
+    freeze:Literal['all','official']|None = None, # paired: all but the decoder (when left out), or what the released code freezes
+    clean:float|None = None,             # paired: share of pairs that are the image's own tokens; none when left out
+    moments:float|None = None,           # unpaired: weight of the moments; 1 when left out
+    consistency:float|None = None,       # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
+    lora:int = 0,                        # rank of the change of the decoder's matrices; 0 trains the matrices
+    guidance:float = 1.5,                # guidance scale while the generator draws
+    epochs:int = 2,                      # passes over the images
     seed:int = 0,                        # moves every random draw
     device:str|None = None,              # cpu, cuda, cuda:1 or mps
 ):
     "Train a tokenizer's decoder on the latents its generator makes"
     from tokkit.core import atomic_dir, stable_hash
     from tokkit.data import load_images
+    from tokkit.generator import sample_batches
     from tokkit.generators import load_generator
-    from tokkit.posttrain import latent_pairs, posttrain_decoder
-    from tokkit.tokenizer import Tokenizer
+    from tokkit.pairs import check_fit, latent_pairs
+    from tokkit.posttrain import posttrain_decoder
     from tokkit.train import ImageTraining
+    from tokkit.unpaired import heal_unpaired
     from tokkit.runs import _writing
     place, folder = _use_device(device), Path(out).absolute()
     if folder.exists(): raise FileExistsError(f"{out} is there already; choose another --out or delete it")
-    tok, gen = Tokenizer.load(tokenizer).to(place).eval(), load_generator(generator).to(place)
+    owned = dict(paired=dict(sigma=sigma, source=source, freeze=freeze, clean=clean), unpaired=dict(moments=moments))
+    for owner,own in owned.items():
+        if wrong := [k for k,v in own.items() if v is not None and owner != mode]:
+            raise ValueError(f"--{' and --'.join(wrong)} belong to --mode {owner}; got {mode}")
+    given = {k:v for k,v in (owned[mode]|dict(consistency=consistency)).items() if v is not None}
+    tok, gen = _saved_tokenizer(tokenizer).to(place).eval(), load_generator(generator).to(place)
+    check_fit(gen, tok)
     images = load_images(data, 'train', n, tok.cfg.size, tok.cfg.channels)
-    made_by = [tok.fingerprint, gen.fingerprint, images.hash, sigma, source, guidance, epochs, seed]
-    work = folder.with_name(f'.work-{folder.name}-{stable_hash(made_by)}')  # the checkpoint of a killed call
+    how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3)
+    made_by = [tok.fingerprint, gen.fingerprint, images.hash, mode, given, lora, guidance, epochs, seed]
+    work = folder.with_name(f'.work-{folder.name}-{stable_hash(made_by)}')  # pairs and checkpoint of a killed call
     with _writing(folder), atomic_dir(folder) as tmp:
         work.mkdir(exist_ok=True)
-        pairs = latent_pairs(gen, tok, images, sigma, source, seed, guidance=guidance)
-        how = ImageTraining(epochs=epochs, batch=min(128, len(pairs)), lr=1e-3)
-        healed, history = posttrain_decoder(tok, pairs, how, work, device=str(place), seed=seed)
+        common = dict(device=str(place), seed=seed, lora=lora)
+        if mode == 'paired':
+            own = {k:given.pop(k) for k in ('sigma','clean','source') if k in given}
+            if len(own.get('sigma', ())) == 1: own['sigma'], = own['sigma']
+            if given.get('freeze') == 'official': own.setdefault('source', 'tokens')
+            pairs = latent_pairs(gen, tok, images, seed=seed, folder=work/'pairs', guidance=guidance, **own)
+            healed, history = posttrain_decoder(tok, pairs, how, work, **given, **common)
+        else:
+            samples,_ = sample_batches(gen, len(images), seed=seed, guidance=guidance)
+            healed, history = heal_unpaired(tok, samples, images, how, work, **given, **common)
         healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)
     shutil.rmtree(work, ignore_errors=True)
     print(out)
@@ -362,6 +423,7 @@ def main(
     given = vars(make_parser().parse_args(argv))
     function, device = given.pop('function'), given.pop('device')
     given.pop('command')
+    if not os.environ.get('TOKKIT_DEBUG'): warnings.showwarning = lambda message, *_: _say(f'tokkit: {message}')
     if 'device' in docments(function, returns=False): given['device'] = device
     elif device: os.environ['TOKKIT_DEVICE'] = device
     try: return function(**given) or 0
