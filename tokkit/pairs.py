@@ -7,7 +7,7 @@ __all__ = ['SOURCES', 'check_fit', 'encode_all', 'reencode', 'row_sigmas', 'Late
            'write_pairs', 'open_pairs']
 
 # %% ../nbs/49_pairs.ipynb #dbaa8952
-import math, os
+import json, math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -228,8 +228,8 @@ def write_pairs(
         made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling)
         made = made.to(_dtype(tok, latents)).contiguous()
         try:
-            with atomic_path(_part(folder, i)) as p:
-                save_file(dict(latents=made), p, {k:repr(v) for k,v in differ.items()}|dict(hash=tensors_hash(dict(latents=made))))
+            about_it = json.dumps(differ|dict(hash=tensors_hash(dict(latents=made))))      # one entry: several would have no order
+            with atomic_path(_part(folder, i)) as p: save_file(dict(latents=made), p, dict(about=about_it))
         except (OSError, SafetensorError) as e:
             whole = sum(_part(folder, f).exists() for f in files)
             raise OSError(f"cannot write part {i} of {folder} ({str(e)[:80]}); {whole} of {len(files)} parts are whole and stay: "
@@ -269,7 +269,7 @@ def open_pairs(
 def _read_part(path, verify) -> tuple[Tensor,dict]:
     again = "delete it and call write_pairs again"
     try:
-        with safe_open(path, 'pt') as f: latents,meta = f.get_tensor('latents'),f.metadata()
+        with safe_open(path, 'pt') as f: latents,meta = f.get_tensor('latents'),json.loads(f.metadata()['about'])
     except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
     if verify and tensors_hash(dict(latents=latents)) != meta['hash']: raise ValueError(f"{path} is damaged: its checksum changed; {again}")
-    return latents,{k:float(v) for k,v in meta.items() if k != 'hash'}
+    return latents,{k:v for k,v in meta.items() if k != 'hash'}
