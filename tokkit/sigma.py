@@ -76,7 +76,7 @@ def race_plan(
         plan.append((racers, min(n, int(each/(racers+1)))))                      # the control races along
         racers = max(2, -(-racers//2))
     first,least = plan[0]
-    if least < 2: raise ValueError(f"{n} pairs are too few for a race of {first} at {share:g} of the cost; give more images or a larger share")
+    if least < 2: raise ValueError(f"{n} pairs are too few for a race of {first} at {share:g} of the cost; give more, or a larger share")
     return plan
 
 def choose_sigma(
