@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from away import Away
 from tokkit.calibrate import Calibration, both, calibrate, calibrated_cells, code_features, delta_nodes, latents_of, mmd_plane, recovery, smoothed, window_means
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
@@ -12,16 +13,7 @@ from tokkit.evaluate import pfid
 from tokkit.kernels import mmd2
 from tokkit.neighbours import kmeans_centres, nearest_codes
 from tokkit.perturb import Level, perturb_codes
-from tokkit.quantize import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer, VectorQuantizer
-
-
-class Away(VectorQuantizer):
-    "As if on a GPU once `here` is False: nothing of it can be had before `cpu()`, and only a copy is brought"
-    here = True
-    def cpu(self): self.here = True; return super().cpu()
-    def __getattribute__(self, name):
-        if name in ('codebook', 'usage', 'codes', 'neighbours') and not object.__getattribute__(self, 'here'): raise RuntimeError('ids and codes on two devices')
-        return super().__getattribute__(name)
+from tokkit.quantize import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer
 
 
 @pytest.fixture(scope='module')

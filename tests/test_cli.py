@@ -175,6 +175,7 @@ def test_every_metric_on_a_folder(own, tmp_path, capsys):
     table = said('all', '--deltas', '2,4', '--alphas', '.5', '--json', tmp_path/'all.json')
     cards = [c['metric'] for c in json.loads((tmp_path/'all.json').read_text())]
     assert len(table) == len(cards) and {'rFID', 'pFID', 'KID', 'coverage', 'SSIM', 'perplexity'} <= set(cards) and 'iFID' in cards
+    table = said('all', '--deltas', '2', '--alphas', '.5', n=120); assert not any(l.startswith('iFID') for l in table) and len(table) == 12   # nobody left to be a neighbour
     x = load_images(own/'images', size=28); stats = FeatureStats.from_features(extract(default_extractor(28), x, 'cpu'), default_extractor(28).name)
     save_stats(tmp_path/'reference.npz', stats)
     (line,) = said('rfid', '--reference', tmp_path/'reference.npz'); assert 'statistics' in line

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from away import Away
 from tokkit.autoregressive import ARCfg, ARGenerator
 from tokkit.core import make_rng
 from tokkit.data import ImageSet, TokenCache
@@ -11,20 +12,11 @@ from tokkit.flow import FlowCfg, FlowGenerator
 from tokkit.kernels import mmd2
 from tokkit.masked import MaskedCfg, MaskedGenerator
 from tokkit.perturb import perturb_codes
-from tokkit.quantize import MultiScaleResidualQuantizer, ProductQuantizer, VectorQuantizer
+from tokkit.quantize import MultiScaleResidualQuantizer, ProductQuantizer
 from tokkit.shift import decoded_shift, error_profile, feature_shift, token_use, use_by, use_histogram
 from tokkit.tokenizer import fit_spec, make_tokenizer
 
 LABELS = torch.arange(60) % 10
-
-
-class Away(VectorQuantizer):
-    "As if on a GPU once `here` is False: nothing of it can be had before `cpu()`, and only a copy is brought"
-    here = True
-    def cpu(self): self.here = True; return super().cpu()
-    def __getattribute__(self, name):
-        if name in ('codebook', 'usage', 'codes', 'neighbours') and not object.__getattribute__(self, 'here'): raise RuntimeError('ids and codes on two devices')
-        return super().__getattribute__(name)
 
 
 @pytest.fixture(scope='module')

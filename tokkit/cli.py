@@ -236,7 +236,11 @@ def metric(
     images = load_images(data, split, None, *how, memory=0.)  # read as needed
     n = min(1000, len(images)) if n is None else n
     _check_metric(metric, reference, data, tok, n)
-    if metric in ('ifid','all'): images,given['train'] = _apart(images, n, seed, train, data, split, how)
+    try:
+        if metric in ('ifid','all'): images,given['train'] = _apart(images, n, seed, train, data, split, how)
+    except (ValueError, FileNotFoundError) as e:
+        if metric == 'ifid' or train: raise
+        _say(f'tokkit: iFID is left out: {e}')
     given |= dict(reference=load_stats(reference, reference_n)) if reference else {}
     measure = dict(rfid=rfid, pfid=pfid, ifid=ifid, all=evaluate_tokenizer)[metric]
     made = measure(tok, images, n=n, extractor=extractor, bootstrap=bootstrap, seed=seed, **given)

@@ -42,7 +42,11 @@ class MomentLoss(nn.Module):
         centre,scale = f.mean(0),f.std(0).clamp(min=1e-6)
         z = (f-centre)/scale
         self.centre,self.scale,self.correlation = centre.float(),scale.float(),(z.T@z/len(z)).float()
-        self.mean,self.second,self.steps = torch.zeros_like(self.centre),torch.zeros_like(self.correlation),torch.zeros((), device=device)
+        return self.forget()
+
+    def forget(self) -> 'MomentLoss': # itself
+        "Drop the running moments, not what real images look like"
+        self.mean,self.second,self.steps = torch.zeros_like(self.centre),torch.zeros_like(self.correlation),self.centre.new_zeros(())
         return self
 
     def forward(self, x:Float[Tensor, "b c h w"]) -> Tensor:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
-from .core import check_range
+from .core import check_range, tensors_hash
 from .data import ImageSet, from_uint8, to_uint8
 from .evaluate import Card
 from .learner import EMA, Callback, Learner, Phase, ema_weights, only_train
 from .losses import recon_loss
-from .pairs import LatentPairs
+from .pairs import LatentPairs, decode_all
 from .scorecard import gfid
 from .tokenizer import Tokenizer
 from .train import ImageLoss, ImageTraining, _fit, _schedule, adamw, matrices_decay
@@ -84,15 +84,13 @@ class Probe:
     bootstrap:int = 20             # replicates for the error
     seed:int = 0                   # of the bootstrap
 
-    @torch.no_grad()
     def __call__(self,
         tok:Tokenizer,   # whose decoder
     ) -> Card:
         "The distance now"
-        where = next(tok.parameters()).device
-        x = torch.cat([tok.from_latents(z.to(where)).float().cpu() for z in self.latents.split(250)]).clamp(-1, 1)
+        x = decode_all(tok, self.latents)
         if not x.isfinite().all(): raise FloatingPointError("the decoder makes NaN or infinity")
-        return gfid(x, self.images, self.extractor, bootstrap=self.bootstrap, seed=self.seed, device=str(where))
+        return gfid(x, self.images, self.extractor, bootstrap=self.bootstrap, seed=self.seed, device=str(next(tok.parameters()).device))
 
 class KeepBest(Callback):
     "Probe the averaged weights after every epoch, keep the best, ask to stop when it gets worse"
@@ -184,7 +182,7 @@ def posttrain_decoder(
         if freeze == 'official': return official_step(healed, loss, original)
         return posttrain_step(healed, loss, consistency, original)
     return heal(tok, pairs, step, cfg, work, preview, device, seed, desc, freeze=freeze, lora=lora, critic=critic, probe=probe,
-                patience=patience, remember=freeze == 'official' or consistency > 0)
+                patience=patience, remember=freeze == 'official' or consistency > 0, asked=dict(freeze=freeze, consistency=consistency))
 
 def _check_options(pairs, freeze, lora, consistency):
     check_range('lora', lora, 0, 4096, 'it is a rank; 0 trains the matrices themselves')
@@ -212,6 +210,7 @@ def heal(
     patience:int = 1,
     extra:nn.Module|None = None,          # a further loss, which moves along and is kept in checkpoints
     remember:bool = False,                # hold the untouched tokenizer beside the copy, for the step
+    asked:dict|None = None,               # what else decides the result; a checkpoint made with other values is not gone on with
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "Train a copy of a tokenizer, frozen as asked, by any step"
     healed,kept = copy.deepcopy(tok),[]
@@ -226,9 +225,10 @@ def heal(
         groups = matrices_decay(healed, cfg.weight_decay)
         if loss.weights(): groups.append(dict(params=loss.weights(), weight_decay=0.))
         phase = Phase(step(healed, loss, loss.original), adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
+        told = dict(asked or {}, critic=critic and tensors_hash(loss.critic.state_dict()), patience=probe and patience)
         def watch(ema): kept.append(KeepBest(probe, healed, ema, patience)); return kept[0]
         model,phases = _Frozen(healed) if freeze == 'all' else healed,[phase, *loss.phases()]
-        try: history = _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, watch=watch if probe else None)
+        try: history = _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, told, watch if probe else None)
         except FloatingPointError as e:
             if not (kept and kept[0].weights): raise
             history = pd.DataFrame(columns=['epoch'])

@@ -23,7 +23,7 @@ from torch import Tensor
 from .core import bar, check_range, make_rng
 from .data import Indexed, TokenCache
 from .features import FeatureExtractor, check_images, default_extractor, extract
-from .generator import LatentGenerator, _tail, check_latents, draw
+from .generator import LatentGenerator, chances, check_latents, draw
 from .kernels import mmd2
 from .metrics import FeatureStats, bootstrap_frechet, frechet_distance
 from .perturb import split_levels
@@ -194,13 +194,6 @@ def error_profile(
     return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, float(sigma), how|dict(n=len(labels), seed=seed))
 
 # %% ../nbs/63_shift.ipynb #c676264a
-def _chances(logits, temperature, top_k, top_p) -> Tensor:
-    "The distribution that `draw` draws from"
-    logits = (logits-logits.amax(-1, keepdim=True))/temperature
-    if top_k is not None: logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[...,-1:], -torch.inf)
-    if top_p is not None and top_p < 1: logits = logits.masked_fill(_tail(logits, top_p), -torch.inf)
-    return logits.softmax(-1)
-
 class _Tokens:
     "A callback of `sample` that looks up what the logits say about the real ids"
     def __init__(self, kind, mode, real, codes, temperature, top_k, top_p, seed):
@@ -230,7 +223,7 @@ class _Tokens:
         drawn = draw(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
         away,number = self.codes.compare(entry, real, drawn)
         wrong = drawn != real
-        found = dict(p=_chances(logits, *self.how).gather(1, real[:,None])[:,0], rank=(logits > score).sum(1), wrong=wrong,
+        found = dict(p=chances(logits, *self.how).gather(1, real[:,None])[:,0], rank=(logits > score).sum(1), wrong=wrong,
                      distance=away.masked_fill(~wrong, math.nan), neighbour=number.masked_fill(~wrong, math.nan))
         for k,v in found.items(): self.values[k][row, entry] = v.float()
         self.depth[row, entry] = known

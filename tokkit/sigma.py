@@ -18,7 +18,7 @@ from .data import ImageSet
 from .generator import LatentGenerator, sample_batches
 from .kernels import mmd2
 from .losses import recon_loss
-from .pairs import latent_pairs
+from .pairs import clean_pairs, decode_all, latent_pairs
 from .posttrain import Probe, posttrain_decoder
 from .tokenizer import Tokenizer
 from .train import ImageTraining
@@ -43,8 +43,7 @@ def sigma_evidence(
     def row(s):
         pairs = latent_pairs(generator, tok, some, s, source, seed, **sampling)
         near = mmd2(vectors(free), vectors(pairs.latents))
-        parts = [pairs.__getitems__(i) for i in torch.arange(len(some)).split(250)]
-        apart = sum(recon_loss(tok.from_latents(z.to(where)).cpu(), x).item()*len(x) for z,x in parts)/len(some)
+        apart = recon_loss(decode_all(tok, pairs.latents), some[:][0]).item()
         return dict(sigma=s, mmd2=near.value, mmd2_se=near.se, apart=apart, differ=pairs.about['drawn_differ'])
     return pd.DataFrame([row(s) for s in bar(sigmas, 'evidence')])
 
@@ -102,7 +101,7 @@ def choose_sigma(
     for number,(_,n) in enumerate(plan):
         some,cards = images.subset(n),{}
         for s in bar([*racers, 1.], f'round {number+1} of {len(plan)}'):
-            pairs = latent_pairs(generator, tok, some, s, source if s < 1 else 'tokens', seed, **(sampling or {}))
+            pairs = clean_pairs(tok, some) if s == 1 else latent_pairs(generator, tok, some, s, source, seed, **(sampling or {}))
             how = replace(cfg, batch=min(cfg.batch, n))
             cards[s] = probe(posttrain_decoder(tok, pairs, how, device=device, seed=seed, desc=f'σ {s:g}', **options)[0])
             spent += n

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .features import FeatureExtractor, extract
+from .pairs import decode_all
 from .tokenizer import Tokenizer
 
 # %% ../nbs/56_spectrum.ipynb #6c3428e9
@@ -43,7 +44,6 @@ def spectrum_extractor(
     return FeatureExtractor('spectrum', RadialPower(floor), None, mean=(0.,), std=(1.,))
 
 # %% ../nbs/56_spectrum.ipynb #489d8364
-@torch.no_grad()
 def decoded_power(
     decoders:Mapping[str,Tokenizer], # states of a decoder by name, in eval mode
     latents:Tensor,                  # decoded by all of them, one row an image
@@ -51,9 +51,7 @@ def decoded_power(
 ) -> pd.DataFrame: # rows: of, frequency (cycles an image), power (mean log), gap to the images with its standard error
     "Power by frequency of real images, and of the same latents through several decoders"
     judge = spectrum_extractor()
-    def features(tok):
-        where = next(tok.parameters()).device
-        return extract(judge, torch.cat([tok.from_latents(z.to(where)).float().cpu() for z in latents.split(250)]).clamp(-1, 1))
+    def features(tok): return extract(judge, decode_all(tok, latents))
     real = extract(judge, images.clamp(-1, 1))
     def rows(name, f):
         gap,se = f.mean(0)-real.mean(0),(f.var(0)/len(f)+real.var(0)/len(real)).sqrt()

@@ -322,10 +322,10 @@ def _compiled(backend:str, *parts:nn.Module):
     finally:
         for part in parts: part._compiled_call_impl = None
 
-def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, perturbation=None, watch=None):
-    "Run the loop and leave the averaged weights in the model; `watch(ema)` gives one more callback"
+def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, asked=None, watch=None):
+    "Run the loop and leave the averaged weights in the model; `asked` is what else decides them, `watch(ema)` gives one more callback"
     ema = EMA(cfg.ema)
-    told = re.sub(r' at 0x\w+', '', repr(perturbation))               # a function of one's own is known by its name only
+    told = re.sub(r' at 0x\w+', '', repr(asked))                      # a function of one's own is known by its name only
     key = stable_hash([cfg, repr(getattr(model, 'cfg', None)), tensors_hash(model.state_dict()), told,
                        getattr(data, 'hash', len(data)), seed, desc]) if work else ''
     callbacks = _callbacks(ema, loss, work, preview, key, *([watch(ema)] if watch else []))

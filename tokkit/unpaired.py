@@ -6,6 +6,7 @@
 __all__ = ['FreeSamples', 'unpaired_step', 'heal_unpaired']
 
 # %% ../nbs/54_unpaired.ipynb #e0c7f150
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,8 @@ def heal_unpaired(
     check_range('moments', moments, 0, 1e6, 'it is a weight'); check_range('consistency', consistency, 0, 1e6, 'it is a weight')
     latents = encode_all(tok, images)
     data = FreeSamples(samples.cpu(), latents, images, seed)
-    extra = (loss or MomentLoss().fit(images)).train() if moments else None
+    extra = copy.deepcopy(loss or MomentLoss().fit(images)).forget().train() if moments else None
     def step(healed, loss, original): return unpaired_step(healed, loss, original, extra, moments, consistency)
     cfg = replace(cfg, semantic=0.)                                           # latents are given: that term has nobody to teach
-    return heal(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra, remember=consistency > 0, **options)
+    return heal(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra, remember=consistency > 0,
+                asked=dict(moments=moments, consistency=consistency, to=extra and tensors_hash(extra.state_dict())), **options)
