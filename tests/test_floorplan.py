@@ -29,7 +29,8 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'sweep': (0, 32), 'runs': (0, 60), 'engine': (0, 61), 'demo': ANY,
     'shift': (0, 1, 10, 12, 20, 30, 31, 32, 34, 40), 'calibrate': (0, 9, 10, 20, 31, 34, 63), 'predictors': (0, 60),
     # 7 surfaces
-    'plots': (0, 2, 60, 66), 'widgets': (0, 2, 9, 10, 12, 20, 40, 42, 70), 'stepper': (0, 2, 10, 12, 20, 40, 42, 70, 71), 'cli': ANY, 'all': ANY,
+    'plots': (0, 2, 60, 66), 'widgets': (0, 2, 9, 10, 12, 20, 40, 42, 70), 'stepper': (0, 2, 10, 12, 20, 40, 42, 70, 71),
+    'before_after': (0, 12, 40, 49, 71), 'cli': ANY, 'all': ANY,
 }
 
 
