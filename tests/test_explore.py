@@ -110,3 +110,25 @@ def test_sampler_stepper(lab):
     page.locator('.widget-play button').first.click()                      # it plays by itself
     page.wait_for_function(f"() => Number({LINE}.split(' ')[1]) > 4", timeout=60_000)
     assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').count(), "a traceback or warning in the notebook"
+
+
+def test_before_after(lab):
+    page = lab('x7_before_after.ipynb')
+    page.locator('img.widget-image').wait_for(timeout=400_000)
+    assert page.evaluate("document.querySelector('img.widget-image').naturalWidth") > 500
+    picture, line = page.evaluate(PICTURE), page.evaluate(LINE)
+    assert "of ids are not the image's" in line and 'after − image' in line
+
+    def handle(name): return page.locator('.widget-inline-hbox').filter(has_text=name).locator('.noUi-handle')
+    handle('keep').focus(); page.keyboard.press('Home')                    # nothing is kept: free samples
+    picture, line = changes(page, PICTURE, picture), changes(page, LINE, line)
+    assert line.endswith('no image belongs to them')
+    handle('seed').focus(); page.keyboard.press('ArrowRight')
+    picture, line = changes(page, PICTURE, picture), changes(page, LINE, line)
+    handle('keep').focus(); page.keyboard.press('End')                     # all codes are the image's own
+    picture, line = changes(page, PICTURE, picture), changes(page, LINE, line)
+    assert line.startswith("0.0% of ids are not the image's")
+    page.locator('.widget-dropdown select').select_option(index=1)         # its picture, encoded again
+    line = changes(page, LINE, line)
+    assert not line.startswith('0.0%')
+    assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').count(), "a traceback or warning in the notebook"
