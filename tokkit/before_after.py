@@ -69,9 +69,10 @@ class BeforeAfterExplorer(Explorer):
         "What makes latents must be the same on both sides"
         mine,theirs = self.before.state_dict(),self.after.state_dict()
         def makes_latents(k): return not k.startswith('decoder.')
-        other = [k for k in mine if makes_latents(k) and not (k in theirs and mine[k].shape == theirs[k].shape and mine[k].equal(theirs[k].to(mine[k])))]
-        if other: raise ValueError(f"the two tokenizers differ beyond their decoders, first in {other[0]}: their latents would not mean the same; "
-                                   "give a tokenizer and what post-training made of it")
+        def same(k): return k in theirs and mine[k].shape == theirs[k].shape and mine[k].equal(theirs[k].to(mine[k]))
+        other = [k for k in mine if makes_latents(k) and not same(k)]
+        if other: raise ValueError(f"the two tokenizers differ beyond their decoders, first in {other[0]}: their latents would not mean "
+                                   "the same; give a tokenizer and what post-training made of it")
 
 @patch
 def _build(self:BeforeAfterExplorer):
@@ -123,7 +124,8 @@ def compared(self:BeforeAfterExplorer) -> BeforeAfter:
     where = next(self.before.parameters()).device
     with _evaluating(self.before), _evaluating(self.after), _evaluating(self.generator):
         real = self.before.to_latents(x.to(where)).cpu()
-        latents = real if s['sigma'] == 1 else sample_batches(self.generator, labels, seed=s['seed'], keep=(real, s['sigma']) if s['sigma'] else None, **self.sampling)[0]
+        keep = (real, s['sigma']) if s['sigma'] else None
+        latents = real if s['sigma'] == 1 else sample_batches(self.generator, labels, seed=s['seed'], keep=keep, **self.sampling)[0]
         if s['source'] == 'reencode': latents = reencode(self.before, latents)
         pictures = [t.from_latents(latents.to(where)).float().cpu() for t in (self.before, self.after)]
     self._kept = dict(key=key, of=BeforeAfter(x, real, latents, *pictures))
@@ -141,7 +143,8 @@ def numbers(self:BeforeAfterExplorer,
 ) -> str:
     "One line: how new the latents are, how much the decoders disagree, and which is nearer to the image"
     p,s = shown or self.compared(),self.state
-    new = f"{p.differ:.2f} standard deviations from the image's latents" if p.real.is_floating_point() else f"{p.differ:.1%} of ids are not the image's"
+    continuous = p.real.is_floating_point()
+    new = f"{p.differ:.2f} standard deviations from the image's latents" if continuous else f"{p.differ:.1%} of ids are not the image's"
     text = f"{new} · RMSE in grey levels: after − before {p.changed:.1f}"
     if not s['sigma']: return text+"; free samples, no image belongs to them"
     return text+", before − image {:.1f}, after − image {:.1f}".format(*p.far)
@@ -154,8 +157,8 @@ def picture(self:BeforeAfterExplorer,
     "Image, before, after, difference; where latents are ids of one level also which are new"
     p,s = shown or self.compared(),self.state
     kept = f"keeps {s['sigma']:.0%}" if s['sigma'] else 'same label'
-    rows = [('image', kept, image_tiles(p.x)), ('before', f"σ = {s['sigma']:.2g}", image_tiles(p.before)), ('after', 'same latents', image_tiles(p.after)),
-            ('difference', '|after − before|', difference_tiles(p.after, p.before))]
+    rows = [('image', kept, image_tiles(p.x)), ('before', f"σ = {s['sigma']:.2g}", image_tiles(p.before)),
+            ('after', 'same latents', image_tiles(p.after)), ('difference', '|after − before|', difference_tiles(p.after, p.before))]
     if p.real.ndim == 2:
         colors,side = code_colors(self.before.codebook),image_tiles(p.x[:1]).shape[1]
         rows.append(('tokens', 'framed: new', token_tiles(p.latents, p.real, colors, self.before.spec.grid, side)))
