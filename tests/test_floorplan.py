@@ -24,7 +24,7 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'generators': (0, 40, 42, 43, 44), 'pairs': (0, 1, 12, 40),
     # 5 training: the learner knows batches, not images
     'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 40, 49, 50, 51, 52),
-    'unpaired': (0, 1, 12, 39, 49, 51, 52, 53), 'sigma': (0, 1, 12, 34, 40, 49, 51, 52, 53), 'spectrum': (12, 30, 49),
+    'unpaired': (0, 1, 12, 39, 49, 51, 52, 53), 'sigma': (0, 1, 12, 34, 40, 49, 51, 52, 53), 'spectrum': (12, 30, 49), 'absorb': (0, 10, 12, 20, 49),
     # 6 study
     'sweep': (0, 32), 'runs': (0, 60), 'engine': (0, 61), 'demo': ANY,
     'shift': (0, 1, 10, 12, 20, 30, 31, 32, 34, 40), 'calibrate': (0, 9, 10, 20, 31, 34, 63), 'predictors': (0, 60),
