@@ -39,9 +39,10 @@ class RadialPower(nn.Module):
 
 def spectrum_extractor(
     floor:float = 1e-4, # of `RadialPower`
+    channels:int = 1,   # of the images; power is that of their mean
 ) -> FeatureExtractor:
     "Radial power as features: FID[spectrum] and its errors like those of any other extractor"
-    return FeatureExtractor('spectrum', RadialPower(floor), None, mean=(0.,), std=(1.,))
+    return FeatureExtractor('spectrum', RadialPower(floor), None, mean=(0.,)*channels, std=(1.,)*channels)
 
 # %% ../nbs/56_spectrum.ipynb #489d8364
 def decoded_power(
@@ -50,7 +51,7 @@ def decoded_power(
     images:Tensor,                   # real images (b c h w), for comparison
 ) -> pd.DataFrame: # rows: of, frequency (cycles an image), power (mean log), gap to the images with its standard error
     "Power by frequency of real images, and of the same latents through several decoders"
-    judge = spectrum_extractor()
+    judge = spectrum_extractor(channels=images.shape[1])
     def features(tok): return extract(judge, decode_all(tok, latents))
     real = extract(judge, images.clamp(-1, 1))
     def rows(name, f):
