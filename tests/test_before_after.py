@@ -14,6 +14,7 @@ from tokkit.pairs import clean_pairs, latent_pairs, reencode
 from tokkit.posttrain import posttrain_decoder
 from tokkit.tokenizer import make_tokenizer
 from tokkit.train import ImageTraining
+from tokkit.widgets import image_tiles
 
 SMALL = dict(classes=10, width=16, depth=1, heads=2)
 KINDS = 'ar', 'masked', 'flow', 'ar levels'
@@ -49,7 +50,7 @@ def test_same_latents_through_both(kind, source, images):
         drawn = sample_batches(g, labels, seed=3, keep=(real, .6))[0]
         if source == 'reencode': drawn = reencode(tok, drawn)
         assert torch.equal(p.x, x) and torch.equal(p.real, real) and torch.equal(p.latents, drawn)
-        assert torch.equal(p.before, tok.from_latents(drawn)) and torch.equal(p.after, healed.from_latents(drawn))
+        assert torch.equal(p.before, tok.from_latents(drawn).clamp(-1, 1)) and torch.equal(p.after, healed.from_latents(drawn).clamp(-1, 1))
     assert not torch.equal(p.before, p.after), "post-training changed nothing, so this test shows nothing"
     assert not tok.training and not healed.training
 
@@ -81,6 +82,9 @@ def test_view(images):
     a, b = e.picture(), explorer(images).picture()
     assert a.tobytes() == b.tobytes()
     assert a.tobytes() != e.set(seed=1).picture().tobytes()
+    p, pixels = e.set(seed=0).compared(), np.asarray(a)
+    def at(x): return [i for i in range(len(pixels)-83) if np.array_equal(pixels[i:i+84, 126:210], image_tiles(x)[0])]
+    assert [at(x) for x in (p.x, p.before, p.after)] == [[0], [90], [180]], "image, before and after, from above"
     before = e.state
     strip = e.static_strip((1, .5, 0))
     assert e.state == before and strip.size[1] > a.size[1]
@@ -106,3 +110,14 @@ def test_faults(images):
     for says, state in (("sigma must be", dict(sigma=1.5)), ("source must be 'reencode' or 'tokens', got 'png'", dict(source='png')), ("no knob 'sigmas'", dict(sigmas=1))):
         with pytest.raises(ValueError, match=says): explorer(images).set(**state)
     e = explorer(images, n=64); assert e.n == 12 and e.knobs['page'].disabled
+
+
+def test_draws_once(images, monkeypatch):
+    import tokkit.before_after as module
+    calls = []
+    monkeypatch.setattr(module, 'sample_batches', lambda *a, **k: calls.append(1) or sample_batches(*a, **k))
+    e = explorer(images); e.compared()
+    e.set(source='reencode').compared(); e.set(source='tokens').compared()
+    assert len(calls) == 1, "another view of the same draw"
+    e.set(seed=1).compared(); e.set(sigma=.2).compared(); e.set(page=1).compared()
+    assert len(calls) == 4

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import check_range, make_rng
-from .pairs import decode_all
+from .pairs import check_same, decode_all
 from .perturb import nth_nearest, split_levels
 from .quantize import Quantizer
 from .tokenizer import Tokenizer
@@ -35,14 +35,20 @@ def rank_bands(
 def share_by_band(
     ranks:Float[np.ndarray, "b m"],  # of wrong tokens, 1 = nearest other code; NaN where nothing went wrong
     bands:Sequence[tuple[int,int]],  # as `rank_bands` makes them
-) -> pd.DataFrame: # rows: first, last, share of all wrong tokens, se over images
+) -> pd.DataFrame: # rows: dose (the band), share of all wrong tokens, se over images
     "How often errors of each band are made"
     found = np.isfinite(ranks); many = found.sum(1)
     if not many.any(): raise ValueError("no token is wrong: there are no errors to count")
     def row(a, b):
-        here = (found & (ranks >= a) & (ranks <= b)).sum(1); share = here.sum()/many.sum()
-        return dict(first=a, last=b, share=share, se=(here-share*many).std(ddof=1)*len(many)**.5/many.sum() if len(many) > 1 else np.nan)
+        here = (found & (ranks >= a) & (ranks <= b)).sum(1)
+        share = here.sum()/many.sum()
+        se = (here-share*many).std(ddof=1)*len(many)**.5/many.sum() if len(many) > 1 else np.nan      # of a ratio of sums over images
+        return dict(dose=_label((a, b)), share=share, se=se)
     return pd.DataFrame([row(a, b) for a,b in bands])
+
+def _label(dose) -> str:
+    "A band of ranks, or a strength, as text"
+    return f'{dose:g}' if not isinstance(dose, Sequence) else '–'.join(map(str, dict.fromkeys(dose)))
 
 # %% ../nbs/57_absorb.ipynb #59616aaf
 def replace_at_ranks(
@@ -61,23 +67,22 @@ def replace_at_ranks(
     hit = torch.rand(ids.shape, generator=rng).flatten(1) < share
     rank,out = torch.randint(a, b+1, hit.shape, generator=rng),ids.flatten(1).cpu().clone()
     for level,at in split:
-        for e in at.flatten().tolist():
-            rows = hit[:,e].nonzero()[:,0]
-            if len(rows): out[rows,e] = nth_nearest(level.vectors.cpu()[out[rows,e]], level.vectors.cpu(), rank[rows,e])
+        at,vectors = at.flatten().cpu(),level.vectors.cpu()
+        rows,columns = hit[:,at].nonzero(as_tuple=True)
+        if len(rows): out[rows,at[columns]] = nth_nearest(vectors[out[rows,at[columns]]], vectors, rank[rows,at[columns]])
     return out.view(ids.shape).to(ids)
 
 def noise_at(
     z:Float[Tensor, "b n d"],    # right latents
-    strength:float,              # of the noise, in standard deviations of the latents
+    strength:float,              # of the noise, in standard deviations of all these latents
     share:float = .1,            # probability of each position to be hit, 0..1
-    std:float = 1.,              # that standard deviation
     rng:torch.Generator|None = None, # of places and noise
 ) -> Float[Tensor, "b n d"]:
     "Latents of which some have noise on them"
     check_range('share', share, hint='it is the fraction of positions that go wrong')
     check_range('strength', strength, 0, float('inf'))
     hit = torch.rand(z.shape[:2], generator=rng)[...,None] < share
-    return torch.where(hit.to(z.device), z+strength*std*torch.randn(z.shape, generator=rng).to(z), z)
+    return torch.where(hit.to(z.device), z+strength*z.std()*torch.randn(z.shape, generator=rng).to(z), z)
 
 # %% ../nbs/57_absorb.ipynb #1ae54fe7
 def damage(
@@ -87,16 +92,17 @@ def damage(
     doses:Sequence|None = None,       # bands of ranks, or strengths of noise; None: all ranks in bands, or .25 to 2 standard deviations
     share:float = .1,                 # of the tokens that go wrong
     seed:int = 0,                     # of places, ranks and noise, the same for every decoder
-) -> pd.DataFrame: # rows: of, dose, damage (squared error added a pixel, images in [-1,1]), ratio to the first decoder's, and se of both
-    "How much worse wrong tokens make the pictures, by how wrong they are"
+) -> pd.DataFrame: # rows: of, dose, damage (squared error added), ratio to the first decoder's (NaN: that is no harm), se of both
+    "How much worse wrong tokens make the pictures, by how wrong they are; images count as [-1,1]"
     if not decoders: raise ValueError("damage needs at least one decoder, got none")
-    if len(latents) != len(images): raise ValueError(f"expected as many latents as images, got {len(latents)} and {len(images)}")
+    if len(latents) != len(images) or not len(images): raise ValueError(f"expected as many latents as images, and at least one, got {len(latents)} and {len(images)}")
     tok = next(iter(decoders.values()))
+    for other in decoders.values(): check_same(tok, other)
     discrete,codes = not latents.is_floating_point(),getattr(tok, 'quantizer', None)
     if doses is None: doses = rank_bands(_smallest(codes, latents)) if discrete else (.25, .5, 1., 2.)
     def wrong(i, dose):
         rng = make_rng(seed, 'damage', i)
-        return replace_at_ranks(latents, codes, dose, share, rng) if discrete else noise_at(latents, dose, share, tok.spec.std, rng)
+        return replace_at_ranks(latents, codes, dose, share, rng) if discrete else noise_at(latents, dose, share, rng)
     def error(t, q): return (decode_all(t, q).clamp(-1, 1)-images.clamp(-1, 1)).square().flatten(1).mean(1).double()        # (b)
     clean = {name: error(t, latents) for name,t in decoders.items()}
     rows = []
@@ -105,11 +111,11 @@ def damage(
         added = {name: error(t, q)-clean[name] for name,t in decoders.items()}
         first,n = next(iter(added.values())),len(images)
         for name,d in added.items():
-            ratio = d.mean()/first.mean()
-            se = (d-ratio*first).std()/n**.5/first.mean().abs()           # both saw the same errors
-            label = f'{dose:g}' if not discrete else '–'.join(map(str, dict.fromkeys(dose)))
+            harmed = first.mean() > 2*first.std()/n**.5                    # else there is nothing to compare with
+            ratio = d.mean()/first.mean() if harmed else torch.tensor(torch.nan)
+            se = (d-ratio*first).std()/n**.5/first.mean()                 # both saw the same errors
             values = dict(damage=d.mean(), se=d.std()/n**.5, ratio=ratio, ratio_se=se)
-            rows.append(dict(of=name, dose=label)|{k:v.item() for k,v in values.items()})
+            rows.append(dict(of=name, dose=_label(dose))|{k:v.item() for k,v in values.items()})
     return pd.DataFrame(rows)
 
 def _smallest(codes, ids) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import check_range
 from .generator import LatentGenerator, sample_batches
-from .pairs import SOURCES, check_fit, reencode
+from .pairs import SOURCES, check_fit, check_same, decode_all, reencode
 from .tokenizer import Tokenizer
 from .widgets import Explorer, _evaluating, code_colors, compose, difference_tiles, image_tiles, token_tiles
 
@@ -63,16 +63,7 @@ class BeforeAfterExplorer(Explorer):
         check_fit(generator, before); check_fit(generator, after)
         self.before,self.after,self.generator,self.images = before,after,generator,images
         self.n,self.sampling,self._kept = min(n, len(images)),dict(sampling or {}),{}
-        self._check_same(); self._build(); self.set(**state)
-
-    def _check_same(self):
-        "What makes latents must be the same on both sides"
-        mine,theirs = self.before.state_dict(),self.after.state_dict()
-        def makes_latents(k): return not k.startswith('decoder.')
-        def same(k): return k in theirs and mine[k].shape == theirs[k].shape and mine[k].equal(theirs[k].to(mine[k]))
-        other = [k for k in mine if makes_latents(k) and not same(k)]
-        if other: raise ValueError(f"the two tokenizers differ beyond their decoders, first in {other[0]}: their latents would not mean "
-                                   "the same; give a tokenizer and what post-training made of it")
+        check_same(before, after); self._build(); self.set(**state)
 
 @patch
 def _build(self:BeforeAfterExplorer):
@@ -82,7 +73,7 @@ def _build(self:BeforeAfterExplorer):
     knob = lambda kind, name, value, **kw: kind(value=value, description=name, layout=wide, style=style, **kw)
     pages = -(-len(self.images)//self.n)
     self.knobs = dict(
-        sigma=knob(w.FloatSlider, 'keep σ', .5, min=0, max=1, step=.05),
+        sigma=knob(w.FloatSlider, 'keep σ', .5, min=0, max=1, step=.01),
         source=knob(w.Dropdown, 'decode', 'tokens', options=[('what was drawn', 'tokens'), ('its picture, encoded again', 'reencode')]),
         seed=knob(w.IntSlider, 'seed', 0, min=0, max=99),
         page=knob(w.IntSlider, 'images', 0, min=0, max=pages-1, disabled=pages==1))
@@ -104,7 +95,7 @@ def set(self:BeforeAfterExplorer,
     "Move several knobs at once; when the view is open it is redrawn once"
     unknown = [k for k in state if k not in self.knobs]
     if unknown: raise ValueError(f"the explorer has no knob {unknown[0]!r}; it has {', '.join(self.knobs)}")
-    if 'sigma' in state: check_range('sigma', state['sigma'], hint='it is the fraction of the real latents that is kept')
+    if 'sigma' in state: check_range('sigma', state['sigma'], hint='1 keeps the real latents, 0 draws freely')
     if state.get('source', 'tokens') not in SOURCES: raise ValueError(f"source must be 'reencode' or 'tokens', got {state['source']!r}")
     self._quiet = True
     try:
@@ -114,21 +105,29 @@ def set(self:BeforeAfterExplorer,
 
 # %% ../nbs/73_before_after.ipynb #ac8c796a
 @patch
+def _draw(self:BeforeAfterExplorer) -> tuple[Tensor,Tensor,Tensor]:
+    "The page's images, their latents, and what the generator makes of these"
+    s = self.state
+    x,labels = self.images[s['page']*self.n:(s['page']+1)*self.n]
+    with _evaluating(self.before), _evaluating(self.generator):
+        real = self.before.to_latents(x.to(next(self.before.parameters()).device)).cpu()
+        if s['sigma'] == 1: return x,real,real
+        return x,real,sample_batches(self.generator, labels, seed=s['seed'], keep=(real, s['sigma']) if s['sigma'] else None, **self.sampling)[0]
+
+@patch
 def compared(self:BeforeAfterExplorer) -> BeforeAfter:
     "What the generator makes of the page's images, through both decoders"
     s = self.state
-    weights = sum(t._version for m in (self.before, self.after, self.generator) for t in (*m.parameters(), *m.buffers()))
-    key = (*s.values(), weights)
+    def version(m): return sum(t._version for t in (*m.parameters(), *m.buffers()))
+    drawn = (s['sigma'], s['seed'], s['page'], version(self.generator), version(self.before))
+    key = (*drawn, s['source'], version(self.after))
     if self._kept.get('key') == key: return self._kept['of']
-    x,labels = self.images[s['page']*self.n:(s['page']+1)*self.n]
-    where = next(self.before.parameters()).device
-    with _evaluating(self.before), _evaluating(self.after), _evaluating(self.generator):
-        real = self.before.to_latents(x.to(where)).cpu()
-        keep = (real, s['sigma']) if s['sigma'] else None
-        latents = real if s['sigma'] == 1 else sample_batches(self.generator, labels, seed=s['seed'], keep=keep, **self.sampling)[0]
-        if s['source'] == 'reencode': latents = reencode(self.before, latents)
-        pictures = [t.from_latents(latents.to(where)).float().cpu() for t in (self.before, self.after)]
-    self._kept = dict(key=key, of=BeforeAfter(x, real, latents, *pictures))
+    if self._kept.get('drawn') != drawn: self._kept = dict(drawn=drawn, draw=self._draw())
+    x,real,made = self._kept['draw']
+    with _evaluating(self.before), _evaluating(self.after):
+        latents = reencode(self.before, made) if s['source'] == 'reencode' else made
+        pictures = [decode_all(t, latents) for t in (self.before, self.after)]
+    self._kept |= dict(key=key, of=BeforeAfter(x, real, latents, *pictures))
     return self._kept['of']
 
 @patch
@@ -156,7 +155,7 @@ def picture(self:BeforeAfterExplorer,
 ) -> Image.Image:
     "Image, before, after, difference; where latents are ids of one level also which are new"
     p,s = shown or self.compared(),self.state
-    kept = f"keeps {s['sigma']:.0%}" if s['sigma'] else 'same label'
+    kept = 'real' if s['sigma'] else 'same label'
     rows = [('image', kept, image_tiles(p.x)), ('before', f"σ = {s['sigma']:.2g}", image_tiles(p.before)),
             ('after', 'same latents', image_tiles(p.after)), ('difference', '|after − before|', difference_tiles(p.after, p.before))]
     if p.real.ndim == 2:
@@ -170,9 +169,13 @@ def static_strip(self:BeforeAfterExplorer,
     colors:int = 64,                             # of the picture's palette
 ) -> Image.Image:
     "A still for a page: images, then before and after for every sigma; knobs stay as they were"
-    was = self.state['sigma']
-    try: shown = [(s, self.set(sigma=s).compared()) for s in sigmas]
-    finally: self.set(sigma=was)
+    if not len(sigmas): raise ValueError("static_strip needs at least one sigma, got none")
+    was,self._quiet = self.state['sigma'],True                       # an open view stays as it is
+    def at(sigma):
+        check_range('sigma', sigma); self.knobs['sigma'].value = sigma
+        return self.compared()
+    try: shown = [(s, at(s)) for s in sigmas]
+    finally: self.knobs['sigma'].value,self._quiet = was,False
     rows = [('image', '', image_tiles(shown[0][1].x))]
     rows += [(f'σ = {s:g}', what, image_tiles(x)) for s,p in shown for what,x in (('before', p.before), ('after', p.after))]
     return compose(rows).quantize(colors, dither=Image.Dither.NONE)
