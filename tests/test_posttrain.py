@@ -20,7 +20,7 @@ from tokkit.train import ImageTraining
 from tokkit.unpaired import heal_unpaired
 
 BRIEF = ImageTraining(epochs=1, batch=25, perceptual=0, lr=5e-3)
-QUANTIZERS = ['tiny', 'tiny-pq', 'tiny-rq', 'tiny-fsq', 'tiny-lfq', 'tiny-kl', 'tiny-msrq']
+QUANTIZERS = ['tiny', 'tiny-pq', 'tiny-rq', 'tiny-fsq', 'tiny-lfq', 'tiny-bsq', 'tiny-kl', 'tiny-msrq']
 
 
 @pytest.fixture(scope='module')
