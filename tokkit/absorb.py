@@ -95,7 +95,8 @@ def damage(
 ) -> pd.DataFrame: # rows: of, dose, damage (squared error added), ratio to the first decoder's (NaN: that is no harm), se of both
     "How much worse wrong tokens make the pictures, by how wrong they are; images count as [-1,1]"
     if not decoders: raise ValueError("damage needs at least one decoder, got none")
-    if len(latents) != len(images) or not len(images): raise ValueError(f"expected as many latents as images, and at least one, got {len(latents)} and {len(images)}")
+    if len(latents) != len(images) or not len(images):
+        raise ValueError(f"expected as many latents as images, and at least one, got {len(latents)} and {len(images)}")
     tok = next(iter(decoders.values()))
     for other in decoders.values(): check_same(tok, other)
     discrete,codes = not latents.is_floating_point(),getattr(tok, 'quantizer', None)

@@ -112,7 +112,8 @@ def _draw(self:BeforeAfterExplorer) -> tuple[Tensor,Tensor,Tensor]:
     with _evaluating(self.before), _evaluating(self.generator):
         real = self.before.to_latents(x.to(next(self.before.parameters()).device)).cpu()
         if s['sigma'] == 1: return x,real,real
-        return x,real,sample_batches(self.generator, labels, seed=s['seed'], keep=(real, s['sigma']) if s['sigma'] else None, **self.sampling)[0]
+        keep = (real, s['sigma']) if s['sigma'] else None
+        return x,real,sample_batches(self.generator, labels, seed=s['seed'], keep=keep, **self.sampling)[0]
 
 @patch
 def compared(self:BeforeAfterExplorer) -> BeforeAfter:

@@ -49,8 +49,8 @@ def check_same(
     mine,theirs = tok.state_dict(),other.state_dict()
     def same(k): return k in theirs and mine[k].shape == theirs[k].shape and mine[k].equal(theirs[k].to(mine[k]))
     wrong = [k for k in mine if not k.startswith('decoder.') and not same(k)]
-    if wrong: raise ValueError(f"the two tokenizers differ beyond their decoders, first in {wrong[0]}: their latents would not mean the same; "
-                               "give a tokenizer and what post-training made of it")
+    if wrong: raise ValueError(f"the two tokenizers differ beyond their decoders, first in {wrong[0]}: their latents would not mean the "
+                               "same; give a tokenizer and what post-training made of it")
 
 # %% ../nbs/49_pairs.ipynb #4c1e2b9f
 @torch.no_grad()
@@ -153,10 +153,10 @@ def _change(latents, real) -> float:
     if not latents.is_floating_point(): return (latents != real).double().mean().item()
     return ((latents-real).double().square().mean().sqrt()/real.double().std()).item()
 
-def _made(generator, tok, images, rows, sigmas, source, seeds, sampling) -> tuple[Tensor,dict]:
+def _made(generator, tok, images, rows, sigmas, source, seeds, sampling, known) -> tuple[Tensor,dict]:
     "Latents of some of the images, and how far from the real ones they are"
     some = images.subset(rows)
-    real = encode_all(tok, some)
+    real = encode_all(tok, some) if known is None else known[rows.start:rows.stop].cpu()
     made,drawn = real.clone(),(~sigmas.isnan()).nonzero()[:,0]
     for s in sigmas[drawn].unique().tolist():
         i = (sigmas == s).nonzero()[:,0]
@@ -168,6 +168,16 @@ def _made(generator, tok, images, rows, sigmas, source, seeds, sampling) -> tupl
         made[drawn] = reencode(tok, made[drawn])
         differ['given_differ'] = _change(made[drawn], real[drawn])
     return made,differ|dict(drawn=len(drawn))
+
+def _check_known(tok, images, known):
+    "Latents said to be those of the images: as many, and the first few are"
+    if known is None: return
+    if len(known) != len(images): raise ValueError(f"expected known latents of all {len(images)} images, got {len(known)}")
+    first = encode_all(tok, images.subset(range(min(8, len(images)))))
+    given = known[:len(first)].cpu()
+    alike = given.shape == first.shape and given.is_floating_point() == first.is_floating_point()
+    if not alike or not torch.allclose(given.to(first), first, atol=1e-2):
+        raise ValueError("the known latents are not this tokenizer's latents of these images; take encode_all(tok, images), or none")
 
 def _recipe(generator, tok, images, sigma, source, clean, seed, sampling) -> tuple[dict,Tensor]:
     "Everything that decides the pairs, in plain words; and the sigma of every row"
@@ -193,15 +203,16 @@ def latent_pairs(
     seed:int = 0,                    # of all draws
     *,
     clean:float = 0.,                # share of pairs that are the image's own latents
+    known:Tensor|None = None,        # latents of the images, where `encode_all` has made them; None: encode
     folder:str|Path|None = None,     # keep them here, as `write_pairs` does; None: in memory
     **sampling,                      # further arguments of `sample`: guidance, temperature, ...
 ) -> LatentPairs:
     "Pairs of (latents a generator made with `sigma` of the real ones kept, real image)"
     if folder is not None:
-        write_pairs(folder, generator, tok, images, sigma, source, seed, clean=clean, **sampling)
+        write_pairs(folder, generator, tok, images, sigma, source, seed, clean=clean, known=known, **sampling)
         return open_pairs(folder, images, tok, generator)
-    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling)
-    made,differ = _made(generator, tok, images, range(len(images)), sigmas, source, _seeds(seed, len(images)), sampling)
+    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling); _check_known(tok, images, known)
+    made,differ = _made(generator, tok, images, range(len(images)), sigmas, source, _seeds(seed, len(images)), sampling, known)
     return LatentPairs(made, images, about|_merged([differ]))
 
 def _seeds(seed, n): return row_seeds(make_rng(seed, 'sample'), n)       # the same whichever part a row is made in
@@ -230,6 +241,7 @@ def write_pairs(
     seed:int = 0,                    # of all draws
     *,
     clean:float = 0.,                # share of pairs that are the image's own latents
+    known:Tensor|None = None,        # latents of the images, where `encode_all` has made them; None: encode
     part:int = 1000,                 # pairs a file
     shard:tuple[int,int] = (0, 1),   # which of how many workers this is; each makes its share of the files
     latents:str = 'float32',         # how continuous latents are kept: 'float32' | 'bfloat16'
@@ -239,7 +251,7 @@ def write_pairs(
     which,of = shard
     if not 0 <= which < of: raise ValueError(f"shard must be (which, of how many) with which from 0, got {shard}")
     if latents not in ('float32','bfloat16'): raise ValueError(f"latents must be kept as 'float32' or 'bfloat16', got {latents!r}")
-    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling)
+    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling); _check_known(tok, images, known)
     folder,n = Path(folder),len(images)
     made_by = dict(images=images.hash, tokenizer=tok.fingerprint, generator=generator.fingerprint if generator else None)
     recipe = to_plain(made_by|dict(about=about, n=n, part=part, latents=latents))
@@ -247,7 +259,7 @@ def write_pairs(
     seeds,files = _seeds(seed, n),range(-(-n//part))
     for i in bar([f for f in files[which::of] if not _part(folder, f).exists()], 'making pairs'):
         rows = range(i*part, min(n, (i+1)*part)); at = slice(rows.start, rows.stop)
-        made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling)
+        made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
         made = made.to(_dtype(tok, latents)).contiguous()
         try:
             about_it = json.dumps(differ|dict(hash=tensors_hash(dict(latents=made))))      # one entry: several would have no order
