@@ -23,7 +23,7 @@ def text(name:str) -> str: return '\n'.join(map(source, cells(name)))
 @pytest.mark.parametrize('name', ALL)
 def test_form(name):
     first = next(c for c in cells(name) if c['cell_type'] == 'markdown')
-    assert re.match(r'# \S.*\n\n> \S', source(first)), f"{name}: the first markdown cell must be `# name`, an empty line, `> one-line promise`"
+    assert re.fullmatch(r'# \S.*\n\n> \S.*', source(first)), f"{name}: the first markdown cell must be `# name`, an empty line, `> one-line promise`, and nothing else, for the site drops the rest"
     size = (NBS/name).stat().st_size
     assert size <= 300_000, f"{name} has {size/1000:.0f} kB (limit 300): fewer or smaller pictures"
     shown = any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for c in cells(name) for o in c.get('outputs', []))
