@@ -180,6 +180,18 @@ def test_sweep_reports_and_goes_on(tmp_path, capfd):
     assert len(table) == 2 and set(table.gpu) <= {'0','1'} and set(table.threads) == {table.threads.iloc[0]}
     assert list(table)[:5] == ['experiment', 'run_id', 'metric', 'value', 'seed'] and len(table.attrs['skipped']) == 1
 
+@pytest.mark.parametrize('deaths, status', [(1, 'done'), (3, 'failed')])
+def test_a_kernel_that_dies_at_its_start_is_started_anew(tmp_path, monkeypatch, deaths, status):
+    log, spec = tmp_path/'starts', tmp_path/'jupyter'/'kernels'/'python3'/'kernel.json'
+    log.write_text(''); spec.parent.mkdir(parents=True)
+    start = f"""import sys; f = open({str(log)!r}, 'r+'); n = len(f.read()); f.write('.'); f.close()
+if n < {deaths}: sys.exit('Address already in use')
+from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"""
+    spec.write_text(json.dumps(dict(argv=[sys.executable, '-c', start, '-f', '{connection_file}'], display_name='python3', language='python')))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path/'jupyter'))
+    report = sweep_experiment(TINY, dict(seed=['1']), root=tmp_path/'runs')
+    assert report.status.tolist() == [status] and len(log.read_text()) == min(deaths+1, 3)
+
 def test_collect_survives_damage(tmp_path):
     folder = run_experiment(TINY, {}, tmp_path)
     (folder.parent/'torn-1').mkdir(); (folder.parent/'torn-1'/'params.json').write_text('{}'); (folder.parent/'torn-1'/'metrics.json').write_text('{"rows": [')

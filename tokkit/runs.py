@@ -355,7 +355,7 @@ def _failure(notebook:Path, log:Path, code:int) -> str:
     if code <= 0: return f"ended by signal {-code}" if code else "it wrote no metrics.json; its last cell must call run.finish(...)"
     return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()] or ['no message'])[-1]
 
-# %% ../nbs/61_runs.ipynb #accf6d0d
+# %% ../nbs/61_runs.ipynb #437adf37
 def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Event|None, progress:bool):
     "Wait for a run's process, showing the heading it is at; end it when this process is interrupted"
     try:
@@ -378,6 +378,8 @@ def _show(b, notebook:Path):
     b.set_description(heading[:40], refresh=False); b.set_postfix_str(text[0][:80] if text else '', refresh=False)
     if moved or sys.stderr.isatty(): b.refresh()  # a log file gets a line a cell
 
+_STARTS = 3  # of a kernel that dies before its first cell: two that start at once can be given the same port
+
 def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event|None, progress:bool):
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
     import yaml
@@ -385,10 +387,13 @@ def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event
     command = [sys.executable, '-c', _CHILD, str(os.getpid()), str(source), str(out), '--no-progress-bar', '--autosave-cell-every', '2',
                '--start-timeout', '600']  # a busy machine may take minutes to start a kernel
     if changed: command += ['-y', yaml.safe_dump(changed)]
-    with open(log, 'wb') as f:
-        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
-        _watch(child, out, len(_read_notebook(source)['cells'])+1, stop, progress)
-    if child.returncode or not (tmp/'metrics.json').exists(): raise RunError(_failure(out, log, child.returncode))
+    for left in reversed(range(_STARTS)):
+        with open(log, 'wb') as f:
+            child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+            _watch(child, out, len(_read_notebook(source)['cells'])+1, stop, progress)
+        if not child.returncode and (tmp/'metrics.json').exists(): break
+        why = _failure(out, log, child.returncode)
+        if not left or 'before replying to kernel_info' not in why: raise RunError(why)
     for p in (log, tmp/'.progress'): p.unlink(missing_ok=True)
 
 # %% ../nbs/61_runs.ipynb #3a9549cc
