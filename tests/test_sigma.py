@@ -42,7 +42,13 @@ def test_the_best_wins(known, best):
 
 
 def test_the_control_may_win(known):
-    assert race(lambda s, n: 500-10*s).sigma == 1
+    found = race(lambda s, n: 500-10*s)
+    assert found.sigma == 1 and 'clean tokens win' in repr(found)
+
+
+def test_a_winner_tells_its_lead(known):
+    said = repr(race(lambda s, n: 519 if s == 1 else 500+(s != .9)))
+    assert 'sigma 0.9' in said and '19 ± ' in said and 'ahead of clean tokens' in said
 
 
 def test_the_last_round_decides(known):

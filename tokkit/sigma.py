@@ -47,7 +47,7 @@ def sigma_evidence(
         return dict(sigma=s, mmd2=near.value, mmd2_se=near.se, apart=apart, differ=pairs.about['drawn_differ'])
     return pd.DataFrame([row(s) for s in bar(sigmas, 'evidence')])
 
-# %% ../nbs/55_sigma.ipynb #d7ee609c
+# %% ../nbs/55_sigma.ipynb #bb47d304
 @dataclass(frozen=True)
 class SigmaRace:
     "Which sigma won, and how"
@@ -59,8 +59,10 @@ class SigmaRace:
     def __repr__(self):
         last = self.table[self.table['round'] == self.table['round'].max()].set_index('sigma')
         said = ', '.join(f'{s:g}: {r.value:.4g} ± {r.se:.2g}' for s,r in last.iterrows())
-        note = '; clean tokens win, so pairs of this generator do not pay' if self.sigma == 1 else ''
-        return f"SigmaRace: sigma {self.sigma:g} at {100*self.cost:.0f}% of the sweep's cost ({said}){note}"
+        control = last.loc[1.]
+        note = 'clean tokens win, so pairs of this generator do not pay' if self.sigma == 1 else \
+               f'{control.gap:.3g} ± {control.gap_se:.2g} ahead of clean tokens, to be confirmed at full length'
+        return f"SigmaRace: sigma {self.sigma:g} at {100*self.cost:.0f}% of the sweep's cost ({said}); {note}"
 
 def race_plan(
     racers:int,          # sigmas in the first round, the control not counted
