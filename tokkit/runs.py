@@ -303,7 +303,7 @@ def fit_params(
         raise ValueError(f"{Path(notebook).stem} has no parameter {', '.join(unknown)}; it has: {has}")
     return {k:fit_value(k, params.get(k, p.default), p.default) for k,p in known.items()}
 
-# %% ../nbs/61_runs.ipynb #a30bd283
+# %% ../nbs/61_runs.ipynb #a2feef7d
 def _word(v:Any) -> str: return f'{v:g}' if isinstance(v, float) else str(v)
 
 def run_id(
@@ -311,8 +311,7 @@ def run_id(
     params:dict[str,Any]|None = None,  # what differs from the defaults
 ) -> str:
     "Readable words and a hash that depend only on source, parameters and version"
-    path = find_notebook(notebook)
-    values, known = fit_params(path, params or {}), notebook_params(path)
+    values, known = fit_params(path := find_notebook(notebook), params or {}), notebook_params(path)
     changed = {k:v for k,v in values.items() if v != fit_value(k, known[k].default, known[k].default)}
     words = [f"{k}{'+'.join(map(_word, v)) if isinstance(v, list) else _word(v)}" for k,v in changed.items()]
     source = [(c['cell_type'], ''.join(c['source'])) for c in _read_notebook(path)['cells']]
@@ -355,7 +354,7 @@ def _failure(notebook:Path, log:Path, code:int) -> str:
     if code <= 0: return f"ended by signal {-code}" if code else "it wrote no metrics.json; its last cell must call run.finish(...)"
     return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()] or ['no message'])[-1]
 
-# %% ../nbs/61_runs.ipynb #437adf37
+# %% ../nbs/61_runs.ipynb #431d6b78
 def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Event|None, progress:bool):
     "Wait for a run's process, showing the heading it is at; end it when this process is interrupted"
     try:
@@ -378,22 +377,19 @@ def _show(b, notebook:Path):
     b.set_description(heading[:40], refresh=False); b.set_postfix_str(text[0][:80] if text else '', refresh=False)
     if moved or sys.stderr.isatty(): b.refresh()  # a log file gets a line a cell
 
-_STARTS = 3  # of a kernel that dies before its first cell: two that start at once can be given the same port
-
 def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event|None, progress:bool):
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
     import yaml
     out, log = tmp/'notebook.ipynb', tmp/'.log'
     command = [sys.executable, '-c', _CHILD, str(os.getpid()), str(source), str(out), '--no-progress-bar', '--autosave-cell-every', '2',
-               '--start-timeout', '600']  # a busy machine may take minutes to start a kernel
-    if changed: command += ['-y', yaml.safe_dump(changed)]
-    for left in reversed(range(_STARTS)):
+               '--start-timeout', '600', *(['-y', yaml.safe_dump(changed)] if changed else [])]  # a busy machine may take minutes to start a kernel
+    for _ in range(3):  # of two kernels that start at once and are given the same port, one dies before its first cell
         with open(log, 'wb') as f:
             child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
             _watch(child, out, len(_read_notebook(source)['cells'])+1, stop, progress)
-        if not child.returncode and (tmp/'metrics.json').exists(): break
-        why = _failure(out, log, child.returncode)
-        if not left or 'before replying to kernel_info' not in why: raise RunError(why)
+        why = '' if not child.returncode and (tmp/'metrics.json').exists() else _failure(out, log, child.returncode)
+        if 'before replying to kernel_info' not in why: break
+    if why: raise RunError(why)
     for p in (log, tmp/'.progress'): p.unlink(missing_ok=True)
 
 # %% ../nbs/61_runs.ipynb #3a9549cc
