@@ -7,7 +7,7 @@ __all__ = ['RunError', 'runs_root', 'checkout', 'commit', 'provenance', 'artifac
            'find_notebook', 'Parameter', 'notebook_params', 'fit_value', 'fit_params', 'run_id', 'run_experiment',
            'RunSpec', 'grid_runs', 'collect']
 
-# %% ../nbs/61_runs.ipynb #93bf6773
+# %% ../nbs/61_runs.ipynb #80b44324
 import ast, errno, fcntl, inspect, json, os, re, shutil, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
+import torch, yaml
 
 import tokkit
 from .core import atomic_dir, bar, default_device, read_json, stable_hash, write_json
@@ -354,7 +354,7 @@ def _failure(notebook:Path, log:Path, code:int) -> str:
     if code <= 0: return f"ended by signal {-code}" if code else "it wrote no metrics.json; its last cell must call run.finish(...)"
     return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()] or ['no message'])[-1]
 
-# %% ../nbs/61_runs.ipynb #431d6b78
+# %% ../nbs/61_runs.ipynb #0eadd173
 def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Event|None, progress:bool):
     "Wait for a run's process, showing the heading it is at; end it when this process is interrupted"
     try:
@@ -379,10 +379,9 @@ def _show(b, notebook:Path):
 
 def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event|None, progress:bool):
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
-    import yaml
     out, log = tmp/'notebook.ipynb', tmp/'.log'
     command = [sys.executable, '-c', _CHILD, str(os.getpid()), str(source), str(out), '--no-progress-bar', '--autosave-cell-every', '2',
-               '--start-timeout', '600', *(['-y', yaml.safe_dump(changed)] if changed else [])]  # a busy machine may take minutes to start a kernel
+               *(['-y', yaml.safe_dump(changed)] if changed else []), '--start-timeout', '600']  # a busy machine may take minutes
     for _ in range(3):  # of two kernels that start at once and are given the same port, one dies before its first cell
         with open(log, 'wb') as f:
             child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
