@@ -17,7 +17,7 @@ from tokkit.train import ImageTraining
 from tokkit.widgets import image_tiles
 
 SMALL = dict(classes=10, width=16, depth=1, heads=2)
-KINDS = 'ar', 'masked', 'flow', 'ar levels'
+KINDS = 'ar', 'masked', 'flow', 'ar levels', 'ar scales'
 
 
 @pytest.fixture(scope='module')
@@ -28,10 +28,10 @@ def images(): return fashion_mnist('test', n=12)
 def trio(kind):
     "A tokenizer, the same after a short post-training, and a generator of its latents; the last two barely trained"
     torch.manual_seed(0)
-    tok = make_tokenizer({'flow':'tiny-kl', 'ar levels':'tiny-pq'}.get(kind, 'tiny')).eval()
+    tok = make_tokenizer({'flow':'tiny-kl', 'ar levels':'tiny-pq', 'ar scales':'tiny-msrq'}.get(kind, 'tiny')).eval()
     if kind == 'flow': g = FlowGenerator(FlowCfg(*tok.spec.shape, **SMALL))
     else:
-        cfg = dict(n=49, codebook_size=tok.spec.codebook_size, levels=2 if 'levels' in kind else 1, **SMALL)
+        cfg = dict(n=70 if 'scales' in kind else 49, codebook_size=tok.spec.codebook_size, levels=2 if 'levels' in kind else 1, **SMALL)
         g = MaskedGenerator(MaskedCfg(**cfg)) if kind == 'masked' else ARGenerator(ARCfg(**cfg))
     healed, _ = posttrain_decoder(tok, clean_pairs(tok, fashion_mnist('train', 64)), ImageTraining(epochs=1, batch=32, lr=1e-2, perceptual=0.), device='cpu')
     return tok, healed.eval(), g.eval()
@@ -77,7 +77,7 @@ def test_numbers(images):
 def test_view(images):
     e = explorer(images)
     heights = {kind: explorer(images, kind).picture().size[1] for kind in KINDS}
-    assert heights['ar'] == heights['masked'] > heights['flow'] == heights['ar levels'], "the map of tokens is for ids of one level"
+    assert heights['ar'] == heights['masked'] > heights['flow'] == heights['ar levels'] == heights['ar scales'], "the map is for one id a token"
     assert e.picture(footer=True).size[1] > heights['ar']
     a, b = e.picture(), explorer(images).picture()
     assert a.tobytes() == b.tobytes()

@@ -136,7 +136,7 @@ def shown(self:BeforeAfterExplorer) -> BeforeAfter:
     "What the view shows"
     return self.compared()
 
-# %% ../nbs/73_before_after.ipynb #f7065066
+# %% ../nbs/73_before_after.ipynb #fa1eeebb
 @patch
 def numbers(self:BeforeAfterExplorer,
     shown:BeforeAfter|None = None, # from `compared`; None computes it
@@ -159,7 +159,7 @@ def picture(self:BeforeAfterExplorer,
     kept = 'real' if s['sigma'] else 'same label'
     rows = [('image', kept, image_tiles(p.x)), ('before', f"σ = {s['sigma']:.2g}", image_tiles(p.before)),
             ('after', 'same latents', image_tiles(p.after)), ('difference', '|after − before|', difference_tiles(p.after, p.before))]
-    if p.real.ndim == 2:
+    if p.real.ndim == 2 and p.real.shape[1] == math.prod(self.before.spec.grid):                # one id a token, in a grid
         colors,side = code_colors(self.before.codebook),image_tiles(p.x[:1]).shape[1]
         rows.append(('tokens', 'framed: new', token_tiles(p.latents, p.real, colors, self.before.spec.grid, side)))
     return compose(rows, footer=self.numbers(p) if footer else '')

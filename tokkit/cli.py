@@ -6,19 +6,18 @@
 __all__ = ['COMMANDS', 'comma_list', 'add_options', 'read_grid', 'demo', 'run', 'sweep', 'results', 'metric', 'posttrain',
            'lab_command', 'lab', 'docs', 'leftovers', 'clean', 'make_parser', 'main']
 
-# %% ../nbs/80_cli.ipynb #7413ace7
+# %% ../nbs/80_cli.ipynb #0f52125f
 import argparse, ast, os, shutil, subprocess, sys, warnings
 from collections.abc import Callable
 from inspect import Parameter, signature
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from fastcore.docments import docments
 
 import tokkit
 
-# %% ../nbs/80_cli.ipynb #5d8fcd7d
+# %% ../nbs/80_cli.ipynb #0ec351cd
 _SHORT = dict(params='-p', grid='-g', n='-n')
 
 def comma_list(of:type) -> Callable[[str],list]:
@@ -29,7 +28,7 @@ def comma_list(of:type) -> Callable[[str],list]:
 
 def _reader(kind:Any) -> dict:
     "What argparse needs to read a value annotated as `kind`"
-    if isinstance(kind, UnionType): kind = next(k for k in get_args(kind) if k is not type(None))
+    if type(None) in get_args(kind): kind = next(k for k in get_args(kind) if k is not type(None))
     if get_origin(kind) is Literal: return dict(choices=get_args(kind))
     if get_origin(kind) is list: return dict(type=comma_list(get_args(kind)[0]))
     return dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
@@ -198,7 +197,7 @@ def results(
         with atomic_path(csv) as p: table.to_csv(p, index=False)
     print(_table(table)); _say(f'{table.run_id.nunique()} runs, {len(table)} values'+(f', written to {csv}' if csv else ''))
 
-# %% ../nbs/80_cli.ipynb #b485609a
+# %% ../nbs/80_cli.ipynb #a7ced44e
 def metric(
     metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
     *,
@@ -337,7 +336,7 @@ def posttrain(
             pairs = latent_pairs(gen, tok, images, seed=seed, folder=work/'pairs', guidance=guidance, **own)
             healed, history = posttrain_decoder(tok, pairs, how, work, **given, **common)
         else:
-            samples,_ = sample_batches(gen, len(images), seed=seed, guidance=guidance)
+            samples,_ = sample_batches(gen, images.labels, seed=seed, guidance=guidance)
             healed, history = heal_unpaired(tok, samples, images, how, work, **given, **common)
         healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)
     shutil.rmtree(work, ignore_errors=True)

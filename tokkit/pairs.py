@@ -23,7 +23,7 @@ from .data import ImageSet, from_uint8, to_uint8
 from .generator import LatentGenerator, row_seeds, sample_batches
 from .tokenizer import Tokenizer
 
-# %% ../nbs/49_pairs.ipynb #353af89f
+# %% ../nbs/49_pairs.ipynb #8a26c138
 def check_fit(
     generator:LatentGenerator,  # whose latents
     tok:Tokenizer,              # whose decoder
@@ -35,7 +35,7 @@ def check_fit(
     mine,theirs = said(shape, s.codebook_size),said(generator.shape, generator.codebook_size)
     if mine != theirs:
         raise ValueError(f"the generator draws {theirs}, the tokenizer decodes {mine}; take one trained on this tokenizer's latents")
-    scale = getattr(generator.cfg, 'std', None)
+    scale = getattr(getattr(generator, 'cfg', None), 'std', None)           # other people's generators need no cfg
     if s.codebook_size is None and scale and not math.isclose(scale, s.std, rel_tol=.2) and s.std != 1.:
         raise ValueError(f"the generator's latents have a standard deviation of {scale:.3g}, the tokenizer's {s.std:.3g}; "
                          "take a generator trained on this tokenizer's latents")
@@ -109,7 +109,7 @@ def row_sigmas(
     for s,a,b in zip(shares, [0, *ends], ends): out[order[a:b]] = s
     return out
 
-# %% ../nbs/49_pairs.ipynb #2f66b722
+# %% ../nbs/49_pairs.ipynb #d51473e0
 SOURCES = 'reencode', 'tokens'
 
 class LatentPairs(Dataset):
@@ -129,7 +129,7 @@ class LatentPairs(Dataset):
     @property
     def hash(self) -> str: return stable_hash([self.images.hash, *(tensors_hash(dict(latents=p)) for p in self.parts)])
     def __len__(self): return len(self.images)
-    def __getitem__(self, i): return _wide(self._rows(torch.tensor([i])))[0],self.images[i][0]
+    def __getitem__(self, i): i = range(len(self))[i]; return _wide(self._rows(torch.tensor([i])))[0],self.images[i][0]
     def __getitems__(self, i): return _wide(self._rows(torch.as_tensor(i))),self.images[i][0]
 
     def _rows(self, i) -> Tensor:
@@ -224,7 +224,7 @@ def clean_pairs(
     "The control: the images' own latents"
     return LatentPairs(encode_all(tok, images), images, dict(source='clean'))
 
-# %% ../nbs/49_pairs.ipynb #ede0cc5e
+# %% ../nbs/49_pairs.ipynb #71eac4cf
 def _dtype(tok, latents) -> torch.dtype:
     if tok.spec.codebook_size is None: return dict(float32=torch.float32, bfloat16=torch.bfloat16)[latents]
     return torch.uint16 if tok.spec.codebook_size <= 2**16 else torch.int32
@@ -250,6 +250,7 @@ def write_pairs(
     "Make pairs and keep them in a folder, file by file"
     which,of = shard
     if not 0 <= which < of: raise ValueError(f"shard must be (which, of how many) with which from 0, got {shard}")
+    check_range('part', part, 1, 1e9, 'it is a number of pairs')
     if latents not in ('float32','bfloat16'): raise ValueError(f"latents must be kept as 'float32' or 'bfloat16', got {latents!r}")
     about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling); _check_known(tok, images, known)
     folder,n = Path(folder),len(images)
@@ -274,10 +275,17 @@ def _begin(folder, recipe):
     "Write the recipe, or compare it with the one that is there"
     if not (folder/'pairs.json').exists():
         folder.mkdir(parents=True, exist_ok=True); write_json(folder/'pairs.json', recipe); return
-    there = read_json(folder/'pairs.json')
+    there = _read_recipe(folder)
     if wrong := [k for k in recipe if there.get(k) != recipe[k]]:
         k = wrong[0]
         raise ValueError(f"{folder} holds pairs with {k} {there.get(k)}, asked for is {recipe[k]}; choose another folder, or delete it")
+
+def _read_recipe(folder) -> dict:
+    "What a folder's pairs were made by"
+    r,path = read_json(folder/'pairs.json'),folder/'pairs.json'
+    lacks = {'images','tokenizer','generator','about','n','part'} - (set(r) if isinstance(r, dict) else set())
+    if not lacks: return r
+    raise ValueError(f"{path} is of another version or damaged: no {', '.join(sorted(lacks))}; delete {folder} and make them again")
 
 def open_pairs(
     folder:str|Path,                         # written by `write_pairs`
@@ -289,7 +297,7 @@ def open_pairs(
     "Pairs from a folder, memory-mapped, or one line about what is wrong with it"
     folder = Path(folder)
     if not (folder/'pairs.json').is_file(): raise FileNotFoundError(f"no pairs in {folder}; make them with write_pairs")
-    r = read_json(folder/'pairs.json')
+    r = _read_recipe(folder)
     for what,mine in (('images', images.hash), ('tokenizer', tok and tok.fingerprint), ('generator', generator and generator.fingerprint)):
         if mine and r[what] != mine:
             raise ValueError(f"{folder} was made with {what} {r[what]}, not with {mine}; give that one, or make pairs of this one")
@@ -297,13 +305,17 @@ def open_pairs(
     if missing := [f.name for f in files if not f.exists()]:
         lacks = f"{len(missing)} of {len(files)} parts are missing, first {missing[0]}"
         raise FileNotFoundError(f"{folder} is not whole: {lacks}; call write_pairs again, it goes on")
-    parts,differs = zip(*[_read_part(f, verify) for f in files])
+    parts,differs = zip(*[_read_part(f, min(r['part'], r['n']-i*r['part']), verify) for i,f in enumerate(files)])
     return LatentPairs(parts, images, r['about']|_merged(differs))
 
-def _read_part(path, verify) -> tuple[Tensor,dict]:
+def _read_part(path, rows, verify) -> tuple[Tensor,dict]:
     again = "delete it and call write_pairs again"
     try:
-        with safe_open(path, 'pt') as f: latents,meta = f.get_tensor('latents'),json.loads(f.metadata()['about'])
+        with safe_open(path, 'pt') as f: latents,meta = f.get_tensor('latents'),json.loads((f.metadata() or {})['about'])
+        told = meta['hash']
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} does not say what it holds, so it is of another version or damaged; {again}") from None
     except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
-    if verify and tensors_hash(dict(latents=latents)) != meta['hash']: raise ValueError(f"{path} is damaged: its checksum changed; {again}")
+    if len(latents) != rows: raise ValueError(f"{path} has {len(latents)} pairs instead of {rows}; {again}")
+    if verify and tensors_hash(dict(latents=latents)) != told: raise ValueError(f"{path} is damaged: its checksum changed; {again}")
     return latents,{k:v for k,v in meta.items() if k != 'hash'}

@@ -47,7 +47,7 @@ def sigma_evidence(
         return dict(sigma=s, mmd2=near.value, mmd2_se=near.se, apart=apart, differ=pairs.about['drawn_differ'])
     return pd.DataFrame([row(s) for s in bar(sigmas, 'evidence')])
 
-# %% ../nbs/55_sigma.ipynb #bb47d304
+# %% ../nbs/55_sigma.ipynb #e330ac40
 @dataclass(frozen=True)
 class SigmaRace:
     "Which sigma won, and how"
@@ -58,10 +58,11 @@ class SigmaRace:
 
     def __repr__(self):
         last = self.table[self.table['round'] == self.table['round'].max()].set_index('sigma')
-        said = ', '.join(f'{s:g}: {r.value:.4g} ± {r.se:.2g}' for s,r in last.iterrows())
+        def error(se): return '' if pd.isna(se) else f' ± {se:.2g}'                     # a probe may make none
+        said = ', '.join(f'{s:g}: {r.value:.4g}{error(r.se)}' for s,r in last.iterrows())
         control = last.loc[1.]
         note = 'clean tokens win, so pairs of this generator do not pay' if self.sigma == 1 else \
-               f'{control.gap:.3g} ± {control.gap_se:.2g} ahead of clean tokens, to be confirmed at full length'
+               f'{control.gap:.3g}{error(control.gap_se)} ahead of clean tokens, to be confirmed at full length'
         return f"SigmaRace: sigma {self.sigma:g} at {100*self.cost:.0f}% of the sweep's cost ({said}); {note}"
 
 def race_plan(

@@ -52,7 +52,7 @@ class FreeSamples(Dataset):
     def __getitem__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
     def __getitems__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
 
-# %% ../nbs/54_unpaired.ipynb #22b1c5b9
+# %% ../nbs/54_unpaired.ipynb #efe7b42b
 def unpaired_step(
     tok:Tokenizer,                 # its decoder learns
     loss:ImageLoss,                # its critic sees samples, its other terms clean latents
@@ -95,7 +95,7 @@ def heal_unpaired(
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
     check_range('moments', moments, 0, 1e6, 'it is a weight'); check_range('consistency', consistency, 0, 1e6, 'it is a weight')
-    latents = encode_all(tok, images)
+    latents = encode_all(copy.deepcopy(tok).eval(), images)                   # in training mode encoding would move its statistics
     data = FreeSamples(samples.cpu(), latents, images, seed)
     extra = copy.deepcopy(loss or MomentLoss().fit(images)).forget().train() if moments else None
     def step(healed, loss, original): return unpaired_step(healed, loss, original, extra, moments, consistency)
