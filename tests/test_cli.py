@@ -195,7 +195,7 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys):
 
 @pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--mode', 'unpaired', '--moments', '0']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):
-    from tokkit.official import official_trainable
+    from tokkit.posttrain import official_trainable
     from tokkit.tokenizer import Tokenizer
     assert main(['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
                  '-n', '64', '--epochs', '1', '--out', str(tmp_path/'healed'), *choice]) == 0

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BeforeAfter', 'BeforeAfterExplorer']
 
-# %% ../nbs/73_before_after.ipynb #e628543b
+# %% ../nbs/73_before_after.ipynb #a21a4272
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
