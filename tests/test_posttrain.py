@@ -1,5 +1,5 @@
 "Post-training: what is frozen stays, whatever the quantizer; pairs and training survive a kill; the released code's list of what learns"
-import json, signal, subprocess, sys, time
+import copy, json, signal, subprocess, sys, time
 from dataclasses import replace
 
 import pytest
@@ -125,6 +125,43 @@ def test_a_full_disk_leaves_what_is_whole(images, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r'No space left.*2 of 5 parts are whole and stay: make room and call again'): write_pairs(tmp_path, None, tok, images, part=10)
     monkeypatch.setattr(pairs, 'save_file', save)
     assert write_pairs(tmp_path, None, tok, images, part=10) == 0 and torch.equal(open_pairs(tmp_path, images).latents, encode_all(tok, images))
+
+def damaged_store(folder, images):
+    "A whole store of two parts, and the second part's file"
+    write_pairs(folder, None, small('tiny'), images.subset(30), part=20)
+    return folder/'part-00001.safetensors'
+
+@pytest.mark.parametrize('says, metadata', [('does not say what it holds', m) for m in (None, dict(a='1'), dict(about='x'), dict(about='{}'))])
+def test_a_part_of_another_version_is_named(tmp_path, images, says, metadata):
+    from safetensors.torch import load_file, save_file
+    part = damaged_store(tmp_path, images)
+    save_file(load_file(part), part, metadata)
+    with pytest.raises(ValueError, match=f'part-00001.safetensors {says}.*call write_pairs again'): open_pairs(tmp_path, images.subset(30))
+
+def test_a_part_of_another_length_is_named(tmp_path, images):
+    part = damaged_store(tmp_path, images)
+    part.write_bytes((tmp_path/'part-00000.safetensors').read_bytes())
+    with pytest.raises(ValueError, match='part-00001.safetensors has 20 pairs instead of 10'): open_pairs(tmp_path, images.subset(30))
+
+@pytest.mark.parametrize('text, lacks', [('[]', 'no about, generator, images, n, part, tokenizer'), ('{"n": 30, "part": 20}', 'no about, generator, images, tokenizer')])
+def test_a_recipe_of_another_version_is_named(tmp_path, images, text, lacks):
+    damaged_store(tmp_path, images); (tmp_path/'pairs.json').write_text(text)
+    with pytest.raises(ValueError, match=f'pairs.json is of another version or damaged: {lacks}; delete'): open_pairs(tmp_path, images.subset(30))
+    with pytest.raises(ValueError, match=f'pairs.json is of another version or damaged: {lacks}; delete'): damaged_store(tmp_path, images)
+
+def test_rows_from_the_end(tmp_path, images):
+    damaged_store(tmp_path, images); pairs = open_pairs(tmp_path, images.subset(30))
+    assert all(a.equal(b) for a, b in zip(pairs[-2], pairs[28]))
+    with pytest.raises(IndexError): pairs[30]
+
+@pytest.mark.parametrize('name, options', [('tiny', {}), ('tiny', dict(quantizer_options=dict(update='ema')))])
+def test_healing_leaves_a_tokenizer_in_training_mode_as_it_is(images, name, options):
+    tok = make_tokenizer(name, width=32, depth=1, **options)
+    before = copy.deepcopy(tok.state_dict())
+    how = ImageTraining(epochs=1, batch=10, perceptual=0)
+    healed, _ = heal_unpaired(tok, torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0)), images.subset(20), how, device='cpu', moments=0)
+    assert tok.training and all(v.equal(before[k]) for k, v in tok.state_dict().items())
+    assert all(v.equal(before[k]) for k, v in healed.state_dict().items() if not k.startswith('decoder.'))
 
 
 KILLED = '''
