@@ -2,6 +2,7 @@
 import copy, json, signal, subprocess, sys, time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from tokkit.flow import FlowCfg, FlowGenerator
 from tokkit.learner import EMA
 from tokkit.masked import MaskedCfg, MaskedGenerator
 from tokkit.official import official_names
-from tokkit.pairs import check_fit, clean_pairs, encode_all, latent_pairs, open_pairs, row_sigmas, write_pairs
+from tokkit.pairs import check_fit, check_same, clean_pairs, encode_all, latent_pairs, open_pairs, row_sigmas, write_pairs
 from tokkit.posttrain import Probe, official_trainable, posttrain_decoder
 from tokkit.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
 from tokkit.train import ImageTraining
@@ -125,6 +126,36 @@ def test_a_full_disk_leaves_what_is_whole(images, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r'No space left.*2 of 5 parts are whole and stay: make room and call again'): write_pairs(tmp_path, None, tok, images, part=10)
     monkeypatch.setattr(pairs, 'save_file', save)
     assert write_pairs(tmp_path, None, tok, images, part=10) == 0 and torch.equal(open_pairs(tmp_path, images).latents, encode_all(tok, images))
+
+def test_latents_of_another_tokenizer_are_refused(images):
+    how, tok, kl = ImageTraining(epochs=1, batch=10, perceptual=0), small('tiny'), small('tiny-kl')
+    few = images.subset(20)
+    for other, says in ((kl, 'decodes ids .* of 512 codes, got continuous latents'), (small('tiny-16'), 'decodes ids .*, got ids'), (small('tiny', codebook_size=4096), 'got id')):
+        with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'): posttrain_decoder(tok, clean_pairs(other, few), how, device='cpu')
+        with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'): heal_unpaired(tok, encode_all(other, few), few, how, device='cpu', moments=0)
+    with pytest.raises(ValueError, match='decodes continuous latents .* got ids'): posttrain_decoder(kl, clean_pairs(tok, few), how, device='cpu')
+    with pytest.raises(ValueError, match=r'makes images \(3, 28, 28\), got images \(1, 28, 28\)'):
+        posttrain_decoder(small('tiny', channels=3), clean_pairs(tok, few), how, device='cpu')
+
+def test_settings_of_the_quantizer_are_compared():
+    with pytest.raises(ValueError, match='first in quantizer'): check_same(small('tiny-lfq'), small('tiny-bsq'))
+
+def test_another_probe_is_not_gone_on_with(tmp_path, images):
+    "A training that was killed under one judge starts anew under another"
+    tok, how = small('tiny'), ImageTraining(epochs=2, batch=25, perceptual=0, lr=5e-3)
+    a, b = (Probe(torch.randint(512, (40, 49), generator=torch.Generator().manual_seed(s)), images, bootstrap=2) for s in (1, 2))
+    assert a.hash != b.hash and a.hash == replace(a).hash and a.hash != replace(a, seed=1).hash
+    straight = posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path/'b', device='cpu', probe=b)[1].probe.tolist()
+    def stop(learner): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path/'a', stop, device='cpu', probe=a)
+    assert posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path/'a', device='cpu', probe=b)[1].probe.tolist() == straight
+
+@pytest.mark.parametrize('sigma', [{.5, .9}, (.5, .9), np.array([.5, .9])], ids=['set', 'tuple', 'array'])
+def test_a_mixture_in_any_container(sigma):
+    assert row_sigmas(10, sigma).sort().values.tolist() == pytest.approx([.5]*5+[.9]*5)
+
+def test_each_sigma_once():
+    with pytest.raises(ValueError, match='each sigma once'): row_sigmas(10, [.5, .5, .9])
 
 def damaged_store(folder, images):
     "A whole store of two parts, and the second part's file"

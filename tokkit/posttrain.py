@@ -6,7 +6,7 @@
 __all__ = ['FREEZE', 'official_trainable', 'LowRank', 'add_low_rank', 'merge_low_rank', 'Probe', 'KeepBest', 'posttrain_step',
            'official_step', 'posttrain_decoder', 'heal']
 
-# %% ../nbs/53_posttrain.ipynb #2a7a6364
+# %% ../nbs/53_posttrain.ipynb #e1f0b751
 import copy, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
-from .core import check_range, tensors_hash
+from .core import check_range, stable_hash, tensors_hash
 from .data import ImageSet, from_uint8, to_uint8
 from .evaluate import Card
 from .learner import EMA, Callback, Learner, Phase, ema_weights, only_train
 from .losses import recon_loss
-from .pairs import LatentPairs, decode_all
+from .pairs import LatentPairs, check_latents, decode_all
 from .scorecard import gfid
 from .tokenizer import Tokenizer
 from .train import ImageLoss, ImageTraining, _fit, _schedule, adamw, matrices_decay
@@ -74,7 +74,7 @@ def merge_low_rank(
     "Add the changes to the matrices and take the machinery away"
     for m in layers: parametrize.remove_parametrizations(m, 'weight')
 
-# %% ../nbs/53_posttrain.ipynb #40a0cb5c
+# %% ../nbs/53_posttrain.ipynb #535b24c6
 @dataclass
 class Probe:
     "gFID of what a decoder makes of held-out samples; not those of the final number"
@@ -83,6 +83,13 @@ class Probe:
     extractor:Any = None           # who judges; None goes by the size of the images
     bootstrap:int = 20             # replicates for the error
     seed:int = 0                   # of the bootstrap
+
+    @property
+    def hash(self) -> str:
+        "Of what decides its cards: a training is gone on with under the same judge"
+        images = getattr(self.images, 'hash', None) or tensors_hash(dict(images=self.images))
+        by = getattr(self.extractor, 'fingerprint', None) or repr(self.extractor)
+        return stable_hash([tensors_hash(dict(latents=self.latents)), images, by, self.bootstrap, self.seed])
 
     def __call__(self,
         tok:Tokenizer,   # whose decoder
@@ -156,7 +163,7 @@ def official_step(
         return out|dict(loss=out['loss']+q.loss, quantizer=q.loss)
     return step
 
-# %% ../nbs/53_posttrain.ipynb #e54c7526
+# %% ../nbs/53_posttrain.ipynb #62397e88
 def posttrain_decoder(
     tok:Tokenizer,                        # left as it is
     pairs:LatentPairs,                    # latents and the images they should give
@@ -177,6 +184,7 @@ def posttrain_decoder(
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
     if freeze not in FREEZE: raise ValueError(f"freeze must be 'all' or 'official', got {freeze!r}")
     _check_options(pairs, freeze, lora, consistency)
+    if isinstance(pairs, LatentPairs): check_latents(tok, pairs.parts, pairs.images)
     cfg = cfg if freeze == 'official' else replace(cfg, semantic=0.)         # latents are given: that term has nobody to teach
     def step(healed, loss, original):
         if freeze == 'official': return official_step(healed, loss, original)
@@ -225,7 +233,8 @@ def heal(
         groups = matrices_decay(healed, cfg.weight_decay)
         if loss.weights(): groups.append(dict(params=loss.weights(), weight_decay=0.))
         phase = Phase(step(healed, loss, loss.original), adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
-        told = dict(asked or {}, critic=critic and tensors_hash(loss.critic.state_dict()), patience=probe and patience)
+        told = dict(asked or {}, critic=critic and tensors_hash(loss.critic.state_dict()))
+        if probe: told |= dict(patience=patience, probe=getattr(probe, 'hash', None))
         def watch(ema): kept.append(KeepBest(probe, healed, ema, patience)); return kept[0]
         model,phases = _Frozen(healed) if freeze == 'all' else healed,[phase, *loss.phases()]
         try: history = _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, told, watch if probe else None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FreeSamples', 'unpaired_step', 'heal_unpaired']
 
-# %% ../nbs/54_unpaired.ipynb #e0c7f150
+# %% ../nbs/54_unpaired.ipynb #283602e2
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .core import check_range, make_rng, tensors_hash
 from .data import ImageSet
 from .losses import recon_loss
 from .moments import MomentLoss
-from .pairs import encode_all
+from .pairs import check_latents, encode_all
 from .posttrain import heal
 from .tokenizer import Tokenizer
 from .train import ImageLoss, ImageTraining
@@ -52,7 +52,7 @@ class FreeSamples(Dataset):
     def __getitem__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
     def __getitems__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
 
-# %% ../nbs/54_unpaired.ipynb #efe7b42b
+# %% ../nbs/54_unpaired.ipynb #d0fbb8c0
 def unpaired_step(
     tok:Tokenizer,                 # its decoder learns
     loss:ImageLoss,                # its critic sees samples, its other terms clean latents
@@ -95,6 +95,7 @@ def heal_unpaired(
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
     check_range('moments', moments, 0, 1e6, 'it is a weight'); check_range('consistency', consistency, 0, 1e6, 'it is a weight')
+    check_latents(tok, samples, images)
     latents = encode_all(copy.deepcopy(tok).eval(), images)                   # in training mode encoding would move its statistics
     data = FreeSamples(samples.cpu(), latents, images, seed)
     extra = copy.deepcopy(loss or MomentLoss().fit(images)).forget().train() if moments else None
