@@ -185,13 +185,21 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys):
     words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
              '-n', '64', '--epochs', '1', '--out', str(tmp_path/'healed')]
     assert main([*words, '--sigma', '90']) == 2 and 'sigma must be in [0, 1], got 90' in capsys.readouterr().err
-    assert not [p for p in tmp_path.iterdir() if not p.name.startswith('.work')]
-    assert main(words) == 0
+    assert main([*words, '--lora', '-1']) == 2 and 'lora must be in' in capsys.readouterr().err
+    assert {p.name[:13] for p in tmp_path.iterdir()} == {'.work-healed-'} and len(list(tmp_path.glob('.work-*/pairs/part*'))) == 1
+    (tmp_path/'.healed.1-2.tmp').mkdir()                                    # a killed call leaves one
+    assert main(words) == 0 and [p.name for p in tmp_path.iterdir()] == ['healed'], "nothing is left, the pairs of the refused call neither"
     from tokkit.tokenizer import Tokenizer
     before, after = Tokenizer.load(own/'tokenizer').state_dict(), Tokenizer.load(tmp_path/'healed').state_dict()
     moved = {k.split('.')[0] for k in before if not before[k].equal(after[k])}
     assert moved == {'decoder'}, moved
     assert main(words) == 2 and 'is there already' in capsys.readouterr().err
+
+def test_posttrain_refuses_classes_the_generator_does_not_know(own, tmp_path, capsys):
+    assert main(['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', 'fashion_mnist',
+                 '-n', '64', '--out', str(tmp_path/'healed')]) == 2
+    said = capsys.readouterr().err; print(said)
+    assert 'fashion_mnist has 10 classes, the generator knows 2; give --data' in said and not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--mode', 'unpaired', '--moments', '0']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):

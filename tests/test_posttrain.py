@@ -141,14 +141,16 @@ def test_settings_of_the_quantizer_are_compared():
     with pytest.raises(ValueError, match='first in quantizer'): check_same(small('tiny-lfq'), small('tiny-bsq'))
 
 def test_another_probe_is_not_gone_on_with(tmp_path, images):
-    "A training that was killed under one judge starts anew under another"
+    "A training that was ended under one judge is refused under another, whose numbers would be compared with the first's"
     tok, how = small('tiny'), ImageTraining(epochs=2, batch=25, perceptual=0, lr=5e-3)
     a, b = (Probe(torch.randint(512, (40, 49), generator=torch.Generator().manual_seed(s)), images, bootstrap=2) for s in (1, 2))
     assert a.hash != b.hash and a.hash == replace(a).hash and a.hash != replace(a, seed=1).hash
-    straight = posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path/'b', device='cpu', probe=b)[1].probe.tolist()
-    def stop(learner): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path/'a', stop, device='cpu', probe=a)
-    assert posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path/'a', device='cpu', probe=b)[1].probe.tolist() == straight
+    def stop(learner):
+        if learner.epoch: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, stop, device='cpu', probe=a)
+    with pytest.raises(ValueError, match='training with other settings; delete it'):
+        posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, device='cpu', probe=b)
+    assert len(posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, device='cpu', probe=a)[1]) > 1
 
 @pytest.mark.parametrize('sigma', [{.5, .9}, (.5, .9), np.array([.5, .9])], ids=['set', 'tuple', 'array'])
 def test_a_mixture_in_any_container(sigma):
@@ -156,6 +158,13 @@ def test_a_mixture_in_any_container(sigma):
 
 def test_each_sigma_once():
     with pytest.raises(ValueError, match='each sigma once'): row_sigmas(10, [.5, .5, .9])
+
+def test_a_wrong_option_leaves_the_folder_free(tmp_path, images):
+    tok, gen = small('tiny'), ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    with pytest.raises(ValueError, match='temperature'): latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=0.)
+    assert not list(tmp_path.iterdir()) and len(latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=1.)) == 20
+    with pytest.raises(ValueError, match='asked for is'): latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=0.)
+    assert len(list(tmp_path.iterdir())) == 2, "what is whole stays"
 
 def damaged_store(folder, images):
     "A whole store of two parts, and the second part's file"

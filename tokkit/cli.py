@@ -197,7 +197,7 @@ def results(
         with atomic_path(csv) as p: table.to_csv(p, index=False)
     print(_table(table)); _say(f'{table.run_id.nunique()} runs, {len(table)} values'+(f', written to {csv}' if csv else ''))
 
-# %% ../nbs/80_cli.ipynb #a7ced44e
+# %% ../nbs/80_cli.ipynb #0d045d49
 def metric(
     metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
     *,
@@ -312,7 +312,7 @@ def posttrain(
     from tokkit.posttrain import posttrain_decoder
     from tokkit.train import ImageTraining
     from tokkit.unpaired import heal_unpaired
-    from tokkit.runs import _writing
+    from tokkit.runs import _clear, _writing
     place, folder = _use_device(device), Path(out).absolute()
     if folder.exists(): raise FileExistsError(f"{out} is there already; choose another --out or delete it")
     owned = dict(paired=dict(sigma=sigma, source=source, freeze=freeze, clean=clean), unpaired=dict(moments=moments))
@@ -324,23 +324,25 @@ def posttrain(
     check_fit(gen, tok)
     images = load_images(data, 'train', n, tok.cfg.size, tok.cfg.channels)
     how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3)
-    made_by = [tok.fingerprint, gen.fingerprint, images.hash, mode, given, lora, guidance, epochs, seed]
-    work = folder.with_name(f'.work-{folder.name}-{stable_hash(made_by)}')  # pairs and checkpoint of a killed call
+    if (most := int(images.labels.max())) >= gen.classes:
+        raise ValueError(f"{data} has {most+1} classes, the generator knows {gen.classes}; give --data the images it was trained on")
+    official = given.get('freeze') == 'official'
+    drawn = [tok.fingerprint, gen.fingerprint, images.hash, mode, guidance, seed, official, *map(given.get, ('sigma','clean','source'))]
+    work = folder.with_name(f'.work-{folder.name}-{stable_hash(drawn)}')    # pairs of a killed call, and of one with wrong options
+    train = work/stable_hash([given, lora, epochs])                         # its checkpoint
     with _writing(folder), atomic_dir(folder) as tmp:
-        work.mkdir(exist_ok=True)
         common = dict(device=str(place), seed=seed, lora=lora)
         if mode == 'paired':
             own = {k:given.pop(k) for k in ('sigma','clean','source') if k in given}
             if len(own.get('sigma', ())) == 1: own['sigma'], = own['sigma']
-            if given.get('freeze') == 'official': own.setdefault('source', 'tokens')
+            if official: own.setdefault('source', 'tokens')
             pairs = latent_pairs(gen, tok, images, seed=seed, folder=work/'pairs', guidance=guidance, **own)
-            healed, history = posttrain_decoder(tok, pairs, how, work, **given, **common)
+            healed, history = posttrain_decoder(tok, pairs, how, train, **given, **common)
         else:
             samples,_ = sample_batches(gen, images.labels, seed=seed, guidance=guidance)
-            healed, history = heal_unpaired(tok, samples, images, how, work, **given, **common)
+            healed, history = heal_unpaired(tok, samples, images, how, train, **given, **common)
         healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)
-    shutil.rmtree(work, ignore_errors=True)
-    print(out)
+    shutil.rmtree(work, ignore_errors=True); _clear(folder); print(out)
 
 # %% ../nbs/80_cli.ipynb #d12206b4
 def lab_command(

@@ -291,7 +291,7 @@ def ema_weights(
     try: yield model
     finally: model.load_state_dict(own)
 
-# %% ../nbs/50_learner.ipynb #c5fee60d
+# %% ../nbs/50_learner.ipynb #adb99129
 class Checkpoint(Callback):
     "Save everything after each epoch; take up again where the last one ended"
     def __init__(self,
@@ -305,7 +305,8 @@ class Checkpoint(Callback):
         try: saved = torch.load(self.path, map_location=learner.device, weights_only=True)
         except (RuntimeError, EOFError, OSError, UnpicklingError):
             raise ValueError(f"{self.path} is damaged or no checkpoint; delete it, or use another folder") from None
-        if saved['key'] != self.key: raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another folder")
+        if not isinstance(saved, dict) or saved.get('key') != self.key:
+            raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another folder")
         learner.model.load_state_dict(saved['model'])
         for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
         for c in learner.callbacks:

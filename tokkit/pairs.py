@@ -251,7 +251,7 @@ def clean_pairs(
     "The control: the images' own latents"
     return LatentPairs(encode_all(tok, images), images, dict(source='clean'))
 
-# %% ../nbs/49_pairs.ipynb #64fca541
+# %% ../nbs/49_pairs.ipynb #9c55079d
 def _dtype(tok, latents) -> torch.dtype:
     if tok.spec.codebook_size is None: return dict(float32=torch.float32, bfloat16=torch.bfloat16)[latents]
     return torch.uint16 if tok.spec.codebook_size <= 2**16 else torch.int32
@@ -283,11 +283,14 @@ def write_pairs(
     folder,n = Path(folder),len(images)
     made_by = dict(images=images.hash, tokenizer=tok.fingerprint, generator=generator.fingerprint if generator else None)
     recipe = to_plain(made_by|dict(about=about, n=n, part=part, latents=latents))
-    _begin(folder, recipe)
+    new = _begin(folder, recipe)
     seeds,files = _seeds(seed, n),range(-(-n//part))
     for i in bar([f for f in files[which::of] if not _part(folder, f).exists()], 'making pairs'):
         rows = range(i*part, min(n, (i+1)*part)); at = slice(rows.start, rows.stop)
-        made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
+        try: made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
+        except (TypeError, ValueError):                                                 # a wrong option: a corrected call may come here
+            if new and not any(_part(folder, f).exists() for f in files): (folder/'pairs.json').unlink(missing_ok=True)
+            raise
         made = made.to(_dtype(tok, latents)).contiguous()
         try:
             about_it = json.dumps(differ|dict(hash=tensors_hash(dict(latents=made))))      # one entry: several would have no order
@@ -298,14 +301,15 @@ def write_pairs(
                           "make room and call again") from None
     return sum(not _part(folder, f).exists() for f in files)
 
-def _begin(folder, recipe):
-    "Write the recipe, or compare it with the one that is there"
+def _begin(folder, recipe) -> bool:
+    "Write the recipe, or compare it with the one that is there; whether it was written"
     if not (folder/'pairs.json').exists():
-        folder.mkdir(parents=True, exist_ok=True); write_json(folder/'pairs.json', recipe); return
+        folder.mkdir(parents=True, exist_ok=True); write_json(folder/'pairs.json', recipe); return True
     there = _read_recipe(folder)
     if wrong := [k for k in recipe if there.get(k) != recipe[k]]:
         k = wrong[0]
         raise ValueError(f"{folder} holds pairs with {k} {there.get(k)}, asked for is {recipe[k]}; choose another folder, or delete it")
+    return False
 
 def _read_recipe(folder) -> dict:
     "What a folder's pairs were made by"

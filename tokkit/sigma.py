@@ -23,7 +23,7 @@ from .posttrain import Probe, posttrain_decoder
 from .tokenizer import Tokenizer
 from .train import ImageTraining
 
-# %% ../nbs/55_sigma.ipynb #228b8207
+# %% ../nbs/55_sigma.ipynb #420b0eaa
 @torch.no_grad()
 def sigma_evidence(
     tok:Tokenizer,              # in eval mode
@@ -44,14 +44,15 @@ def sigma_evidence(
         pairs = latent_pairs(generator, tok, some, s, source, seed, **sampling)
         near = mmd2(vectors(free), vectors(pairs.latents))
         apart = recon_loss(decode_all(tok, pairs.latents), some[:][0]).item()
-        return dict(sigma=s, mmd2=near.value, mmd2_se=near.se, apart=apart, differ=pairs.about['drawn_differ'])
+        differ = pairs.about.get('given_differ', pairs.about['drawn_differ'])
+        return dict(sigma=s, mmd2=near.value, mmd2_se=near.se, apart=apart, differ=differ)
     return pd.DataFrame([row(s) for s in bar(sigmas, 'evidence')])
 
-# %% ../nbs/55_sigma.ipynb #e330ac40
+# %% ../nbs/55_sigma.ipynb #8d6ddd15
 @dataclass(frozen=True)
 class SigmaRace:
     "Which sigma won, and how"
-    sigma:float          # the winner; 1 is the control
+    sigma:float          # the winner; 1 is the control, as `clean_pairs` makes it
     table:pd.DataFrame   # a row a racer and round: value of the probe, its difference from the round's best with its error
     cost:float           # of the race, as a fraction of the full sweep's: pairs made and images gone through
     settings:dict = field(default_factory=dict)
