@@ -1,5 +1,5 @@
 "The tokkit command: help that explains, mistakes in one line, runs and tables"
-import json, os, signal, subprocess, sys, time, urllib.request
+import json, os, shutil, signal, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -195,11 +195,18 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys):
     assert moved == {'decoder'}, moved
     assert main(words) == 2 and 'is there already' in capsys.readouterr().err
 
+@pytest.mark.parametrize('words', [['metric', 'rfid'], ['posttrain', '--generator', '{own}/generator', '--out', '{out}/healed']])
+def test_grey_images_for_a_tokenizer_of_colours(own, tmp_path, capsys, words):
+    words = [w.format(own=own, out=tmp_path) for w in words]
+    assert main(['--device', 'cpu', *words, '--tokenizer', str(own/'tokenizer')]) == 2
+    assert 'is grey; this tokenizer takes 3 channels: give a folder' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
 def test_posttrain_refuses_classes_the_generator_does_not_know(own, tmp_path, capsys):
-    assert main(['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', 'fashion_mnist',
+    more = tmp_path/'more'
+    shutil.copytree(own/'images', more); shutil.copytree(more/'class1', more/'class2')
+    assert main(['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(more),
                  '-n', '64', '--out', str(tmp_path/'healed')]) == 2
-    said = capsys.readouterr().err; print(said)
-    assert 'fashion_mnist has 10 classes, the generator knows 2; give --data' in said and not list(tmp_path.iterdir())
+    assert f'{more} has 3 classes, the generator knows 2; give --data' in capsys.readouterr().err and list(tmp_path.iterdir()) == [more]
 
 @pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--mode', 'unpaired', '--moments', '0']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):

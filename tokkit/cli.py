@@ -197,7 +197,7 @@ def results(
         with atomic_path(csv) as p: table.to_csv(p, index=False)
     print(_table(table)); _say(f'{table.run_id.nunique()} runs, {len(table)} values'+(f', written to {csv}' if csv else ''))
 
-# %% ../nbs/80_cli.ipynb #0d045d49
+# %% ../nbs/80_cli.ipynb #a55fb043
 def metric(
     metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
     *,
@@ -219,7 +219,6 @@ def metric(
 ):
     "Measure a saved tokenizer on images of your own"
     from tokkit.core import write_json
-    from tokkit.data import load_images
     from tokkit.evaluate import pfid, rfid
     from tokkit.ifid import ifid
     from tokkit.metrics import load_stats
@@ -231,12 +230,11 @@ def metric(
             raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
     if metric == 'all' and 'top_k' in given: raise ValueError("--top-k belongs to ifid; the whole table takes 10")
     tok = _saved_tokenizer(tokenizer).to(_use_device(device)).eval()
-    how = tok.cfg.size, tok.cfg.channels
-    images = load_images(data, split, None, *how, memory=0.)  # read as needed
+    images = _images_for(tok, data, split, memory=0.)  # read as needed
     n = min(1000, len(images)) if n is None else n
-    _check_metric(metric, reference, data, tok, n)
+    _check_metric(metric, reference, n)
     try:
-        if metric in ('ifid','all'): images,given['train'] = _apart(images, n, seed, train, data, split, how)
+        if metric in ('ifid','all'): images,given['train'] = _apart(images, n, seed, train, data, split, tok)
     except (ValueError, FileNotFoundError) as e:
         if metric == 'ifid' or train: raise
         _say(f'tokkit: iFID is left out: {e}')
@@ -250,13 +248,11 @@ def metric(
         spans = ('confidence', *card.interval()),('prediction, for another seed', *card.interval(kind='prediction'))
         print('95% intervals: '+'; '.join(f'{lo:.4g} to {hi:.4g} ({what})' for what,lo,hi in spans))
 
-def _check_metric(metric, reference, data, tok, n):
+def _check_metric(metric, reference, n):
     "Raise one line about what would fail later, or in words of Python"
     if reference and not Path(reference).is_file():
         raise FileNotFoundError(f"no file {reference}; --reference takes an .npz of mu and sigma, as tokkit.metrics.save_stats writes it")
     if metric == 'all' and n < 6: raise ValueError(f"the whole table looks at 5 neighbours of each image and needs 6 images, got -n {n}")
-    if data == 'fashion_mnist' and tok.cfg.channels != 1:
-        raise ValueError(f"fashion_mnist, the default of --data, is grey; this tokenizer takes {tok.cfg.channels} channels: give a folder")
 
 def _saved_tokenizer(folder:str):
     "A tokenizer from its folder, or which folders below it hold one"
@@ -267,13 +263,19 @@ def _saved_tokenizer(folder:str):
         if not below: raise e
         raise FileNotFoundError(f"{folder} holds no tokenizer itself; below it are {', '.join(below)}: name one of them") from None
 
-def _apart(images, n, seed, train, data, split, how):
+def _images_for(tok, data, split, n=None, **how):
+    "Images in a tokenizer's size and channels"
+    from tokkit.data import load_images
+    if data == 'fashion_mnist' and tok.cfg.channels != 1:
+        raise ValueError(f"fashion_mnist, the default of --data, is grey; this tokenizer takes {tok.cfg.channels} channels: give a folder")
+    return load_images(data, split, n, tok.cfg.size, tok.cfg.channels, **how)
+
+def _apart(images, n, seed, train, data, split, tok):
     "The images to measure, and others for their neighbours"
     import torch
     from tokkit.core import make_rng
-    from tokkit.data import load_images
-    if train: return images,load_images(train, 'train', None, *how, memory=0.)
-    others = load_images(data, 'test' if split == 'train' else 'train', None, *how, memory=0.)
+    if train: return images,_images_for(tok, train, 'train', memory=0.)
+    others = _images_for(tok, data, 'test' if split == 'train' else 'train', memory=0.)
     if others.hash != images.hash: return images,others
     order = torch.randperm(len(images), generator=make_rng(seed, 'images'))   # a folder without parts: the rest are the neighbours
     few,rest = (images.subset(i.sort().values) for i in (order[:n], order[n:]))
@@ -305,7 +307,6 @@ def posttrain(
 ):
     "Train a tokenizer's decoder on the latents its generator makes"
     from tokkit.core import atomic_dir, stable_hash
-    from tokkit.data import load_images
     from tokkit.generator import sample_batches
     from tokkit.generators import load_generator
     from tokkit.pairs import check_fit, latent_pairs
@@ -322,7 +323,7 @@ def posttrain(
     given = {k:v for k,v in (owned[mode]|dict(consistency=consistency)).items() if v is not None}
     tok, gen = _saved_tokenizer(tokenizer).to(place).eval(), load_generator(generator).to(place)
     check_fit(gen, tok)
-    images = load_images(data, 'train', n, tok.cfg.size, tok.cfg.channels)
+    images = _images_for(tok, data, 'train', n)
     how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3)
     if (most := int(images.labels.max())) >= gen.classes:
         raise ValueError(f"{data} has {most+1} classes, the generator knows {gen.classes}; give --data the images it was trained on")

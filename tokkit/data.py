@@ -41,7 +41,7 @@ def to_uint8(
     if x.isnan().any(): raise ValueError("to_uint8: expected numbers in [-1,1], got NaN; look at the network that made them")
     return x.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
 
-# %% ../nbs/01_data.ipynb #fd29f564
+# %% ../nbs/01_data.ipynb #4f2fadcb
 def center_crop(
     image:Image.Image,     # any Pillow image
     size:int,              # side of the square, pixels
@@ -50,7 +50,7 @@ def center_crop(
     "The central square of `image` at `size`, resized as the ADM evaluation does it"
     if size < 1: raise ValueError(f"center_crop: size must be at least 1 pixel, got {size}")
     if min(image.size) < size and not upscale:
-        raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; ask for a smaller size or pass upscale=True")
+        raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; leave it out, lower size or pass upscale=True")
     while min(image.size) >= 2*size: image = image.resize((image.width//2, image.height//2), Image.Resampling.BOX)
     scale = size/min(image.size)
     image = image.resize((round(image.width*scale), round(image.height*scale)), Image.Resampling.BICUBIC)

@@ -74,7 +74,7 @@ def merge_low_rank(
     "Add the changes to the matrices and take the machinery away"
     for m in layers: parametrize.remove_parametrizations(m, 'weight')
 
-# %% ../nbs/53_posttrain.ipynb #535b24c6
+# %% ../nbs/53_posttrain.ipynb #17365c68
 @dataclass
 class Probe:
     "gFID of what a decoder makes of held-out samples; not those of the final number"
@@ -110,10 +110,7 @@ class KeepBest(Callback):
         self.probe,self.tok,self.ema,self.patience = probe,tok,ema,patience
         self.best,self.weights,self.rows,self.stop = None,None,[],False
 
-    def begin(self, learner):
-        if self.rows: return                                   # taken up again
-        self._judge(learner, 0)
-
+    def begin(self, learner): self._judge(learner, 0)          # a checkpoint that is taken up puts its own rows in place of this
     def epoch_end(self, learner): self._judge(learner, learner.epoch+1)
 
     def _judge(self, learner, epoch):
@@ -163,7 +160,7 @@ def official_step(
         return out|dict(loss=out['loss']+q.loss, quantizer=q.loss)
     return step
 
-# %% ../nbs/53_posttrain.ipynb #62397e88
+# %% ../nbs/53_posttrain.ipynb #c8d0b62c
 def posttrain_decoder(
     tok:Tokenizer,                        # left as it is
     pairs:LatentPairs,                    # latents and the images they should give
@@ -205,17 +202,17 @@ def heal(
     data:Dataset,                         # of what a step takes
     step:Callable,                        # (the copy that learns, `ImageLoss`, frozen original) -> step of the loop
     cfg:ImageTraining,                    # how
-    work:str|Path|None = None,            # as in `posttrain_decoder`, and so on
-    preview:Callable|None = None,
-    device:str|None = None,
-    seed:int = 0,
-    desc:str = 'healing',
+    work:str|Path|None = None,            # folder of the checkpoint; a second call resumes there
+    preview:Callable|None = None,         # called with the learner after every epoch
+    device:str|None = None,               # where; None: the best there is
+    seed:int = 0,                         # moves the order and what is fresh
+    desc:str = 'healing',                 # for the bar
     *,
-    freeze:str = 'all',
-    lora:int = 0,
-    critic:str|Path|None = None,
-    probe:Callable|None = None,
-    patience:int = 1,
+    freeze:str = 'all',                   # 'all' but the decoder, or 'official'
+    lora:int = 0,                         # rank of the change of each of the decoder's matrices; 0 trains them themselves
+    critic:str|Path|None = None,          # discriminator that `train_tokenizer` kept; None: a fresh one, if adversarial
+    probe:Callable|None = None,           # tokenizer -> card; the best epoch by it is kept
+    patience:int = 1,                     # epochs the probe may be worse before training ends
     extra:nn.Module|None = None,          # a further loss, which moves along and is kept in checkpoints
     remember:bool = False,                # hold the untouched tokenizer beside the copy, for the step
     asked:dict|None = None,               # what else decides the result; a checkpoint made with other values is not gone on with
