@@ -2,13 +2,14 @@
 import os, shutil
 from pathlib import Path
 
-import hypothesis, pytest
+import hypothesis, pytest, torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault('TOKKIT_QUIET', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 hypothesis.settings.register_profile('tokkit', deadline=None, derandomize='CI' in os.environ)  # a busy machine is not a failure
 hypothesis.settings.load_profile('tokkit')
+torch.manual_seed(0)    # for the fixtures of whole modules
 
 
 @pytest.fixture(scope='session')
@@ -29,6 +30,12 @@ def fixtures() -> Path:
 def own_runs(tmp_path_factory, monkeypatch):
     "No test writes runs into the checkout"
     monkeypatch.setenv('TOKKIT_RUNS', str(tmp_path_factory.mktemp('runs')))
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    "A test that draws from torch's own generator draws the same every time, whichever tests ran before"
+    torch.manual_seed(0)
 
 
 def chromium_path() -> str:
