@@ -208,7 +208,7 @@ def test_posttrain_refuses_classes_the_generator_does_not_know(own, tmp_path, ca
                  '-n', '64', '--out', str(tmp_path/'healed')]) == 2
     assert f'{more} has 3 classes, the generator knows 2; give --data' in capsys.readouterr().err and list(tmp_path.iterdir()) == [more]
 
-@pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--mode', 'unpaired', '--moments', '0']], ids=' '.join)
+@pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--moments', '1'], ['--mode', 'unpaired', '--moments', '0']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):
     # two steps: the last layer of the head starts at zero, so those before it move in the second
     from tokkit.posttrain import official_trainable

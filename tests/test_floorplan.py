@@ -23,7 +23,7 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'generator': (0,), 'fast': (0, 11, 40), 'autoregressive': (0, 11, 40), 'masked': (0, 11, 40), 'flow': (0, 11, 40),
     'generators': (0, 40, 42, 43, 44), 'pairs': (0, 1, 12, 40),
     # 5 training: the learner knows batches, not images
-    'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 40, 49, 50, 51, 52),
+    'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 39, 40, 49, 50, 51, 52),
     'unpaired': (0, 1, 12, 39, 49, 51, 52, 53), 'sigma': (0, 1, 12, 34, 40, 49, 51, 52, 53), 'spectrum': (12, 30, 49), 'absorb': (0, 10, 12, 20, 49),
     # 6 study
     'sweep': (0, 32), 'runs': (0, 60), 'engine': (0, 61), 'demo': ANY,

@@ -13,8 +13,9 @@ from tokkit.evaluate import Card
 from tokkit.flow import FlowCfg, FlowGenerator
 from tokkit.learner import EMA
 from tokkit.masked import MaskedCfg, MaskedGenerator
+from tokkit.moments import MomentLoss
 from tokkit.official import official_names
-from tokkit.pairs import check_fit, check_same, clean_pairs, encode_all, latent_pairs, open_pairs, row_sigmas, write_pairs
+from tokkit.pairs import check_fit, check_same, clean_pairs, decode_all, encode_all, latent_pairs, open_pairs, row_sigmas, write_pairs
 from tokkit.posttrain import Probe, official_trainable, posttrain_decoder
 from tokkit.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
 from tokkit.train import ImageTraining
@@ -34,7 +35,7 @@ def kept(tok): return {k: v.clone() for k, v in tok.state_dict().items() if not 
 
 
 @pytest.mark.parametrize('preset', QUANTIZERS)
-@pytest.mark.parametrize('how', ['plain', 'lora', 'consistency', 'unpaired'])
+@pytest.mark.parametrize('how', ['plain', 'lora', 'consistency', 'moments', 'unpaired'])
 def test_frozen_means_frozen(preset, how, images):
     tok = small(preset)
     before, decoder = kept(tok), [v.clone() for k, v in tok.state_dict().items() if k.startswith('decoder.')]
@@ -139,6 +140,26 @@ def test_latents_of_another_tokenizer_are_refused(images):
 
 def test_settings_of_the_quantizer_are_compared():
     with pytest.raises(ValueError, match='first in quantizer'): check_same(small('tiny-lfq'), small('tiny-bsq'))
+
+def test_moments_of_pairs(images, tmp_path):
+    "Pictures of the pairs come nearer to the images by their moments; a killed training goes on with the same running moments, and under the same loss alone"
+    tok, look = small('tiny'), MomentLoss().fit(images)
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    pairs, how = latent_pairs(gen, tok, images, .7, 'tokens'), replace(BRIEF, epochs=4)
+    def far(t): return copy.deepcopy(look).forget().eval()(decode_all(t, pairs.latents)).item()
+    def play(work, preview=None, **more): return posttrain_decoder(tok, pairs, how, work, preview, 'cpu', moments=1., **dict(loss=look) | more)
+    def stop(learner):
+        if learner.epoch: raise KeyboardInterrupt
+    healed, history = play(tmp_path/'whole')
+    assert far(healed) < .9*far(posttrain_decoder(tok, pairs, how, device='cpu')[0])
+    assert history.moments.iloc[-1] < history.moments.iloc[0] and not look.steps
+    with pytest.raises(KeyboardInterrupt): play(tmp_path/'killed', stop)
+    with pytest.raises(ValueError, match='training with other settings'): play(tmp_path/'killed', loss=MomentLoss().fit(images.subset(20)))
+    assert play(tmp_path/'killed')[0].fingerprint == healed.fingerprint == play(None, loss=None)[0].fingerprint
+
+def test_official_knows_no_moments(images):
+    tok = small('tiny')
+    with pytest.raises(ValueError, match='no consistency and no moments'): posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, freeze='official', moments=1.)
 
 def test_another_probe_is_not_gone_on_with(tmp_path, images):
     "A training that was ended under one judge is refused under another, whose numbers would be compared with the first's"

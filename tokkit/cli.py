@@ -197,7 +197,7 @@ def results(
         with atomic_path(csv) as p: table.to_csv(p, index=False)
     print(_table(table)); _say(f'{table.run_id.nunique()} runs, {len(table)} values'+(f', written to {csv}' if csv else ''))
 
-# %% ../nbs/80_cli.ipynb #a55fb043
+# %% ../nbs/80_cli.ipynb #94dc7b18
 def metric(
     metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
     *,
@@ -297,7 +297,7 @@ def posttrain(
     source:Literal['reencode','tokens']|None = None, # paired: re-encoded pictures (the paper's, when left out) or the drawn tokens
     freeze:Literal['all','official']|None = None, # paired: all but the decoder (when left out), or what the released code freezes
     clean:float|None = None,             # paired: share of pairs that are the image's own tokens; none when left out
-    moments:float|None = None,           # unpaired: weight of the moments; 1 when left out
+    moments:float|None = None,           # weight of the moments of features; 0 (paired) or 1 (unpaired) when left out
     consistency:float|None = None,       # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
     lora:int = 0,                        # rank of the change of the decoder's matrices; 0 trains the matrices
     guidance:float = 1.5,                # guidance scale while the generator draws
@@ -316,11 +316,10 @@ def posttrain(
     from tokkit.runs import _clear, _writing
     place, folder = _use_device(device), Path(out).absolute()
     if folder.exists(): raise FileExistsError(f"{out} is there already; choose another --out or delete it")
-    owned = dict(paired=dict(sigma=sigma, source=source, freeze=freeze, clean=clean), unpaired=dict(moments=moments))
-    for owner,own in owned.items():
-        if wrong := [k for k,v in own.items() if v is not None and owner != mode]:
-            raise ValueError(f"--{' and --'.join(wrong)} belong to --mode {owner}; got {mode}")
-    given = {k:v for k,v in (owned[mode]|dict(consistency=consistency)).items() if v is not None}
+    owned = dict(sigma=sigma, source=source, freeze=freeze, clean=clean)
+    if mode == 'unpaired' and (wrong := [k for k,v in owned.items() if v is not None]):
+        raise ValueError(f"--{' and --'.join(wrong)} belong to --mode paired; got unpaired")
+    given = {k:v for k,v in (owned|dict(consistency=consistency, moments=moments)).items() if v is not None}
     tok, gen = _saved_tokenizer(tokenizer).to(place).eval(), load_generator(generator).to(place)
     check_fit(gen, tok)
     images = _images_for(tok, data, 'train', n)

@@ -6,7 +6,7 @@
 __all__ = ['FREEZE', 'official_trainable', 'LowRank', 'add_low_rank', 'merge_low_rank', 'Probe', 'KeepBest', 'posttrain_step',
            'official_step', 'posttrain_decoder', 'heal']
 
-# %% ../nbs/53_posttrain.ipynb #e1f0b751
+# %% ../nbs/53_posttrain.ipynb #8493e9a8
 import copy, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from .data import ImageSet, from_uint8, to_uint8
 from .evaluate import Card
 from .learner import EMA, Callback, Learner, Phase, ema_weights, only_train
 from .losses import recon_loss
+from .moments import MomentLoss
 from .pairs import LatentPairs, check_latents, decode_all
 from .scorecard import gfid
 from .tokenizer import Tokenizer
@@ -128,22 +129,27 @@ class KeepBest(Callback):
         self.best,self.weights = Card.from_dict(state['best']),{k:v.cpu() for k,v in state['weights'].items()}
         for k in ('rows','since','epoch','stop'): setattr(self, k, state[k])
 
-# %% ../nbs/53_posttrain.ipynb #93a012d2
+# %% ../nbs/53_posttrain.ipynb #9445de9e
 def posttrain_step(
     tok:Tokenizer,                   # its decoder learns
     loss:ImageLoss,                  # of the decoded image
     consistency:float = 0.,          # weight of staying near `original` on the image's own latents
     original:Tokenizer|None = None,  # the tokenizer as it was
+    moments:MomentLoss|None = None,  # of real images
+    weight:float = 0.,               # of the moments
 ) -> Callable:
     "The step of post-training"
     def step(learner, batch):
         latents,x = batch
         with torch.no_grad(): zq = latents if tok.spec.codebook_size is None else tok.codes(latents)
-        out = loss(learner, tok.decode(zq), x)
-        if not consistency: return out
-        with torch.no_grad(): own = original.quantize(original.encode(x)).zq; was = original.decode(own)
-        drift = recon_loss(tok.decode(own).float(), was)
-        return out|dict(loss=out['loss']+consistency*drift, drift=drift)
+        made = tok.decode(zq)
+        out = loss(learner, made, x)
+        total,log = out['loss'],{}
+        if moments is not None: log['moments'] = moments(made.float()); total = total+weight*log['moments']
+        if consistency:
+            with torch.no_grad(): own = original.quantize(original.encode(x)).zq; was = original.decode(own)
+            log['drift'] = recon_loss(tok.decode(own).float(), was); total = total+consistency*log['drift']
+        return out|log|dict(loss=total)
     return step
 
 def official_step(
@@ -160,7 +166,7 @@ def official_step(
         return out|dict(loss=out['loss']+q.loss, quantizer=q.loss)
     return step
 
-# %% ../nbs/53_posttrain.ipynb #c8d0b62c
+# %% ../nbs/53_posttrain.ipynb #459091b2
 def posttrain_decoder(
     tok:Tokenizer,                        # left as it is
     pairs:LatentPairs,                    # latents and the images they should give
@@ -174,26 +180,31 @@ def posttrain_decoder(
     freeze:str = 'all',                   # 'all' but the decoder, or 'official'; that takes pairs of source 'tokens'
     lora:int = 0,                         # rank of the change of each matrix; 0 trains the matrices themselves
     consistency:float = 0.,               # weight of staying near the untouched decoder on clean latents
+    moments:float = 0.,                   # weight of the moments of features, which pictures of the pairs should share with the images
+    loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one
     critic:str|Path|None = None,          # discriminator that `train_tokenizer` kept; None: a fresh one, if adversarial
     probe:Callable|None = None,           # tokenizer -> card, e.g. `Probe`; the best epoch by it is kept
     patience:int = 1,                     # epochs the probe may be worse before training ends
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
     if freeze not in FREEZE: raise ValueError(f"freeze must be 'all' or 'official', got {freeze!r}")
-    _check_options(pairs, freeze, lora, consistency)
+    _check_options(pairs, freeze, lora, consistency, moments)
     if isinstance(pairs, LatentPairs): check_latents(tok, pairs.parts, pairs.images)
     cfg = cfg if freeze == 'official' else replace(cfg, semantic=0.)         # latents are given: that term has nobody to teach
-    def step(healed, loss, original):
-        if freeze == 'official': return official_step(healed, loss, original)
-        return posttrain_step(healed, loss, consistency, original)
+    extra = copy.deepcopy(loss or MomentLoss().fit(pairs.images)).forget().train() if moments else None
+    def step(healed, losses, original):
+        if freeze == 'official': return official_step(healed, losses, original)
+        return posttrain_step(healed, losses, consistency, original, extra, moments)
+    asked = dict(freeze=freeze, consistency=consistency, moments=moments, to=extra and tensors_hash(extra.state_dict()))
     return heal(tok, pairs, step, cfg, work, preview, device, seed, desc, freeze=freeze, lora=lora, critic=critic, probe=probe,
-                patience=patience, remember=freeze == 'official' or consistency > 0, asked=dict(freeze=freeze, consistency=consistency))
+                patience=patience, extra=extra, remember=freeze == 'official' or consistency > 0, asked=asked)
 
-def _check_options(pairs, freeze, lora, consistency):
+def _check_options(pairs, freeze, lora, consistency, moments):
     check_range('lora', lora, 0, 4096, 'it is a rank; 0 trains the matrices themselves')
-    check_range('consistency', consistency, 0, 1e6, 'it is a weight')
+    check_range('consistency', consistency, 0, 1e6, 'it is a weight'); check_range('moments', moments, 0, 1e6, 'it is a weight')
     if freeze == 'all': return
-    if lora or consistency: raise ValueError("freeze='official' knows no lora and no consistency; take freeze='all', or leave them out")
+    if lora or consistency or moments:
+        raise ValueError("freeze='official' knows no lora, no consistency and no moments; take freeze='all', or leave them out")
     if getattr(pairs, 'about', {}).get('source') == 'reencode':
         raise ValueError("freeze='official' encodes the pictures again, with the encoder that learns; give pairs with source='tokens'")
 
