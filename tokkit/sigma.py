@@ -48,7 +48,7 @@ def sigma_evidence(
         return dict(sigma=s, mmd2=near.value, mmd2_se=near.se, apart=apart, differ=differ)
     return pd.DataFrame([row(s) for s in bar(sigmas, 'evidence')])
 
-# %% ../nbs/55_sigma.ipynb #8d6ddd15
+# %% ../nbs/55_sigma.ipynb #86ac1ebe
 @dataclass(frozen=True)
 class SigmaRace:
     "Which sigma won, and how"
@@ -95,7 +95,7 @@ def choose_sigma(
     seed:int = 0,               # of all draws
     device:str|None = None,     # where; None: the best there is
     sampling:dict|None = None,  # further arguments of `sample`: guidance, temperature, ...
-    **options,                  # of `posttrain_decoder`: lora, consistency, critic
+    **options,                  # of `posttrain_decoder`: lora, consistency, moments, critic
 ) -> SigmaRace:
     "Race the candidates by successive halving, the control beside them"
     racers = sorted({float(s) for s in sigmas})
