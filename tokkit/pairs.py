@@ -54,11 +54,12 @@ def check_latents(
     "Raise one line unless the tokenizer decodes such latents, and to such images"
     parts = [latents] if isinstance(latents, Tensor) else list(latents)
     if not all(isinstance(p, Tensor) for p in parts): raise ValueError(f"expected latents as a tensor, got {type(parts[0]).__name__}")
+    if not any(len(p) for p in parts): raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got no latents at all; give at least one")
     first,k = parts[0],tok.spec.codebook_size
     def got(k): return _kind(first.shape[1:], None if first.is_floating_point() else k)
     if (first.is_floating_point() or first.dtype == torch.bool) == bool(k) or got(k) != _decodes(tok):
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this tokenizer")
-    if k and (most := max(int(p.long().max()) for p in parts)) >= k:
+    if k and (most := max(int(p.long().max()) for p in parts if len(p))) >= k:
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got id {most}; give latents of this tokenizer")
     mine,theirs = (tok.cfg.channels, tok.cfg.size, tok.cfg.size),tuple(images[:1][0].shape[1:])
     if mine != theirs: raise ValueError(f"the tokenizer makes images {mine}, got images {theirs}; give images of its size and channels")
@@ -108,6 +109,13 @@ def reencode(
     return torch.cat([again(part) for part in bar(latents.split(batch), 'encoding again')])
 
 # %% ../nbs/49_pairs.ipynb #77976443
+def _plain_sigma(sigma) -> float|list[float]|dict[float,float]:
+    "A sigma of any kind as a number, a list, or shares by rising sigma"
+    if hasattr(sigma, 'tolist'): sigma = sigma.tolist()                      # of numpy or torch
+    def plain(s): return round(float(s), 6)                                  # as it was before float32
+    if isinstance(sigma, Mapping): return {plain(s):float(w) for s,w in sorted(sigma.items())}
+    return [plain(s) for s in sigma] if isinstance(sigma, Iterable) else plain(sigma)
+
 def row_sigmas(
     n:int,                                        # pairs
     sigma:float|Iterable[float]|Mapping[float,float], # fraction kept; several with equal shares, or each with its share
@@ -115,10 +123,10 @@ def row_sigmas(
     seed:int = 0,                                 # which rows get which
 ) -> Float[Tensor, "n"]: # NaN for clean rows
     "The preservation ratio of each pair, shares exact to a pair"
-    listed = sigma if isinstance(sigma, Iterable) else [sigma]
-    shares = {float(s):float(w) for s,w in (sigma.items() if isinstance(sigma, Mapping) else [(s, 1.) for s in listed])}
-    if not isinstance(sigma, Mapping) and len(shares) < len(listed := list(listed)):
-        raise ValueError(f"each sigma once, got {listed}; give the shares of a mixture as {{sigma: share}}")
+    sigma = _plain_sigma(sigma)
+    shares = sigma if isinstance(sigma, dict) else dict.fromkeys(sigma if isinstance(sigma, list) else [sigma], 1.)
+    if isinstance(sigma, list) and len(shares) < len(sigma):
+        raise ValueError(f"each sigma once, got {sigma}; give the shares of a mixture as {{sigma: share}}")
     if not shares: raise ValueError("sigma must name at least one fraction of real latents to keep, got none")
     for s,w in shares.items():
         check_range('sigma', s, hint='it is the fraction of the real latents that is kept')
@@ -186,7 +194,7 @@ def _made(generator, tok, images, rows, sigmas, source, seeds, sampling, known) 
     made,drawn = real.clone(),(~sigmas.isnan()).nonzero()[:,0]
     for s in sigmas[drawn].unique().tolist():
         i = (sigmas == s).nonzero()[:,0]
-        keep = real[i],round(s, 6)                                          # as it was before float32
+        keep = real[i],_plain_sigma(s)
         made[i] = sample_batches(generator, some.labels[i], seed=seeds[i], keep=keep, desc=f'pairs, σ {s:g}', **sampling)[0]
     if not len(drawn): return made,{}
     differ = dict(drawn_differ=_change(made[drawn], real[drawn]))
@@ -210,10 +218,9 @@ def _recipe(generator, tok, images, sigma, source, clean, seed, sampling) -> tup
     if source not in SOURCES: raise ValueError(f"source must be 'reencode' or 'tokens', got {source!r}")
     if generator is None: return dict(source='clean'),torch.full((len(images),), math.nan)
     check_fit(generator, tok)
-    sigmas = row_sigmas(len(images), sigma, clean, seed)
-    plain = sigma if isinstance(sigma, (Mapping, float, int)) else [float(s) for s in sigma]
-    about = dict(sigma=plain, source=source, seed=seed)|(dict(clean=clean) if clean else {})
-    return about|to_plain(sampling),sigmas
+    sigma = _plain_sigma(sigma)                                             # once: an iterator tells its values one time
+    about = dict(sigma=sigma, source=source, seed=seed)|(dict(clean=clean) if clean else {})
+    return about|to_plain(sampling),row_sigmas(len(images), sigma, clean, seed)
 
 def _merged(differs) -> dict:
     "How far from the real latents all parts together are"
