@@ -185,10 +185,13 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys):
     words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
              '-n', '64', '--epochs', '1', '--out', str(tmp_path/'healed')]
     assert main([*words, '--sigma', '90']) == 2 and 'sigma must be in [0, 1], got 90' in capsys.readouterr().err
-    assert main([*words, '--lora', '-1']) == 2 and 'lora must be in' in capsys.readouterr().err
-    assert {p.name[:13] for p in tmp_path.iterdir()} == {'.work-healed-'} and len(list(tmp_path.glob('.work-*/pairs/part*'))) == 1
+    for wrong, message in (('--lora -1', 'lora must be in'), ('--lora 5000', 'lora must be in'), ('--freeze official --lora 2', 'knows no lora'),
+                           ('--freeze official --source reencode', "give pairs with source='tokens'"), ('--mode unpaired --moments 0', 'got --moments 0'),
+                           ('--mode unpaired --consistency -1', 'consistency must be in')):
+        assert main([*words, *wrong.split()]) == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "refused before a pair is made"
     (tmp_path/'.healed.1-2.tmp').mkdir()                                    # a killed call leaves one
-    assert main(words) == 0 and [p.name for p in tmp_path.iterdir()] == ['healed'], "nothing is left, the pairs of the refused call neither"
+    assert main(words) == 0 and [p.name for p in tmp_path.iterdir()] == ['healed'], "nothing is left"
     from tokkit.tokenizer import Tokenizer
     before, after = Tokenizer.load(own/'tokenizer').state_dict(), Tokenizer.load(tmp_path/'healed').state_dict()
     moved = {k.split('.')[0] for k in before if not before[k].equal(after[k])}
@@ -208,7 +211,7 @@ def test_posttrain_refuses_classes_the_generator_does_not_know(own, tmp_path, ca
                  '-n', '64', '--out', str(tmp_path/'healed')]) == 2
     assert f'{more} has 3 classes, the generator knows 2; give --data' in capsys.readouterr().err and list(tmp_path.iterdir()) == [more]
 
-@pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--moments', '1'], ['--mode', 'unpaired', '--moments', '0']], ids=' '.join)
+@pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--moments', '1'], ['--mode', 'unpaired', '--moments', '.1']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):
     # two steps: the last layer of the head starts at zero, so those before it move in the second
     from tokkit.posttrain import official_trainable

@@ -17,7 +17,7 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'perturb': (0, 9, 10), 'plugin': (0, 9, 10, 20),
     # 3 metrics: features, metrics and critics know images, not tokenizers; evaluate joins them
     'features': (0, 1, 11), 'metrics': (0, 1), 'evaluate': (0, 1, 9, 10, 12, 20, 30, 31), 'lpips': (0,), 'kernels': (0, 31),
-    'critics': (0, 11, 30), 'moments': (0, 30), 'fidelity': (0, 31), 'ifid': (0, 1, 10, 12, 30, 31, 32),
+    'critics': (0, 11, 30), 'moments': (0, 1, 30), 'fidelity': (0, 31), 'ifid': (0, 1, 10, 12, 30, 31, 32),
     'scorecard': (0, 1, 10, 12, 20, 30, 31, 32, 33, 34, 36, 37),
     # 4 generators: know latents, not pixels
     'generator': (0,), 'fast': (0, 11, 40), 'autoregressive': (0, 11, 40), 'masked': (0, 11, 40), 'flow': (0, 11, 40),

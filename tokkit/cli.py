@@ -294,10 +294,10 @@ def posttrain(
     n:int|None = None,                   # images to train on; all when left out
     mode:Literal['paired','unpaired'] = 'paired', # pairs of latents and images (the paper's), or free samples and the moments of features
     sigma:list[float]|None = None,       # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
-    source:Literal['reencode','tokens']|None = None, # paired: re-encoded pictures (the paper's, when left out) or the drawn tokens
+    source:Literal['reencode','tokens']|None = None, # paired: re-encoded pictures (when left out) or the drawn tokens (with --freeze official)
     freeze:Literal['all','official']|None = None, # paired: all but the decoder (when left out), or what the released code freezes
     clean:float|None = None,             # paired: share of pairs that are the image's own tokens; none when left out
-    moments:float|None = None,           # weight of the moments of features; 0 (paired) or 1 (unpaired) when left out
+    moments:float|None = None,           # weight of the moments of features; 0 (paired) or 1 (unpaired, must be above 0) when left out
     consistency:float|None = None,       # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
     lora:int = 0,                        # rank of the change of the decoder's matrices; 0 trains the matrices
     guidance:float = 1.5,                # guidance scale while the generator draws
@@ -310,7 +310,7 @@ def posttrain(
     from tokkit.generator import sample_batches
     from tokkit.generators import load_generator
     from tokkit.pairs import check_fit, latent_pairs
-    from tokkit.posttrain import posttrain_decoder
+    from tokkit.posttrain import check_options, posttrain_decoder
     from tokkit.train import ImageTraining
     from tokkit.unpaired import heal_unpaired
     from tokkit.runs import _clear, _writing
@@ -319,28 +319,26 @@ def posttrain(
     owned = dict(sigma=sigma, source=source, freeze=freeze, clean=clean)
     if mode == 'unpaired' and (wrong := [k for k,v in owned.items() if v is not None]):
         raise ValueError(f"--{' and --'.join(wrong)} belong to --mode paired; got unpaired")
-    given = {k:v for k,v in (owned|dict(consistency=consistency, moments=moments)).items() if v is not None}
+    if mode == 'unpaired' and moments == 0: raise ValueError("--mode unpaired learns by the moments alone; got --moments 0, give more")
+    given = dict(lora=lora) | {k:v for k,v in dict(consistency=consistency, moments=moments).items() if v is not None}
+    freeze, kept = freeze or 'all', [.9] if sigma is None else sigma
+    pairing = dict(sigma=kept[0] if len(kept) == 1 else kept, clean=clean or 0., source=source or ('tokens' if freeze == 'official' else 'reencode'))
     tok, gen = _saved_tokenizer(tokenizer).to(place).eval(), load_generator(generator).to(place)
-    check_fit(gen, tok)
+    check_fit(gen, tok); check_options(tok, freeze, pairing['source'], **given)
     images = _images_for(tok, data, 'train', n)
-    how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3)
+    how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3, perceptual_size=max(32, images.size))
     if (most := int(images.labels.max())) >= gen.classes:
         raise ValueError(f"{data} has {most+1} classes, the generator knows {gen.classes}; give --data the images it was trained on")
-    official = given.get('freeze') == 'official'
-    drawn = [tok.fingerprint, gen.fingerprint, images.hash, mode, guidance, seed, official, *map(given.get, ('sigma','clean','source'))]
-    work = folder.with_name(f'.work-{folder.name}-{stable_hash(drawn)}')    # pairs of a killed call, and of one with wrong options
-    train = work/stable_hash([given, lora, epochs])                         # its checkpoint
+    drawn = [tok.fingerprint, gen.fingerprint, images.hash, mode, guidance, seed, pairing]
+    work = folder.with_name(f'.work-{folder.name}-{stable_hash(drawn)}')    # pairs of a killed call
+    common = dict(given, work=work/stable_hash([given, freeze, epochs]), device=str(place), seed=seed)
     with _writing(folder), atomic_dir(folder) as tmp:
-        common = dict(device=str(place), seed=seed, lora=lora)
         if mode == 'paired':
-            own = {k:given.pop(k) for k in ('sigma','clean','source') if k in given}
-            if len(own.get('sigma', ())) == 1: own['sigma'], = own['sigma']
-            if official: own.setdefault('source', 'tokens')
-            pairs = latent_pairs(gen, tok, images, seed=seed, folder=work/'pairs', guidance=guidance, **own)
-            healed, history = posttrain_decoder(tok, pairs, how, train, **given, **common)
+            pairs = latent_pairs(gen, tok, images, seed=seed, folder=work/'pairs', guidance=guidance, **pairing)
+            healed, history = posttrain_decoder(tok, pairs, how, freeze=freeze, **common)
         else:
             samples,_ = sample_batches(gen, images.labels, seed=seed, guidance=guidance)
-            healed, history = heal_unpaired(tok, samples, images, how, train, **given, **common)
+            healed, history = heal_unpaired(tok, samples, images, how, **common)
         healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)
     shutil.rmtree(work, ignore_errors=True); _clear(folder); print(out)
 

@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .core import check_range, make_rng, tensors_hash
+from .core import make_rng, tensors_hash
 from .data import ImageSet
 from .losses import recon_loss
-from .moments import MomentLoss
+from .moments import MomentLoss, moments_to_train
 from .pairs import check_latents, encode_all
-from .posttrain import heal
+from .posttrain import add_terms, check_options, decode_latents, heal
 from .tokenizer import Tokenizer
 from .train import ImageLoss, ImageTraining
 
@@ -44,10 +44,11 @@ class FreeSamples(Dataset):
     def hash(self) -> str: return tensors_hash(dict(samples=self.samples, latents=self.latents))
     def set_epoch(self, epoch:int): self.epoch = epoch
     def _partners(self, i) -> Tensor:
-        n = len(self.images)
-        many = -(-n//len(self.samples))                                           # every sample as often as any other, give or take one
-        order = torch.randperm(len(self.samples)*many, generator=make_rng(self.seed, 'partners', self.epoch))[:n]
-        return order[torch.as_tensor(i)]%len(self.samples)
+        n,of = len(self.images),len(self.samples)
+        rng = make_rng(self.seed, 'partners', self.epoch)
+        order,some = torch.randperm(n, generator=rng),torch.randperm(of, generator=rng)[:n%of]
+        who = torch.cat([torch.arange(of).repeat(n//of), some])                   # every sample as often as any other, give or take one
+        return who[order[torch.as_tensor(i)]]
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
     def __getitems__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
@@ -62,19 +63,15 @@ def unpaired_step(
     consistency:float,             # of staying near `original` on the samples
 ) -> Callable:
     "The step of healing without pairs"
-    def decode(latents):
-        with torch.no_grad(): zq = latents if tok.spec.codebook_size is None else tok.codes(latents)
-        return tok.decode(zq).float()
     def step(learner, batch):
         sample,clean,x = batch
-        made = decode(sample)
-        out = loss(learner, decode(clean), x, judged=made)
-        total,log = out['loss'],{}
-        if moments is not None: log['moments'] = moments(made); total = total+weight*log['moments']
+        made,terms = decode_latents(tok, sample),{}
+        out = loss(learner, decode_latents(tok, clean), x, judged=made)
+        if moments is not None: terms['moments'] = moments(made),weight
         if consistency:
             with torch.no_grad(): was = original.from_latents(sample)
-            log['drift'] = recon_loss(made, was); total = total+consistency*log['drift']
-        return out|log|dict(loss=total)
+            terms['drift'] = recon_loss(made, was),consistency
+        return add_terms(out, terms)
     return step
 
 def heal_unpaired(
@@ -88,17 +85,17 @@ def heal_unpaired(
     seed:int = 0,                         # moves the order
     desc:str = 'healing without pairs',   # for the bar
     *,
-    moments:float = 1.,                   # weight of the moments of features; 0 leaves them out
+    moments:float = 1.,                   # weight of the moments of features; 0: samples teach by the discriminator alone, or not at all
     consistency:float = .1,               # weight of staying near the untouched decoder on the samples
-    loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one
+    loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one, of their size
     **options,                            # lora, critic, probe, patience of `posttrain_decoder`
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
-    check_range('moments', moments, 0, 1e6, 'it is a weight'); check_range('consistency', consistency, 0, 1e6, 'it is a weight')
+    check_options(tok, lora=options.get('lora', 0), consistency=consistency, moments=moments)
     check_latents(tok, samples, images)
     latents = encode_all(copy.deepcopy(tok).eval(), images)                   # in training mode encoding would move its statistics
     data = FreeSamples(samples.cpu(), latents, images, seed)
-    extra = copy.deepcopy(loss or MomentLoss().fit(images)).forget().train() if moments else None
+    extra = moments_to_train(images, moments, loss)
     def step(healed, loss, original): return unpaired_step(healed, loss, original, extra, moments, consistency)
     cfg = replace(cfg, semantic=0.)                                           # latents are given: that term has nobody to teach
     return heal(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra, remember=consistency > 0,
