@@ -294,7 +294,7 @@ def posttrain(
     n:int|None = None,                   # images to train on; all when left out
     mode:Literal['paired','unpaired'] = 'paired', # pairs of latents and images (the paper's), or free samples and the moments of features
     sigma:list[float]|None = None,       # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
-    source:Literal['reencode','tokens']|None = None, # paired: re-encoded pictures (when left out) or the drawn tokens (with --freeze official)
+    source:Literal['reencode','tokens']|None = None, # paired: re-encoded (when left out) or as drawn (with --freeze official)
     freeze:Literal['all','official']|None = None, # paired: all but the decoder (when left out), or what the released code freezes
     clean:float|None = None,             # paired: share of pairs that are the image's own tokens; none when left out
     moments:float|None = None,           # weight of the moments of features; 0 (paired) or 1 (unpaired, must be above 0) when left out
@@ -319,12 +319,14 @@ def posttrain(
     owned = dict(sigma=sigma, source=source, freeze=freeze, clean=clean)
     if mode == 'unpaired' and (wrong := [k for k,v in owned.items() if v is not None]):
         raise ValueError(f"--{' and --'.join(wrong)} belong to --mode paired; got unpaired")
-    if mode == 'unpaired' and moments == 0: raise ValueError("--mode unpaired learns by the moments alone; got --moments 0, give more")
+    if mode == 'unpaired' and moments == 0:
+        raise ValueError("--mode unpaired learns from samples by the moments alone; got --moments 0, give more")
     given = dict(lora=lora) | {k:v for k,v in dict(consistency=consistency, moments=moments).items() if v is not None}
-    freeze, kept = freeze or 'all', [.9] if sigma is None else sigma
-    pairing = dict(sigma=kept[0] if len(kept) == 1 else kept, clean=clean or 0., source=source or ('tokens' if freeze == 'official' else 'reencode'))
+    freeze = freeze or 'all'
+    source = source or ('tokens' if freeze == 'official' else 'reencode')
+    pairing = dict(sigma=[.9] if sigma is None else sigma, clean=clean or 0., source=source)
     tok, gen = _saved_tokenizer(tokenizer).to(place).eval(), load_generator(generator).to(place)
-    check_fit(gen, tok); check_options(tok, freeze, pairing['source'], **given)
+    check_fit(gen, tok); check_options(tok, freeze, source, **given)
     images = _images_for(tok, data, 'train', n)
     how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3, perceptual_size=max(32, images.size))
     if (most := int(images.labels.max())) >= gen.classes:

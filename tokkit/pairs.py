@@ -54,12 +54,12 @@ def check_latents(
     "Raise one line unless the tokenizer decodes such latents, and to such images"
     parts = [latents] if isinstance(latents, Tensor) else list(latents)
     if not all(isinstance(p, Tensor) for p in parts): raise ValueError(f"expected latents as a tensor, got {type(parts[0]).__name__}")
-    if not any(len(p) for p in parts): raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got no latents at all; give at least one")
+    if not any(p.numel() for p in parts): raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got no latents at all; give some")
     first,k = parts[0],tok.spec.codebook_size
     def got(k): return _kind(first.shape[1:], None if first.is_floating_point() else k)
     if (first.is_floating_point() or first.dtype == torch.bool) == bool(k) or got(k) != _decodes(tok):
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this tokenizer")
-    if k and (most := max(int(p.long().max()) for p in parts if len(p))) >= k:
+    if k and (most := max(int(p.long().max()) for p in parts if p.numel())) >= k:
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got id {most}; give latents of this tokenizer")
     mine,theirs = (tok.cfg.channels, tok.cfg.size, tok.cfg.size),tuple(images[:1][0].shape[1:])
     if mine != theirs: raise ValueError(f"the tokenizer makes images {mine}, got images {theirs}; give images of its size and channels")
@@ -113,8 +113,10 @@ def _plain_sigma(sigma) -> float|list[float]|dict[float,float]:
     "A sigma of any kind as a number, a list, or shares by rising sigma"
     if hasattr(sigma, 'tolist'): sigma = sigma.tolist()                      # of numpy or torch
     def plain(s): return round(float(s), 6)                                  # as it was before float32
-    if isinstance(sigma, Mapping): return {plain(s):float(w) for s,w in sorted(sigma.items())}
-    return [plain(s) for s in sigma] if isinstance(sigma, Iterable) else plain(sigma)
+    if not isinstance(sigma, Iterable): return plain(sigma)
+    many = [plain(s) for s in sigma]
+    if len(set(many)) < len(many): raise ValueError(f"each sigma once, got {many}; give the shares of a mixture as {{sigma: share}}")
+    return dict(sorted(zip(many, map(float, sigma.values())))) if isinstance(sigma, Mapping) else many
 
 def row_sigmas(
     n:int,                                        # pairs
@@ -125,8 +127,6 @@ def row_sigmas(
     "The preservation ratio of each pair, shares exact to a pair"
     sigma = _plain_sigma(sigma)
     shares = sigma if isinstance(sigma, dict) else dict.fromkeys(sigma if isinstance(sigma, list) else [sigma], 1.)
-    if isinstance(sigma, list) and len(shares) < len(sigma):
-        raise ValueError(f"each sigma once, got {sigma}; give the shares of a mixture as {{sigma: share}}")
     if not shares: raise ValueError("sigma must name at least one fraction of real latents to keep, got none")
     for s,w in shares.items():
         check_range('sigma', s, hint='it is the fraction of the real latents that is kept')

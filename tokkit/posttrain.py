@@ -217,7 +217,7 @@ def posttrain_decoder(
 def check_options(
     tok:Tokenizer,             # whose decoder shall learn
     freeze:str = 'all',        # 'all' but the decoder, or 'official'
-    source:str|None = None,    # of the pairs; None: of no generator
+    source:str|None = None,    # of the pairs; None: unknown
     lora:int = 0,              # rank of the change of each matrix
     consistency:float = 0.,    # weight of staying near the untouched decoder
     moments:float = 0.,        # weight of the moments of features

@@ -85,7 +85,7 @@ def heal_unpaired(
     seed:int = 0,                         # moves the order
     desc:str = 'healing without pairs',   # for the bar
     *,
-    moments:float = 1.,                   # weight of the moments of features; 0: samples teach by the discriminator alone, or not at all
+    moments:float = 1.,                   # weight of the moments of features; 0: samples teach by the discriminator alone, if there is one
     consistency:float = .1,               # weight of staying near the untouched decoder on the samples
     loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one, of their size
     **options,                            # lora, critic, probe, patience of `posttrain_decoder`
