@@ -294,7 +294,7 @@ def posttrain(
     n:int|None = None,                   # images to train on; all when left out
     mode:Literal['paired','unpaired'] = 'paired', # pairs of latents and images (the paper's), or free samples and the moments of features
     sigma:list[float]|None = None,       # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
-    source:Literal['reencode','tokens']|None = None, # paired: re-encoded (when left out) or as drawn (with --freeze official)
+    source:Literal['reencode','tokens']|None = None, # paired: re-encoded (default) or as drawn (default of --freeze official)
     freeze:Literal['all','official']|None = None, # paired: all but the decoder (when left out), or what the released code freezes
     clean:float|None = None,             # paired: share of pairs that are the image's own tokens; none when left out
     moments:float|None = None,           # weight of the moments of features; 0 (paired) or 1 (unpaired, must be above 0) when left out
