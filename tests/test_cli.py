@@ -181,7 +181,8 @@ def test_every_metric_on_a_folder(own, tmp_path, capsys):
     (line,) = said('rfid', '--reference', tmp_path/'reference.npz'); assert 'statistics' in line
     assert '--top-k belong to ifid; got rfid' in said('rfid', '--top-k', 2)
 
-def test_posttrain_on_a_folder(own, tmp_path, capsys):
+def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
+    def killed(*args, **kwargs): raise KeyboardInterrupt
     words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
              '-n', '64', '--epochs', '1', '--out', str(tmp_path/'healed')]
     assert main([*words, '--sigma', '90']) == 2 and 'sigma must be in [0, 1], got 90' in capsys.readouterr().err
@@ -190,8 +191,12 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys):
                            ('--mode unpaired --consistency -1', 'consistency must be in')):
         assert main([*words, *wrong.split()]) == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "refused before a pair is made"
-    (tmp_path/'.healed.1-2.tmp').mkdir()                                    # a killed call leaves one
-    assert main(words) == 0 and [p.name for p in tmp_path.iterdir()] == ['healed'], "nothing is left"
+    with monkeypatch.context() as m:                                        # a call killed while it trains
+        m.setattr('tokkit.posttrain.posttrain_decoder', killed)
+        assert main(words) == 130
+    assert {p.name[:13] for p in tmp_path.iterdir()} == {'.work-healed-'} and len(list(tmp_path.glob('.work-*/pairs/part*'))) == 1
+    (tmp_path/'.healed.1-2.tmp').mkdir()                                    # `kill -9` leaves one
+    assert main(words) == 0 and [p.name for p in tmp_path.iterdir()] == ['healed'], "nothing is left, the pairs of the killed call neither"
     from tokkit.tokenizer import Tokenizer
     before, after = Tokenizer.load(own/'tokenizer').state_dict(), Tokenizer.load(tmp_path/'healed').state_dict()
     moved = {k.split('.')[0] for k in before if not before[k].equal(after[k])}

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .core import bar, check_range
+from .core import bar, check_range, default_device
 from .data import ImageSet
 from .features import chunks, efficientnet_taps
 
@@ -66,7 +66,9 @@ def moments_to_train(
     images:ImageSet,               # real images
     weight:float,                  # of the moments; 0: none are wanted
     loss:MomentLoss|None = None,   # one that was fitted to the images; None: a new one, of their size (at least 32 pixels)
+    device:str|None = None,        # where a new one looks at the images; None: the best there is
 ) -> MomentLoss|None:
     "The moments of real images as a training wants them"
     if not weight: return None
-    return copy.deepcopy(loss or MomentLoss(size=max(32, images.size)).fit(images)).forget().train()
+    if loss is None: loss = MomentLoss(size=max(32, images.size)).to(default_device(device)).fit(images)
+    return copy.deepcopy(loss).forget().train()

@@ -22,7 +22,7 @@ from .data import ImageSet
 from .losses import recon_loss
 from .moments import MomentLoss, moments_to_train
 from .pairs import check_latents, encode_all
-from .posttrain import add_terms, check_options, decode_latents, heal
+from .posttrain import add_terms, check_options, heal
 from .tokenizer import Tokenizer
 from .train import ImageLoss, ImageTraining
 
@@ -65,8 +65,8 @@ def unpaired_step(
     "The step of healing without pairs"
     def step(learner, batch):
         sample,clean,x = batch
-        made,terms = decode_latents(tok, sample),{}
-        out = loss(learner, decode_latents(tok, clean), x, judged=made)
+        made,terms = tok.from_latents(sample).float(),{}
+        out = loss(learner, tok.from_latents(clean), x, judged=made)
         if moments is not None: terms['moments'] = moments(made),weight
         if consistency:
             with torch.no_grad(): was = original.from_latents(sample)
@@ -95,7 +95,7 @@ def heal_unpaired(
     check_latents(tok, samples, images)
     latents = encode_all(copy.deepcopy(tok).eval(), images)                   # in training mode encoding would move its statistics
     data = FreeSamples(samples.cpu(), latents, images, seed)
-    extra = moments_to_train(images, moments, loss)
+    extra = moments_to_train(images, moments, loss, device)
     def step(healed, loss, original): return unpaired_step(healed, loss, original, extra, moments, consistency)
     cfg = replace(cfg, semantic=0.)                                           # latents are given: that term has nobody to teach
     return heal(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra, remember=consistency > 0,
