@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .core import check_range, load_strictly
-from .generator import (Guidance, LatentGenerator, check_count, check_labels, check_latents, check_sampling, check_steps, draw,
+from .core import check_range, check_sizes, load_strictly
+from .generator import (Guidance, LatentGenerator, check_labels, check_latents, check_sampling, check_steps, draw,
                               drop_labels, guide, row_noise, row_seeds)
 from .layers import KVCache, ModulatedBlock, from_timm, to_timm, transformer
 
@@ -42,7 +42,7 @@ class ARCfg:
     target_aware:bool = False   # every token knows the place of the next one
 
     def __post_init__(self):
-        for name in ('n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels'): check_count(name, getattr(self, name))
+        check_sizes(self, 'n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels')
         check_range('label_dropout', self.label_dropout); check_range('dropout', self.dropout, 0, .99)
         if self.order not in ORDERS: raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if self.order == 'random' and not self.target_aware:

@@ -8,7 +8,7 @@ __all__ = ['PATHS', 'PREDICTIONS', 'SMALLEST', 'TIMES', 'METHODS', 'PathPoint', 
 
 # %% ../nbs/44_flow.ipynb #99d3de64
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import check_range
-from .generator import (Guidance, LatentGenerator, check_count, check_grid, check_labels, check_latents, check_sampling, check_steps,
+from .core import check_count, check_range, check_sizes
+from .generator import (Guidance, LatentGenerator, check_grid, check_labels, check_latents, check_sampling, check_steps,
                               drop_labels, guided, row_noise, row_seeds)
 from .layers import ModulatedBlock, modulate, sincos_pos
 
@@ -141,7 +141,7 @@ class FlowCfg:
     ratio:float = 4.            # hidden channels of the MLP over `width`
     dropout:float = 0.          # in the blocks
     label_dropout:float = .1    # fraction of labels replaced by the null class in training
-    grid:tuple|list|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
+    grid:Sequence[int]|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
     mean:float = 0.             # of the latents
     std:float = 1.              # of the latents
     path:str = 'linear'         # of `PATHS`
@@ -151,7 +151,7 @@ class FlowCfg:
     def __post_init__(self):
         for name,known in dict(path=PATHS, predict=PREDICTIONS, times=TIMES).items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ('n', 'dim', 'classes', 'width', 'depth', 'heads'): check_count(name, getattr(self, name))
+        check_sizes(self, 'n', 'dim', 'classes', 'width', 'depth', 'heads')
         check_range('label_dropout', self.label_dropout); check_range('dropout', self.dropout, 0, .99)
         object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
         if not 0 < self.std < math.inf: raise ValueError(f"std must be > 0, got {self.std}; it is LatentSpec's, as `fit_spec` measures it")

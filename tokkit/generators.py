@@ -7,11 +7,12 @@ __all__ = ['GENERATOR_KINDS', 'GENERATORS', 'make_generator', 'save_generator', 
 
 # %% ../nbs/45_generators.ipynb #9339a80a
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .autoregressive import AR_PRESETS, ARCfg, ARGenerator
-from .core import LatentSpec, changed, load_model, read_json, save_model
+from .core import LatentSpec, changed, check_kind, load_model, read_json, save_model
 from .flow import FlowCfg, FlowGenerator
 from .generator import LatentGenerator
 from .masked import MaskedCfg, MaskedGenerator
@@ -73,7 +74,11 @@ def load_generator(
     "Read a generator of any kind back, in eval mode"
     kinds = {Generator.__name__:(Cfg, Generator) for Cfg,Generator in GENERATOR_KINDS.values()}
     config = Path(folder)/'config.json'
-    kind = read_json(config).get('kind') if config.exists() else next(iter(kinds))      # without it `load_model` says what is wrong
+    kind = read_json(config, dict[str,Any]).get('kind') if config.exists() else next(iter(kinds))      # without it `load_model` says what is wrong
+    if not isinstance(kind, str): raise ValueError(f"{config} names no kind of generator; it is damaged or was changed by hand")
     if kind not in kinds: raise ValueError(f"{folder} holds a {kind}, expected a generator: {', '.join(kinds)}")
     Cfg,Generator = kinds[kind]
-    return load_model(folder, kind, lambda saved: Generator(Cfg(**saved['cfg'])))
+    def build(saved):
+        check_kind(saved['cfg'], Cfg, 'config.json: cfg')
+        return Generator(Cfg(**saved['cfg']))
+    return load_model(folder, kind, build)

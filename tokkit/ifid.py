@@ -16,7 +16,7 @@ from torch import Tensor
 from .core import bar, make_rng
 from .data import to_uint8
 from .evaluate import (Card, FeatureBank, _about, _distance, _encode, _judge, _measured, _print, _reference, _se, _settings, _through,
-                             draw_images)
+                             check_bootstrap, draw_images)
 from .features import CHUNK, FeatureExtractor
 
 # %% ../nbs/37_ifid.ipynb #ffc924bf
@@ -132,7 +132,7 @@ def ifid(
     bank:FeatureBank|None = None,  # keeps reference features; None: one for this process
 ) -> Card:
     "Fréchet distance of images decoded between each image's latent and a neighbour's"
-    _check(tok, top_k, t, how)
+    _check(tok, top_k, t, how); check_bootstrap(bootstrap)
     trained = _about(train)
     if _about(images)['hash'] == trained['hash']:
         raise ValueError("train holds the measured images themselves; every nearest neighbour would be the image: give others")

@@ -8,7 +8,7 @@ __all__ = ['MASK_SCHEDULES', 'mask_schedule', 'random_mask', 'MaskedCfg', 'Maske
 
 # %% ../nbs/43_masked.ipynb #d84789fd
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .core import check_range
-from .generator import (Guidance, LatentGenerator, check_count, check_grid, check_labels, check_latents, check_sampling, check_steps,
+from .core import check_count, check_range, check_sizes
+from .generator import (Guidance, LatentGenerator, check_grid, check_labels, check_latents, check_sampling, check_steps,
                               draw, drop_labels, guided, row_noise, row_seeds)
 from .layers import transformer
 
@@ -60,7 +60,7 @@ class MaskedCfg:
     levels:int = 1              # ids a token
     schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in sampling
     masks:str = 'linear'        # of `MASK_SCHEDULES`, in training
-    grid:tuple|list|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
+    grid:Sequence[int]|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
     near:int = 3                # side of the neighbourhood a token shows its neighbours, odd; 0: attention alone, as in MaskGIT
     label_smoothing:float = 0.  # of the target codes, in [0,1)
 
@@ -69,7 +69,7 @@ class MaskedCfg:
         if self.near < 0 or (self.near and not self.near%2): raise ValueError(f"near must be odd, or 0 for none, got {self.near}")
         check_range('label_dropout', self.label_dropout)
         for name in ('dropout', 'label_smoothing'): check_range(name, getattr(self, name), 0, .99)
-        for name in ('n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels'): check_count(name, getattr(self, name))
+        check_sizes(self, 'n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels')
         object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
 
 # %% ../nbs/43_masked.ipynb #8fcbf709

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .core import check_range
-from .neighbours import NeighbourTable, check_delta, code_neighbours, lattice_neighbours, nearest_codes
+from .core import check_count, check_range
+from .neighbours import NeighbourTable, check_delta, check_ids, code_neighbours, lattice_neighbours, nearest_codes
 from .quantize import Quantized, Quantizer, straight_through
 
 # %% ../nbs/20_perturb.ipynb #39e01251
@@ -184,6 +184,7 @@ def perturb_codes(
     if isinstance(codes, Quantizer) and codes.codebook_size is None: codes.codes(ids)           # says why not
     near,k = kind in ('nearest', 'adversarial'),codes.codebook_size if isinstance(codes, Quantizer) else len(codes)
     if near: check_delta(delta, k, include_self)
+    check_ids(ids, k)
     _check_needs(codes, kind, neighbours, z, gradient)
     hit,draw = _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard)
     levels,clean,hit,draw = zip(*split_levels(codes, ids, hit, draw, vectors=near and neighbours == 'latent' or kind == 'adversarial'))
@@ -268,7 +269,7 @@ def perturb_latents(
     "Add noise to latents, mix them with it, or step up the loss"
     if kind not in LATENT_KINDS: raise ValueError(f"kind must be 'gaussian', 'interpolate' or 'adversarial', got {kind!r}")
     if draw not in ('fixed', 'uniform'): raise ValueError(f"draw must be 'fixed' or 'uniform', got {draw!r}")
-    check_range('strength', strength, 0, 1 if kind == 'interpolate' else float('inf'))
+    check_range('strength', strength, 0, 1 if kind == 'interpolate' else 1e6)
     b,rows = len(z)*shard[1],slice(len(z)*shard[0], len(z)*(shard[0]+1))
     if kind == 'adversarial':
         if gradient is None: raise ValueError("kind='adversarial' follows the loss; pass its gradient as gradient")
@@ -364,8 +365,8 @@ class LatentPerturbation:
     std:float|None = None               # standard deviation of continuous latents; None: this batch's
 
     def __post_init__(self):
-        check_range('alpha', self.alpha); check_range('beta', self.beta)
-        check_range('strength', self.strength, 0, 1 if self.kind == 'interpolate' else float('inf'))
+        check_range('alpha', self.alpha); check_range('beta', self.beta); check_count('delta', self.delta, hint='1 redraws nothing')
+        check_range('strength', self.strength, 0, 1 if self.kind == 'interpolate' else 1e6)
         if self.kind is not None and self.kind not in KINDS: raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.annealing is not None and not callable(self.annealing):
             raise ValueError(f"annealing must be a function of the epoch, such as annealing('half', epochs), got {self.annealing!r}")

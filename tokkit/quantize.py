@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import check_range, process_mean
+from .core import check_finite, check_range, process_mean
 from .neighbours import (code_neighbours, codebook_usage, from_digits, kmeans_centres, lattice_levels, lattice_neighbours,
                                nearest_codes, to_digits)
 
@@ -72,7 +72,9 @@ class Quantizer(nn.Module):
     def forward(self, z:Float[Tensor, "b *n e"]) -> Quantized:
         if self.in_dim not in (None, z.shape[-1]):
             raise ValueError(f"{type(self).__name__} takes latents of {self.in_dim} channels, got {z.shape[-1]}; see its in_dim")
+        if not self.training: check_finite('the latents of image', z)      # the code of NaN would be code 0; in training the loss tells
         with torch.autocast(z.device.type, enabled=False): q = self.snap(z.float())
+        if not self.training: check_finite('the quantized latents of image', q.zq, 'the codebook is damaged')
         if self.training and q.ids is not None: self.count(q.ids)
         return q._replace(zq=q.zq.to(z.dtype))
 

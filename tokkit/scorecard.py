@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .core import bar, make_rng, stable_hash, tensors_hash
 from .data import from_uint8, to_uint8
 from .evaluate import (Card, FeatureBank, Reference, _about, _alike, _encode, _frechet, _judge, _measured, _print, _reference, _se,
-                             _settings, _through, draw_images, pfid)
+                             _settings, _through, check_bootstrap, draw_images, pfid)
 from .features import CHUNK, FeatureExtractor, chunks, efficientnet_taps, stream
 from .fidelity import density_coverage, inception_score, precision_recall
 from .ifid import ifid
@@ -166,6 +166,7 @@ def evaluate_generator(
     bank:FeatureBank|None = None,  # keeps reference features; None: one for this process
 ) -> list[Card]:                   # in the order of `GENERATOR_METRICS`
     "gFID, KID, precision, recall, density, coverage and IS of samples, from one pass of features"
+    check_bootstrap(bootstrap)
     wanted = _wanted(metrics, GENERATOR_METRICS, _impossible(reference, classifier))
     told = (samples.settings if isinstance(samples, Sampler) else {}) | (settings or {})
     parts,about = _passing(samples, n, reference, seed)
@@ -241,6 +242,7 @@ def evaluate_tokenizer(
     **doses,                       # alphas, deltas, kind, strengths, ... of `pfid`
 ) -> list[Card]:                   # in the order of `TOKENIZER_METRICS`
     "All that can be said about a tokenizer; no pFID for continuous latents without kind and strengths, no iFID without `train`"
+    check_bootstrap(bootstrap)
     images = draw_images(images, n, seed)
     about,discrete,no = _about(images),tok.codebook is not None,_impossible(reference, classifier)
     if not discrete: no |= {m: 'is of codes, and this tokenizer has none' for m in ('usage','perplexity')}

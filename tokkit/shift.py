@@ -21,13 +21,14 @@ from scipy import sparse
 from torch import Tensor
 
 from .core import bar, check_range, make_rng
-from .data import Indexed, TokenCache
+from .data import Indexed
 from .features import FeatureExtractor, check_images, default_extractor, extract
 from .generator import LatentGenerator, chances, check_latents, draw
 from .kernels import mmd2
 from .metrics import FeatureStats, bootstrap_frechet, frechet_distance
 from .perturb import split_levels
 from .quantize import Quantizer
+from .token_cache import TokenCache
 
 # %% ../nbs/63_shift.ipynb #a5416188
 RECORDED = 'p', 'rank', 'wrong', 'distance', 'neighbour'

@@ -9,6 +9,7 @@ __all__ = ['BACKBONES', 'TOKENIZERS', 'TokenizerCfg', 'LatentViT', 'ViTEncoder',
 
 # %% ../nbs/12_tokenizer.ipynb #bf409548
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import LatentSpec, changed, load_model, save_model, stable_hash, tensors_hash, to_plain
+from .core import (LatentSpec, changed, check_count, check_kind, check_sizes, load_model, save_model, stable_hash, tensors_hash,
+                         to_plain)
 from .layers import (Down, DownFar, MapAttention, PatchEmbed, PixelHead, ResBlock, Up, ViT, group_norm, sincos_pos,
                            transformer)
 from .quantize import QUANTIZERS, Quantized, Quantizer, make_quantizer, quantizer_options
@@ -46,17 +48,17 @@ class TokenizerCfg:
     positions:str = 'shared'      # latent tokens share the patches' positions, with level embeddings, or have their 'own' (robustok)
     class_token:bool = True       # one more token in front (robustok)
     layer_scale:float|None = 1e-5 # initial LayerScale, or none (robustok)
-    multipliers:tuple|list = (1, 1, 2, 2, 4) # width of each level over `width`, finest first; halved between them (taming)
+    multipliers:Sequence[int] = (1, 1, 2, 2, 4) # width of each level over `width`, finest first; halved between them (taming)
     z_channels:int = 256          # channels between network and quantizer (taming)
 
     def __post_init__(self):
         as_tuples = {k:tuple(v) if isinstance(v, list) else v for k,v in self.quantizer_options.items()}    # JSON knows lists only
         for k,v in dict(multipliers=tuple(self.multipliers), quantizer_options=as_tuples).items(): object.__setattr__(self, k, v)
-        for k in ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels'):
-            if getattr(self, k) < 1: raise ValueError(f"{k} must be at least 1, got {getattr(self, k)}")
+        check_sizes(self, 'size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')
+        for k,most in dict(latents=2**16, codebook_size=2**24, refine=2**12).items(): check_count(k, getattr(self, k), most, least=0)
         if self.size%self.patch: raise ValueError(f"patch must divide size, got patch {self.patch} and size {self.size}")
         if self.kind not in BACKBONES: raise ValueError(f"kind must be one of {', '.join(BACKBONES)}, got {self.kind!r}")
-        if self.latents < 0: raise ValueError(f"latents must be >= 0, got {self.latents}")
+        if self.tokens*self.width > 2**28: raise ValueError(f"{self.tokens} tokens of {self.width} channels do not fit into any memory")
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
         if not self.codebook_size and self.quantizer not in ('vq', 'kl', 'none'):
@@ -316,11 +318,16 @@ class Tokenizer(nn.Module):
         Encoder,Decoder = BACKBONES[cfg.kind]
         self.encoder,self.decoder = Encoder(cfg, quantizer.in_dim),Decoder(cfg, quantizer.dim)
         self.quantizer = _quantizer(cfg)
-        n,k = cfg.tokens,quantizer.codebook_size
-        ids = tuple(quantizer.ids_shape(n)) if k is not None else (n,)
-        self.spec = LatentSpec((n, quantizer.dim), cfg.grid, codebook_size=k, ids_shape=None if ids == (n,) else ids)
+        self.spec = self._plain_spec()
+
+    def _plain_spec(self) -> LatentSpec:
+        "What the configuration says of the latents, before anybody measured their scale"
+        n,q = self.cfg.tokens,self.quantizer
+        ids = tuple(q.ids_shape(n)) if q.codebook_size is not None else (n,)
+        return LatentSpec((n, q.dim), self.cfg.grid, codebook_size=q.codebook_size, ids_shape=None if ids == (n,) else ids)
 
     def _check(self, x):
+        if not x.is_floating_point(): raise ValueError(f"this tokenizer takes images in [-1,1] as floats, got {x.dtype}; see from_uint8")
         want = (self.cfg.channels, self.cfg.size, self.cfg.size)
         if tuple(x.shape[1:]) != want:
             raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got {tuple(x.shape)}")
@@ -347,6 +354,7 @@ class Tokenizer(nn.Module):
     def codes(self, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b n d"]:
         "Code vectors of ids, as the decoder takes them"
         self._discrete()
+        if ids.is_floating_point() or ids.dtype == torch.bool: raise ValueError(f"ids must be whole numbers, got {ids.dtype}")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.spec.codebook_size:
             raise ValueError(f"ids must be in 0..{self.spec.codebook_size-1}, got {int(ids.min())}..{int(ids.max())}")
         return self.quantizer.codes(ids)
@@ -380,8 +388,9 @@ class Tokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        "A short hash of configuration and weights; the measured `spec` is not in it"
-        return stable_hash([to_plain(self.cfg), tensors_hash(self.state_dict())])
+        "A short hash of configuration and weights, and of the scale of the latents where it was measured"
+        measured = [] if self.spec == self._plain_spec() else [to_plain(self.spec)]
+        return stable_hash([to_plain(self.cfg), tensors_hash(self.state_dict()), *measured])
 
     def __repr__(self):
         c,s = self.cfg,self.spec
@@ -430,8 +439,9 @@ def make_tokenizer(
 
 # %% ../nbs/12_tokenizer.ipynb #caf4de9c
 def _tokenizer_from(config:dict) -> Tokenizer:
+    s = config.get('spec')
+    check_kind(config['cfg'], TokenizerCfg, 'config.json: cfg'); check_kind(s, LatentSpec, 'config.json: spec')
     tok = Tokenizer(TokenizerCfg(**config['cfg']))
-    s = config['spec']
     grid,ids = s['grid'] and tuple(s['grid']),s.get('ids_shape') and tuple(s['ids_shape'])
     tok.spec = LatentSpec(tuple(s['shape']), grid, s['mean'], s['std'], s['codebook_size'], ids)
     return tok
