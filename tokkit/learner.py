@@ -7,12 +7,11 @@ __all__ = ['WarmupCosine', 'EpochCosine', 'constant', 'only_train', 'Phase', 'Ca
            'history_frame', 'ema_update', 'EMA', 'ema_weights', 'Checkpoint']
 
 # %% ../nbs/50_learner.ipynb #5819c2b0
-import math, tempfile
+import math, tempfile, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
@@ -25,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
-from .core import atomic_path, bar, check_range, default_device, make_rng, process_mean
+from .core import atomic_path, bar, check_range, default_device, make_rng, nested_hash, process_mean
+from .folders import set_aside
 
 # %% ../nbs/50_learner.ipynb #47433912
 @dataclass(frozen=True)
@@ -300,12 +300,25 @@ class Checkpoint(Callback):
     ):
         self.path,self.key = Path(path),key
 
+    def _read(self, device) -> dict|None:
+        "What was saved; None where that is not what is in the file"
+        try:
+            saved = torch.load(self.path, map_location=device, weights_only=True)
+            whole = saved.pop('hash') == nested_hash(saved)
+        except Exception: return None               # a damaged pickle raises whatever it likes
+        return saved if whole else None
+
     def begin(self, learner):
         if not self.path.exists(): return
-        try: saved = torch.load(self.path, map_location=learner.device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, UnpicklingError):
-            raise ValueError(f"{self.path} is damaged or no checkpoint; delete it, or use another folder") from None
-        if not isinstance(saved, dict) or saved.get('key') != self.key:
+        saved = self._read(learner.device)
+        learner.accelerator.wait_for_everyone()
+        if saved is None:
+            if learner.main:
+                kept = set_aside(self.path).name
+                warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins anew, and the file is kept as {kept}",
+                              stacklevel=2)
+            return
+        if saved['key'] != self.key:
             raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another folder")
         learner.model.load_state_dict(saved['model'])
         for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
@@ -316,7 +329,7 @@ class Checkpoint(Callback):
     def epoch_end(self, learner):
         learner.accelerator.wait_for_everyone()
         if not learner.main: return
-        with atomic_path(self.path) as p:
-            torch.save(dict(model=learner.model.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers],
-                            callbacks={type(c).__name__:s for c in learner.callbacks if (s := c.state())},
-                            epoch=learner.epoch, step=learner.step, history=learner.history, key=self.key), p)
+        now = dict(model=learner.model.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers],
+                   callbacks={type(c).__name__:s for c in learner.callbacks if (s := c.state())},
+                   epoch=learner.epoch, step=learner.step, history=learner.history, key=self.key)
+        with atomic_path(self.path) as p: torch.save(now|dict(hash=nested_hash(now)), p)

@@ -7,9 +7,10 @@ __all__ = ['SOURCES', 'check_fit', 'check_latents', 'check_same', 'encode_all', 
            'LatentPairs', 'latent_pairs', 'clean_pairs', 'write_pairs', 'open_pairs']
 
 # %% ../nbs/49_pairs.ipynb #afd2f203
-import json, math
+import json, math, warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .core import atomic_path, bar, check_range, make_rng, read_json, stable_hash, tensors_hash, to_plain, write_json
+from .core import (atomic_path, bar, check_finite, check_range, make_rng, read_json, stable_hash, tensors_hash, to_plain,
+                         write_json)
 from .data import ImageSet, from_uint8, to_uint8
+from .folders import set_aside
 from .generator import LatentGenerator, row_seeds, sample_batches
+from .neighbours import check_ids
 from .tokenizer import Tokenizer
 
 # %% ../nbs/49_pairs.ipynb #e9371c9a
@@ -59,8 +63,9 @@ def check_latents(
     def got(k): return _kind(first.shape[1:], None if first.is_floating_point() else k)
     if (first.is_floating_point() or first.dtype == torch.bool) == bool(k) or got(k) != _decodes(tok):
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this tokenizer")
-    if k and (most := max(int(p.long().max()) for p in parts if p.numel())) >= k:
-        raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got id {most}; give latents of this tokenizer")
+    for p in parts:
+        if k: check_ids(p, k)
+        elif p.numel(): check_finite('latents of image', p, 'look at the generator')
     mine,theirs = (tok.cfg.channels, tok.cfg.size, tok.cfg.size),tuple(images[:1][0].shape[1:])
     if mine != theirs: raise ValueError(f"the tokenizer makes images {mine}, got images {theirs}; give images of its size and channels")
 
@@ -292,6 +297,7 @@ def write_pairs(
     recipe = to_plain(made_by|dict(about=about, n=n, part=part, latents=latents))
     new = _begin(folder, recipe)
     seeds,files = _seeds(seed, n),range(-(-n//part))
+    for i in files[which::of]: _keep_or_set_aside(_part(folder, i), min(part, n-i*part), _mine(recipe, i))
     for i in bar([f for f in files[which::of] if not _part(folder, f).exists()], 'making pairs'):
         rows = range(i*part, min(n, (i+1)*part)); at = slice(rows.start, rows.stop)
         try: made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
@@ -300,7 +306,7 @@ def write_pairs(
             raise
         made = made.to(_dtype(tok, latents)).contiguous()
         try:
-            about_it = json.dumps(differ|dict(hash=tensors_hash(dict(latents=made))))      # one entry: several would have no order
+            about_it = json.dumps(differ|dict(hash=tensors_hash(dict(latents=made)), part=_mine(recipe, i)))      # one entry: several would have no order
             with atomic_path(_part(folder, i)) as p: save_file(dict(latents=made), p, dict(about=about_it))
         except (OSError, SafetensorError) as e:
             whole = sum(_part(folder, f).exists() for f in files)
@@ -311,19 +317,41 @@ def write_pairs(
 def _begin(folder, recipe) -> bool:
     "Write the recipe, or compare it with the one that is there; whether it was written"
     if not (folder/'pairs.json').exists():
-        folder.mkdir(parents=True, exist_ok=True); write_json(folder/'pairs.json', recipe); return True
+        folder.mkdir(parents=True, exist_ok=True); write_json(folder/'pairs.json', recipe|dict(hash=stable_hash(recipe, 64))); return True
     there = _read_recipe(folder)
     if wrong := [k for k in recipe if there.get(k) != recipe[k]]:
         k = wrong[0]
         raise ValueError(f"{folder} holds pairs with {k} {there.get(k)}, asked for is {recipe[k]}; choose another folder, or delete it")
     return False
 
+class _Recipe(TypedDict):
+    images:str             # hash of the real ones
+    tokenizer:str          # fingerprint
+    generator:str|None     # likewise; None: clean pairs
+    about:dict[str,Any]    # sigma, source, sampling
+    n:int                  # pairs
+    part:int               # pairs a file
+    latents:str            # how they are kept
+    hash:str               # of all this
+
 def _read_recipe(folder) -> dict:
     "What a folder's pairs were made by"
-    r,path = read_json(folder/'pairs.json'),folder/'pairs.json'
-    lacks = {'images','tokenizer','generator','about','n','part'} - (set(r) if isinstance(r, dict) else set())
-    if not lacks: return r
-    raise ValueError(f"{path} is of another version or damaged: no {', '.join(sorted(lacks))}; delete {folder} and make them again")
+    again = f"delete {folder} and make them again"
+    try: r = read_json(folder/'pairs.json', _Recipe)
+    except ValueError as e: raise ValueError(f"{e}; {again}") from None
+    if r.pop('hash') != stable_hash(r, 64): raise ValueError(f"{folder/'pairs.json'} was changed after it was written; {again}")
+    if r['n'] < 1 or r['part'] < 1: raise ValueError(f"{folder/'pairs.json'} says {r['n']} pairs in files of {r['part']}; {again}")
+    return r
+
+def _mine(recipe, i) -> str:
+    "What marks the i-th file of a recipe: no file of another place or of other pairs has it"
+    return stable_hash([recipe, i])
+
+def _keep_or_set_aside(path, rows, mine):
+    "Put a part that is not what was written aside, and say so; it is made again"
+    try:
+        if path.exists(): _read_part(path, rows, mine)
+    except ValueError as e: warnings.warn(f"{str(e).split(';')[0]}; it is made again, and kept as {set_aside(path).name}", stacklevel=3)
 
 def open_pairs(
     folder:str|Path,                         # written by `write_pairs`
@@ -339,21 +367,24 @@ def open_pairs(
     for what,mine in (('images', images.hash), ('tokenizer', tok and tok.fingerprint), ('generator', generator and generator.fingerprint)):
         if mine and r[what] != mine:
             raise ValueError(f"{folder} was made with {what} {r[what]}, not with {mine}; give that one, or make pairs of this one")
+    if r['n'] != len(images): raise ValueError(f"{folder} holds {r['n']} pairs for {len(images)} images; give the images they were made of")
     files = [_part(folder, i) for i in range(-(-r['n']//r['part']))]
     if missing := [f.name for f in files if not f.exists()]:
         lacks = f"{len(missing)} of {len(files)} parts are missing, first {missing[0]}"
         raise FileNotFoundError(f"{folder} is not whole: {lacks}; call write_pairs again, it goes on")
-    parts,differs = zip(*[_read_part(f, min(r['part'], r['n']-i*r['part']), verify) for i,f in enumerate(files)])
+    parts,differs = zip(*[_read_part(f, min(r['part'], r['n']-i*r['part']), _mine(r, i), verify) for i,f in enumerate(files)])
     return LatentPairs(parts, images, r['about']|_merged(differs))
 
-def _read_part(path, rows, verify) -> tuple[Tensor,dict]:
-    again = "delete it and call write_pairs again"
+def _read_part(path, rows, mine, verify=True) -> tuple[Tensor,dict]:
+    "The latents of a file and how they differ from the real ones, or one line about what is wrong with it"
+    again = "call write_pairs again, it makes that part anew"
     try:
         with safe_open(path, 'pt') as f: latents,meta = f.get_tensor('latents'),json.loads((f.metadata() or {})['about'])
-        told = meta['hash']
-    except (KeyError, TypeError, ValueError):
+        told,which = meta['hash'],meta['part']
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path} does not say what it holds, so it is of another version or damaged; {again}") from None
     except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
+    if which != mine: raise ValueError(f"{path} is a file of another place or of other pairs; {again}")
     if len(latents) != rows: raise ValueError(f"{path} has {len(latents)} pairs instead of {rows}; {again}")
     if verify and tensors_hash(dict(latents=latents)) != told: raise ValueError(f"{path} is damaged: its checksum changed; {again}")
-    return latents,{k:v for k,v in meta.items() if k != 'hash'}
+    return latents,{k:v for k,v in meta.items() if k not in ('hash', 'part')}

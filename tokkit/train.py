@@ -9,20 +9,20 @@ __all__ = ['DECAYS', 'RELEASED_TRAINING', 'ImageTraining', 'GeneratorTraining', 
 # %% ../nbs/52_train.ipynb #3201f8c6
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .autoregressive import released_decay
-from .core import atomic_path, check_range, load_strictly, read_tensors, stable_hash, tensors_hash
+from .core import check_range, load_strictly, read_tensors, save_tensors, stable_hash, tensors_hash
 from .data import loader
+from .folders import locked
 from .generator import LatentGenerator
 from .critics import DiffAug, blur_schedule
 from .learner import (EMA, Callback, Checkpoint, EpochCosine, EveryEpoch, Learner, Log, Phase, WarmupCosine, constant,
@@ -204,7 +204,7 @@ class ImageLoss(Callback):
         path:str|Path, # one file, replaced whole
     ):
         "Keep the discriminator"
-        with atomic_path(path) as p: save_file({k:v.cpu().contiguous() for k,v in self.critic.state_dict().items()}, p)
+        save_tensors(self.critic.state_dict(), path)
 
     def load_critic(self,
         path:str|Path, # written by `save_critic`
@@ -332,7 +332,8 @@ def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, aske
     learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc,
                       getattr(cfg, 'accumulate', 1), work)
     if loss: loss.to(learner.device)
-    learner.fit()
+    alone = locked(Path(work)/'checkpoint.pt', f'the training in {work}') if work and learner.main else nullcontext()
+    with alone: learner.fit()
     model.load_state_dict(ema.average)
     model.eval()
     return history_frame(learner)
