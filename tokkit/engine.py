@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from .core import bar
-from .runs import RunError, RunSpec, grid_runs, run_experiment
+from .core import bar, check_count, check_range
+from .runs import RunError, RunSpec, grid_runs, run_device, run_experiment
 
 # %% ../nbs/62_engine.ipynb #170bd188
 def cores() -> int:
@@ -52,7 +52,10 @@ def sweep_experiment(
     minutes:float|None = None,            # no run is started after this long; a later call goes on
 ) -> pd.DataFrame: # a row a run: its grid columns, status (done, reused, failed, left), folder, error
     "Run every point of the grid, `workers` at a time"
-    if workers < 1: raise ValueError(f"workers must be at least 1, got {workers}")
+    check_count('workers', workers, 1000, 'each is a process with a torch of its own')
+    if threads is not None: check_count('threads', threads, 4096)
+    if minutes is not None: check_range('minutes', minutes, 0, 1e6)
+    for device in devices or (): run_device(device)
     specs, threads = grid_runs(notebook, grid, params, root), threads or max(1, cores()//workers)
     free, stop, end = queue.Queue(), threading.Event(), time.monotonic()+60*(float('inf') if minutes is None else minutes)
     for i in range(workers): free.put(str(devices[i%len(devices)]) if devices else None)
