@@ -13,6 +13,7 @@ from posixpath import dirname, join, normpath, relpath
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 VENDORED = {  # npm package -> what the pages need of it
     'katex@0.16.22': ('LICENSE', 'dist/katex.min.css', 'dist/katex.min.js', 'dist/contrib/auto-render.min.js', 'dist/fonts/*.woff2'),
     '@jupyter-widgets/html-manager@1.0.14': ('LICENSE', 'dist/embed.js'),
@@ -209,15 +210,21 @@ def build(out:Path, nbs:Path=ROOT/'nbs', cache:Path=ROOT/'.tools'/'npm') -> list
         adapt(work/'_proc', work/'nbs', states)
         site = render(work/'_proc', quiet=True)
         finish(site.out, cache)
-        shutil.rmtree(out, ignore_errors=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(site.out, out)
+        shutil.copytree(site.out, out, dirs_exist_ok=True)
     return site.warnings
+
+
+def publish(out:Path) -> list[str]:
+    "Build beside `out` and put the finished site in its place; a folder with anything else in it is refused before the work begins"
+    from tokkit.folders import locked, replaced_dir
+    with locked(out, f'the site {out}'), replaced_dir(out) as new: return build(new)
 
 
 if __name__ == '__main__':
     if '--process' in sys.argv: sys.exit(process())
     out = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_docs')
-    for w in build(out): print(f'site: {w}')
+    try: told = publish(out)
+    except OSError as e: sys.exit(f'tokkit: {e}')
+    for w in told: print(f'site: {w}')
     write_sidebar(ROOT/'nbs')
     print(f"{len(list(out.rglob('*.html')))} pages in {out}; open {out/'index.html'}")
