@@ -42,7 +42,7 @@ def differences(whole:Path, killed:Path) -> list[str]:
     wrong += [f'only in one of them: {name}' for name in sorted(set(made[0]) ^ set(made[1]))]
     wrong += [f'other weights: {p.relative_to(whole)}' for p in whole.rglob('*.safetensors')
               if (q := killed/p.relative_to(whole)).exists() and p.read_bytes() != q.read_bytes()]
-    return wrong + [f'left over: {p.relative_to(killed)}' for p in killed.rglob('.*')]
+    return wrong + [f'left over: {p.relative_to(killed)}' for p in killed.rglob('.*') if p.name != '.tokkit']
 
 
 def check(folder:Path, stages:list[str]|None = None, seed:int|None = None, options:list[str] = (), say=print) -> list[str]:

@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 from PIL import Image
 
 from tokkit import data
-from tokkit.data import ImageFolder, ImageSet, TokenCache, center_crop, check_labels, fashion_mnist, load_images, loader, to_uint8
+from tokkit.data import ImageFolder, ImageSet, center_crop, check_labels, fashion_mnist, load_images, loader, to_uint8
+from tokkit.token_cache import TokenCache
 
 
 def says(error, call, *words):

@@ -10,7 +10,7 @@ ANY = range(100)  # still only smaller numbers
 
 MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     # 0 ground
-    'core': (), 'data': (0,), 'show': (0,), 'augment': (0, 1), 'neighbours': (0,),
+    'core': (), 'data': (0,), 'show': (0,), 'augment': (0, 1), 'folders': (0,), 'token_cache': (0, 1, 4), 'neighbours': (0,),
     # 1 tokenizers
     'quantize': (0, 9), 'layers': (0,), 'tokenizer': (0, 10, 11), 'zoo': (0, 10, 11, 12), 'official': (0, 10, 11, 12),
     # 2 perturbation: knows tensors, not tokenizers
@@ -21,16 +21,16 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'scorecard': (0, 1, 10, 12, 20, 30, 31, 32, 33, 34, 36, 37),
     # 4 generators: know latents, not pixels
     'generator': (0,), 'fast': (0, 11, 40), 'autoregressive': (0, 11, 40), 'masked': (0, 11, 40), 'flow': (0, 11, 40),
-    'generators': (0, 40, 42, 43, 44), 'pairs': (0, 1, 12, 40),
+    'generators': (0, 40, 42, 43, 44), 'pairs': (0, 1, 4, 9, 12, 40),
     # 5 training: the learner knows batches, not images
-    'learner': (0,), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 39, 40, 49, 50, 51, 52),
+    'learner': (0, 4), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 4, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 39, 40, 49, 50, 51, 52),
     'unpaired': (0, 1, 12, 39, 49, 51, 52, 53), 'sigma': (0, 1, 12, 34, 40, 49, 51, 52, 53), 'spectrum': (12, 30, 49), 'absorb': (0, 10, 12, 20, 49),
     # 6 study
-    'sweep': (0, 32), 'runs': (0, 60), 'engine': (0, 61), 'demo': ANY,
-    'shift': (0, 1, 10, 12, 20, 30, 31, 32, 34, 40), 'calibrate': (0, 9, 10, 20, 31, 34, 63), 'predictors': (0, 60),
+    'parameters': (0, 4), 'sweep': (0, 32), 'runs': (0, 4, 59, 60), 'engine': (0, 61), 'demo': ANY,
+    'shift': (0, 1, 5, 10, 12, 20, 30, 31, 32, 34, 40), 'calibrate': (0, 9, 10, 20, 31, 34, 63), 'predictors': (0, 60),
     # 7 surfaces
     'plots': (0, 2, 60, 66), 'widgets': (0, 2, 9, 10, 12, 20, 40, 42, 70), 'stepper': (0, 2, 10, 12, 20, 40, 42, 70, 71),
-    'before_after': (0, 12, 40, 49, 71), 'cli': ANY, 'all': ANY,
+    'before_after': (0, 12, 40, 49, 71), 'cli_options': ANY, 'cli_models': ANY, 'cli': ANY, 'all': ANY,
 }
 
 

@@ -103,7 +103,7 @@ def test_two_at_once_then_kill(tmp_path):
     first.kill(); first.wait()
     wait_for(lambda: not any(map(alive, pids)), 10)
     assert 'not finished' in collect(tmp_path/'runs').attrs['skipped'][0]
-    gate.write_text('')
+    gate.with_suffix('.open').write_text('')
     folder = run_experiment(TINY, params, tmp_path/'runs')
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert not collect(tmp_path/'runs').attrs['skipped']

@@ -6,7 +6,8 @@ import torch
 from away import Away
 from tokkit.autoregressive import ARCfg, ARGenerator
 from tokkit.core import make_rng
-from tokkit.data import ImageSet, TokenCache
+from tokkit.data import ImageSet
+from tokkit.token_cache import TokenCache
 from tokkit.features import FeatureExtractor
 from tokkit.flow import FlowCfg, FlowGenerator
 from tokkit.kernels import mmd2

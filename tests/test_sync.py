@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ('nbs', 'tokkit', 'settings.ini', 'setup.py', 'pyproject.toml')
-SKIP = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc', '_docs', '.*.tmp')
+SKIP = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc', '_docs', '.*.tmp', '.*.tokkit-tmp')
 
 
 def contents(folder:Path) -> dict[str,bytes]:

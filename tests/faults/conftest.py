@@ -1,0 +1,2 @@
+"The fixtures of the tests of faults"
+from conftest_faults import own, tokkit  # noqa: F401
