@@ -64,12 +64,11 @@ def test_the_shell_finds_it():
     (['--device', 'gpu', 'run', str(TINY)], "device must be cpu, cuda, cuda:N or mps, got 'gpu'"),
     (['sweep', str(TINY)], 'tokkit sweep needs a grid'),
     (['sweep', str(TINY), '-g', 'seed'], "-g expects NAME=VALUE,VALUE such as alpha=0,.5; got 'seed'"),
-    (['sweep', str(TINY), '-g', 'seed=1', '--workers', '0'], 'workers must be at least 1, got 0'),
+    (['sweep', str(TINY), '-g', 'seed=1', '--workers', '0'], 'workers must be a whole number in 1..1000, got 0'),
     (['metric', 'pfid', '--tokenizer', 'nowhere'], 'nowhere'),
     (['metric', 'rfid', '--tokenizer', 'nowhere', '--deltas', '3'], ''),
     (['posttrain', '--tokenizer', 'a', '--generator', 'b', '--out', str(TINY)], 'is there already; choose another --out'),
     (['demo', '--preset', 'huge'], "preset must be one of"),
-    (['clean', '--all'], 'add --yes if you mean it'),
 ])
 def test_mistakes_are_one_line(words, says, capsys):
     assert main(words) == 2
@@ -80,10 +79,10 @@ def test_debug_shows_the_traceback():
     done = tokkit('run', 'no_such', TOKKIT_DEBUG='1')
     assert done.returncode == 1 and 'Traceback' in done.stderr and "no notebook 'no_such'" in done.stderr
 
-def test_bugs_are_not_hidden(monkeypatch):
+def test_bugs_are_not_hidden(monkeypatch, tmp_path):
     def broken(*args, **kwargs): raise KeyError('a bug')
-    monkeypatch.setattr('tokkit.runs.collect', broken)
-    with pytest.raises(KeyError): main(['results'])
+    monkeypatch.setattr('tokkit.runs.collect', broken); monkeypatch.setenv('TOKKIT_DEBUG', '1')
+    with pytest.raises(KeyError): main(['results', str(tmp_path)])
 
 
 # runs, sweeps, tables
@@ -93,7 +92,7 @@ def test_run_sweep_results(tmp_path, capsys):
     said = capsys.readouterr().out
     assert 'rFID' in said and Path(said.splitlines()[-1]).name.startswith('seed3-deltas1+2-')
     (tmp_path/'two.yaml').write_text(f'notebook: {TINY}\ngrid:\n  seed: [1, 2]\nparams:\n  mode: fail2\nworkers: 2\n')
-    assert main(['sweep', str(tmp_path/'two.yaml'), '--devices', '0,1', *out]) == 1  # seed 2 fails
+    assert main(['sweep', str(tmp_path/'two.yaml'), '--devices', 'cpu', *out]) == 1  # seed 2 fails
     said = capsys.readouterr()
     assert 'ValueError: delta must be in [1, 64]' in said.err and '1 done, 1 failed' in said.err
     assert main(['sweep', str(TINY), '-g', 'seed=1', '-p', 'mode', 'fail2', *out]) == 0
@@ -182,6 +181,7 @@ def test_every_metric_on_a_folder(own, tmp_path, capsys):
     assert '--top-k belong to ifid; got rfid' in said('rfid', '--top-k', 2)
 
 def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
+    from tokkit.folders import mark
     def killed(*args, **kwargs): raise KeyboardInterrupt
     words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
              '-n', '64', '--epochs', '1', '--out', str(tmp_path/'healed')]
@@ -195,7 +195,7 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
         m.setattr('tokkit.posttrain.posttrain_decoder', killed)
         assert main(words) == 130
     assert {p.name[:13] for p in tmp_path.iterdir()} == {'.work-healed-'} and len(list(tmp_path.glob('.work-*/pairs/part*'))) == 1
-    (tmp_path/'.healed.1-2.tmp').mkdir()                                    # `kill -9` leaves one
+    mark(tmp_path/'.healed.99999999-170000000000.tokkit-tmp')                # `kill -9` leaves one
     assert main(words) == 0 and [p.name for p in tmp_path.iterdir()] == ['healed'], "nothing is left, the pairs of the killed call neither"
     from tokkit.tokenizer import Tokenizer
     before, after = Tokenizer.load(own/'tokenizer').state_dict(), Tokenizer.load(tmp_path/'healed').state_dict()
@@ -231,10 +231,10 @@ def test_every_way_of_posttrain(own, tmp_path, choice):
 
 # leftovers, lab
 def test_clean_leaves_what_is_in_use(tmp_path, capsys):
-    from tokkit.runs import _locked
-    for name in ('idle/.work-1', 'idle/.a-1.1-2.tmp', 'idle/b-2.failed', 'idle/c-3', 'busy/.work-4'): (tmp_path/name).mkdir(parents=True)
-    with _locked(tmp_path/'busy'/'.d-4.lock', 'run d-4'):
-        assert main(['clean', str(tmp_path)]) == 0
+    from tokkit.folders import locked, mark
+    for name in ('idle/.work-1', 'idle/.a-1.99999999-170000000000.tokkit-tmp', 'idle/b-2.failed', 'idle/c-3', 'busy/.work-4'): mark(tmp_path/name)
+    with locked(tmp_path/'busy'/'d-4', 'run d-4'):
+        assert main(['clean', str(tmp_path), '--yes']) == 0
         assert f'left alone: busy: process {os.getpid()} is at work' in capsys.readouterr().err
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob('*/*')) == ['busy/.work-4', 'idle/c-3']
 

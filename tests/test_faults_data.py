@@ -4,7 +4,7 @@ import errno, shutil
 import numpy as np, pytest, torch
 from PIL import Image
 
-from tokkit import data
+from tokkit import data, token_cache
 from tokkit.data import ImageFolder, ImageSet, center_crop, check_labels, fashion_mnist, load_images, loader, to_uint8
 from tokkit.token_cache import TokenCache
 
@@ -181,7 +181,7 @@ def test_bad_codes_leave_nothing(tmp_path, encode, arguments, words):
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(path, o): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(data, 'write_json', full)
+    monkeypatch.setattr(token_cache, 'write_json', full)
     says(OSError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), levels), 'No space left on device')
     assert not list(tmp_path.iterdir())
 

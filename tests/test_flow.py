@@ -254,7 +254,7 @@ def test_bad_labels_and_latents():
 @pytest.mark.parametrize('bad,line', [(dict(path='bent'), 'path must be one of'), (dict(predict='score'), 'predict must be one of'),
                                       (dict(times='normal'), 'times must be one of'), (dict(std=0.), 'std must be > 0'),
                                       (dict(std=math.nan), 'std must be > 0'), (dict(label_dropout=1.5), 'label_dropout must be in'),
-                                      (dict(n=0), 'n must be a whole number at least 1'), (dict(heads=3), 'heads must divide')])
+                                      (dict(n=0), 'n must be a whole number in 1..65536, got 0'), (dict(heads=3), 'heads must divide')])
 def test_bad_cfg(bad, line):
     with pytest.raises(ValueError, match=line): FlowGenerator(FlowCfg(**bad))
 

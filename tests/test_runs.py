@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 
-import tokkit.core
+import torch
+
+from tokkit import folders
 from tokkit.core import read_json
 from tokkit.engine import sweep_experiment
-from tokkit.runs import RunError, artifact, collect, find_notebook, fit_params, notebook_params, run_experiment, run_id
+from tokkit.folders import InUse
+from tokkit.parameters import find_notebook, fit_params, notebook_params, run_id
+from tokkit.runs import RunError, artifact, collect, run_experiment
 
 TINY = Path(__file__).parent/'notebooks'/'tiny.ipynb'
 
@@ -16,6 +20,14 @@ TINY = Path(__file__).parent/'notebooks'/'tiny.ipynb'
 def quiet(monkeypatch):
     monkeypatch.setenv('TOKKIT_QUIET', '1'); monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.delenv('TOKKIT_RUN_DIR', raising=False); monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    "A machine that says it has two; what runs on it asks for none"
+    from tokkit import runs
+    environment = runs._environment
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(runs, '_environment', lambda *args: environment(*args) | dict(TOKKIT_DEVICE='cpu'))
 
 def python(code:str, *args) -> subprocess.Popen:
     "Another process that executes `code`"
@@ -73,17 +85,18 @@ def test_damaged_notebook(tmp_path):
 
 
 # one run
-def test_a_run_is_whole_and_reused(tmp_path):
+def test_a_run_is_whole_and_reused(tmp_path, two_gpus):
     folder = run_experiment(TINY, dict(seed=2), tmp_path, device='1', threads=3)
-    assert sorted(p.name for p in folder.iterdir()) == ['figures', 'metrics.json', 'notebook.ipynb', 'params.json', 'timing.json']
+    assert sorted(p.name for p in folder.iterdir()) == ['.tokkit', 'figures', 'metrics.json', 'notebook.ipynb', 'params.json', 'timing.json']
     row, about = read_json(folder/'metrics.json')['rows'][0], read_json(folder/'params.json')
     assert (row['value'], row['gpu'], row['threads']) == (1., '1', '3')
-    assert about['params']['alpha'] == .5 and about['seed'] == 2 and about['threads'] == 3 and about['run_id'] == folder.name
+    assert about['params']['alpha'] == .5 and about['device'] == 'cuda:1' and about['seed'] == 2 and about['threads'] == 3 and about['run_id'] == folder.name
     stamp = (folder/'metrics.json').stat().st_mtime_ns
     assert run_experiment(TINY, dict(seed=2), tmp_path) == folder and (folder/'metrics.json').stat().st_mtime_ns == stamp
     assert not [p for p in folder.parent.iterdir() if p.name.startswith('.')]
     (folder/'metrics.json').unlink()  # somebody deleted the proof
-    assert run_experiment(TINY, dict(seed=2), tmp_path) == folder and (folder/'metrics.json').exists()
+    with pytest.warns(UserWarning, match='is damaged: metrics.json is missing; it is made again'):
+        assert run_experiment(TINY, dict(seed=2), tmp_path, 'cpu') == folder and (folder/'metrics.json').exists()
 
 @pytest.mark.parametrize('mode, says', [('fail', r'ValueError: delta must be in \[1, 64\], got 99 \(see'), ('forget', 'it wrote no metrics.json'), ('die', 'failed: ')])
 def test_a_failed_run_is_no_run(tmp_path, mode, says):
@@ -98,7 +111,7 @@ def test_two_at_once_then_kill(tmp_path):
     gate, params = tmp_path/'gate', dict(mode='wait', gate=str(tmp_path/'gate'))
     first = python(RUN, TINY, tmp_path/'runs', json.dumps(params))
     pids = [int(p) for p in wait_for(lambda: gate.with_suffix('.pids').exists() and gate.with_suffix('.pids').read_text()).split()]
-    with pytest.raises(RunError, match=f'is being made by process {first.pid}') as e: run_experiment(TINY, params, tmp_path/'runs')
+    with pytest.raises(InUse, match=f'is being made by process {first.pid}') as e: run_experiment(TINY, params, tmp_path/'runs')
     assert '\n' not in str(e.value)
     first.kill(); first.wait()
     wait_for(lambda: not any(map(alive, pids)), 10)
@@ -132,7 +145,7 @@ def test_a_file_too_large_for_the_disk(tmp_path):
 
 def test_full_disk(tmp_path, monkeypatch):
     def full(path): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(tokkit.core, '_sync', full)
+    monkeypatch.setattr(folders, 'flush', full)
     with pytest.raises(OSError, match='No space left on device; make room'): artifact('tokenizer', {}, lambda tmp: (tmp/'x').write_text('x'), tmp_path)
     assert not list((tmp_path/'tokenizer').iterdir())
 
@@ -169,7 +182,7 @@ def test_a_killed_stage_goes_on_at_its_checkpoint(tmp_path):
 
 
 # sweeps
-def test_sweep_reports_and_goes_on(tmp_path, capfd):
+def test_sweep_reports_and_goes_on(tmp_path, capfd, two_gpus):
     grid = dict(seed=['1','2','3'])
     report = sweep_experiment(TINY, grid, workers=2, devices=['0','1'], params=dict(mode='fail2'), root=tmp_path)
     assert report.status.tolist() == ['done', 'failed', 'done']

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tokkit.core import tensors_hash
 from tokkit.tokenizer import TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, make_tokenizer
@@ -19,14 +20,14 @@ def test_weights_of_a_preset_never_change(name):
     assert tuple(tensors_hash(make_tokenizer(name, seed=s).state_dict()) for s in (0, 1)) == GOLDEN[name]
 
 
-def test_fingerprint_knows_configuration_and_weights_but_not_the_measured_scale():
+def test_fingerprint_knows_configuration_weights_and_the_measured_scale():
     tok = make_tokenizer('tiny')
     two = make_tokenizer('tiny', heads=2)
     assert tensors_hash(two.state_dict()) == tensors_hash(tok.state_dict()) and two.fingerprint != tok.fingerprint
     assert make_tokenizer('tiny', seed=1).fingerprint != tok.fingerprint
     before = tok.fingerprint
     fit_spec(tok, images(tok.cfg))
-    assert tok.fingerprint == before and tok.spec.std != 1
+    assert tok.fingerprint != before and tok.spec.std != 1
 
 
 def images(cfg, n=2): return torch.rand(n, cfg.channels, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))*2-1
@@ -77,7 +78,8 @@ def test_files_of_earlier_versions_load(tmp_path):
         del config['cfg'][field]
     del config['spec']['ids_shape']
     (tmp_path/'config.json').write_text(json.dumps(config))
-    back = Tokenizer.load(tmp_path)
+    save_file(load_file(tmp_path/'model.safetensors'), tmp_path/'model.safetensors')       # they carried no copy of it
+    with pytest.warns(UserWarning, match='was written by an earlier version'): back = Tokenizer.load(tmp_path)
     assert back.fingerprint == tok.fingerprint and back.spec == tok.spec and back.cfg == tok.cfg
 
 
@@ -92,9 +94,9 @@ def test_files_of_earlier_versions_load(tmp_path):
     (dict(kind='robustok', quantizer='pq'), '2 groups need latents > 0'),
     (dict(kind='cnn', latents=4), 'a cnn needs a patch that is a power of 2'),
     (dict(kind='taming'), '5 multipliers need patch 16 and latents 0, got patch 4'),
-    (dict(latents=-1), 'latents must be >= 0, got -1'),
+    (dict(latents=-1), 'latents must be a whole number in 0..65536, got -1'),
     *((dict(quantizer=q, codebook_size=0), f'{q} needs a codebook_size') for q in ('pq', 'rq', 'msrq', 'lfq', 'bsq', 'fsq')),
-    *(({name: 0}, f'{name} must be at least 1, got 0') for name in
+    *(({name: 0}, f'{name} must be a whole number in 1..') for name in
       ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')),
     (dict(quantizer='lfq', codebook_size=500), 'signs make a power of 2 of codes, got 500'),
 ])
@@ -112,17 +114,18 @@ def test_quantizers_that_choose_their_channels_say_so_in_the_configuration(quant
     config = json.loads((tmp_path/'config.json').read_text())
     config['cfg']['code_dim'] = 16                                                  # as files of earlier versions say
     (tmp_path/'config.json').write_text(json.dumps(config))
-    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+    save_file(load_file(tmp_path/'model.safetensors'), tmp_path/'model.safetensors')
+    with pytest.warns(UserWarning, match='was written by an earlier version'): assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
 @pytest.mark.parametrize('name', ['tiny', 'tiny-kl', 'tiny-kl0'])
 def test_fit_spec_measures_in_eval_mode_in_batches_and_puts_the_modes_back(name):
     tok = make_tokenizer(name, width=16, depth=1)
-    x, before = images(tok.cfg, 260), tok.fingerprint
+    x, before = images(tok.cfg, 260), tensors_hash(tok.state_dict())
     tok.train(); tok.encoder.eval()
     modes = [m.training for m in tok.modules()]
     spec = fit_spec(tok, x)
-    assert [m.training for m in tok.modules()] == modes and tok.fingerprint == before and fit_spec(tok, x) == spec
+    assert [m.training for m in tok.modules()] == modes and tensors_hash(tok.state_dict()) == before and fit_spec(tok, x) == spec
     with torch.no_grad(): zq = tok.eval().quantize(tok.encode(x)).zq
     assert abs(spec.mean-zq.mean()) < 1e-5 and abs(spec.std-zq.std()) < 1e-5
     tok.train()

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .core import check_range, make_rng, stable_hash
-from .data import _UNREADABLE, ImageFolder, ImageSet, Indexed, from_uint8, read_image
+from .data import ImageFolder, ImageSet, Indexed, from_uint8, read_image
 
 # %% ../nbs/03_augment.ipynb #f67c3d50
 def resize_shorter(
@@ -83,7 +83,7 @@ def _picture(ds:ImageSet|ImageFolder, i:int) -> tuple[Image.Image, str]:
     "The whole image at position `i`, and what to call it in an error"
     if isinstance(ds, ImageSet): return Image.fromarray(ds.images[i].permute(1,2,0).squeeze(2).numpy()), f"{ds.name}[{i}]"
     try: return read_image(ds.files[i], ds.channels), str(ds.files[i])
-    except _UNREADABLE as e:
+    except Exception as e:                                              # decoders of damaged files raise whatever they like
         raise OSError(f"{ds.files[i]} cannot be read ({e}); repair or remove it, or open the folder with skip_broken=True") from e
 
 class Augmented(Indexed):

@@ -115,8 +115,9 @@ def results(
 def _existing(root:str|None) -> Path:
     "The folder of all runs, which must be there"
     from tokkit.runs import runs_root
-    if not (folder := runs_root(root)).is_dir(): raise FileNotFoundError(f"no folder {folder}; name the folder of your runs, or make one first: tokkit run, tokkit demo")
-    return folder
+    folder = runs_root(root)
+    if folder.is_dir(): return folder
+    raise FileNotFoundError(f"no folder {folder}; name the folder of your runs, or make one first: tokkit run, tokkit demo")
 
 # %% ../nbs/80_cli.ipynb #d12206b4
 def lab_command(
@@ -161,8 +162,9 @@ def verify(
     found = {folder:damage(folder) for folder in sealed_folders(_existing(root))}
     for folder,how in found.items():
         if how: print(f'{folder}: {how}')
-    bad = sum(map(bool, found.values()))
-    say(f"{len(found)} folders, {bad} of them damaged; the command that made one makes it anew" if bad else f'{len(found)} folders, all as they were written')
+    bad = sum(how is not None for how in found.values())
+    fine = 'all as they were written'
+    say(f"{len(found)} folders, " + (f"{bad} of them damaged; the command that made one makes it anew" if bad else fine))
     return int(bad > 0)
 
 def clean(
@@ -177,7 +179,8 @@ def clean(
     for line in busy: say(f'left alone: {line}')
     for p in found: print(p)
     if not found: return say(f'nothing to clean below {home}')
-    if not yes: return say(f"{len(found)} folders and files{', results included' if all else ''}; nothing is deleted yet: add --yes if you mean it")
+    results_too = ', results included' if all else ''
+    if not yes: return say(f"{len(found)} folders and files{results_too}; nothing is deleted yet: add --yes if you mean it")
     for p in found: delete(p)
     say(f'{len(found)} deleted')
 
@@ -214,7 +217,8 @@ def main(
         if os.environ.get('TOKKIT_DEBUG'): raise
         told = ''.join(c for c in ' '.join(str(e).split()) if c.isprintable()) or type(e).__name__
         if _expected(e): say(f'tokkit: {told}'); return 2
-        say(f"tokkit: {type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: what happened is written in {write_report(e)}, please report it")
+        say(f"tokkit: {type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: "
+            f"what happened is written in {write_report(e)}, please report it")
         return 70
 
 def _hear_interrupts():

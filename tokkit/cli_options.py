@@ -115,8 +115,9 @@ def read_params(
     "The parameters that the `-p` options spell out"
     names = [name for name,_ in items]
     twice = [name for name in names if names.count(name) > 1]
-    if twice: raise ValueError(f"-p {twice[0]} is given {names.count(twice[0])} times; give it once, or take tokkit sweep -g {twice[0]}=VALUE,VALUE")
-    return dict(items)
+    if not twice: return dict(items)
+    name = twice[0]
+    raise ValueError(f"-p {name} is given {names.count(name)} times; give it once, or take tokkit sweep -g {name}=VALUE,VALUE")
 
 class _Sweep(TypedDict):
     notebook:str
@@ -147,7 +148,8 @@ def read_sweep(
     "A sweep written down: notebook, grid, and optionally params, workers, devices, threads, minutes"
     import yaml
     from tokkit.core import check_kind
-    if path.stat().st_size > 2**20: raise ValueError(f"{path} is larger than a megabyte, so it is no sweep; give a file with notebook and grid")
+    if path.stat().st_size > 2**20:
+        raise ValueError(f"{path} is larger than a megabyte, so it is no sweep; give a file with notebook and grid")
     try: spec = yaml.load(path.read_text(encoding='utf-8'), _plain_loader())
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())[:200]}") from None

@@ -10,7 +10,7 @@ __all__ = ['LARGEST', 'TEMPORARY', 'LatentSpec', 'make_rng', 'set_seed', 'defaul
            'first_difference', 'load_model', 'bar']
 
 # %% ../nbs/00_core.ipynb #368aa19a
-import hashlib, importlib, json, math, os, random, shutil, stat, sys, tempfile, time
+import hashlib, importlib, json, math, os, random, shutil, stat, tempfile, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -368,13 +368,13 @@ def first_difference(
         return next((found for found in each if found), None)
     return None if type(a) is type(b) and a == b else (at, a, b)
 
-def _read_weights(path:Path) -> tuple[dict,dict[str,torch.Tensor]]:
-    "The configuration that a file of weights carries, and the weights"
+def _read_weights(path:Path) -> tuple[dict|None,dict[str,torch.Tensor]]:
+    "The configuration that a file of weights carries, None of an earlier version; and the weights"
     state = read_tensors(path)
     with safe_open(path, 'pt') as f: carried = (f.metadata() or {}).get('config')
-    if carried is None: raise ValueError(f"{path} carries no configuration: it is damaged, or of an earlier version of tokkit; train it again")
-    try: return json.loads(carried), state
-    except (ValueError, RecursionError): raise ValueError(f"{path} is damaged: the configuration that it carries is no JSON; train or fetch it again") from None
+    try: return json.loads(carried) if carried else None, state
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: the configuration that it carries is no JSON; train or fetch it again") from None
 
 @contextmanager
 def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
@@ -383,7 +383,7 @@ def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
     def count(module, name, tensor):
         nonlocal room
         room -= 0 if tensor is None else tensor.numel()
-        if room < 0: raise ValueError(f"{where} asks for a larger network than the weights beside it are of; they belong to different models")
+        if room < 0: raise ValueError(f"{where} asks for a larger network than its weights are of; they belong to different models")
     hook = registration.register_module_parameter_registration_hook(count)
     try: yield
     finally: hook.remove()
@@ -401,7 +401,10 @@ def load_model(
     if config['kind'] != kind: raise ValueError(f"{folder} holds a {config['kind']}, expected a {kind}")
     try: carried,state = _read_weights(folder/'model.safetensors')
     except FileNotFoundError: raise ValueError(f"{folder/'model.safetensors'} is missing; train or fetch it again") from None
-    if found := first_difference(config, carried):
+    if carried is None:
+        warnings.warn(f"{folder} was written by an earlier version: its weights carry no copy of config.json, so that a change of it "
+                      "would not be noticed; load it and save it again", stacklevel=3)
+    if found := carried and first_difference(config, carried):
         where,now,then = found
         raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved with {then!r}; "
                          f"write {then!r} there again, or train a model of the other kind")

@@ -50,7 +50,8 @@ def center_crop(
     "The central square of `image` at `size`, resized as the ADM evaluation does it"
     if size < 1: raise ValueError(f"center_crop: size must be at least 1 pixel, got {size}")
     if min(image.size) < size and not upscale:
-        raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; leave it out, lower size, or have it enlarged (upscale=True, --upscale)")
+        raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; "
+                         "leave it out, lower size, or have it enlarged (upscale=True, --upscale)")
     while min(image.size) >= 2*size: image = image.resize((image.width//2, image.height//2), Image.Resampling.BOX)
     scale = size/min(image.size)
     image = image.resize((round(image.width*scale), round(image.height*scale)), Image.Resampling.BICUBIC)
@@ -286,8 +287,9 @@ class ImageFolder(Indexed):
         for i, image in enumerate(_threaded(self._read, positions.tolist(), desc)):
             if isinstance(image, str): broken.append(image)
             else: out[i] = torch.from_numpy(image).permute(2,0,1)
-        if broken: raise OSError(f"{self.path}: {_some(broken, len(positions))}; repair or remove them, or leave them out (skip_broken=True, --skip-broken)")
-        return out
+        if not broken: return out
+        told = _some(broken, len(positions))
+        raise OSError(f"{self.path}: {told}; repair or remove them, or leave them out (skip_broken=True, --skip-broken)")
 
     def _batch(self, positions): return from_uint8(self._bytes(positions)), self.labels[positions]
     def _keep(self, positions:Sequence[int]):

@@ -38,7 +38,7 @@ from .runs import artifact, runs_root
 from .scorecard import evaluate_generator
 from .show import text_preview, to_pil_grid
 from .token_cache import TokenCache
-from .tokenizer import TOKENIZERS, Tokenizer, fit_spec, make_tokenizer
+from .tokenizer import Tokenizer, fit_spec, make_tokenizer
 from .train import GeneratorTraining, ImageTraining, train_generator, train_tokenizer
 
 # %% ../nbs/65_demo.ipynb #69946078
@@ -133,8 +133,8 @@ def check_demo(
     LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(0, 1, c.end_ratio), strength=c.strength)
     if c.codebook_size and c.beta: check_delta(c.delta, c.codebook_size)
     get_extractor(c.extractor, c.size)
-    shape = dict(codebook_size=c.codebook_size) | (dict(size=c.size) if c.size%TOKENIZERS[c.tokenizer].patch else {}) if c.tokenizer in TOKENIZERS else {}
-    make_generator(c.generator, make_tokenizer(c.tokenizer, **shape).spec, width=c.width, depth=c.depth)
+    tok = make_tokenizer(c.tokenizer, size=c.size, codebook_size=c.codebook_size)
+    make_generator(c.generator, tok.spec, width=c.width, depth=c.depth)
 
 KINDS = 'plain', 'perturbed'                   # how a tokenizer was trained
 STAGES = 'before', 'control', 'after'          # its decoder: untouched, trained on clean tokens, trained on generated ones
@@ -161,7 +161,8 @@ class Demo:
         c = self.cfg
         train,test = split_images(c.data, c.train_images, c.n, c.size, skip_broken=c.skip_broken, upscale=c.upscale)
         if min(c.pairs, len(train)) < c.batch:
-            raise ValueError(f"post-training takes {c.batch} pairs a step and there are {min(c.pairs, len(train))}; lower batch, or give more images or pairs")
+            raise ValueError(f"post-training takes {c.batch} pairs a step and there are {min(c.pairs, len(train))}; "
+                             "lower batch, or give more images or pairs")
         return train,test
 
     def _stage(self, kind, slug, params, make, load):
@@ -359,7 +360,8 @@ def _cards(self:Demo, kind:str, stage:str) -> list[Card]:
                  class_accuracy(self.classifier(), drawn, labels, 'accuracy of samples', **sampler),
                  class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions')]
         write_json(tmp/'cards.json', [card.to_dict() for card in cards])
-    return self._stage('cards', f'{kind}-{stage}', params, make, lambda p: [Card.from_dict(d) for d in read_json(p/'cards.json', list[dict])])
+    def load(folder): return [Card.from_dict(d) for d in read_json(folder/'cards.json', list[dict])]
+    return self._stage('cards', f'{kind}-{stage}', params, make, load)
 
 Demo.classifier,Demo.decoded,Demo.cards = _classifier,_decoded,_cards
 

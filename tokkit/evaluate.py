@@ -276,7 +276,8 @@ def draw_images(
 ):
     "Some of the images, drawn without replacement, in their old order"
     if n is None or n == len(images): return images
-    if not isinstance(n, Integral) or not 2 <= n <= len(images): raise ValueError(f"n must be in 2..{len(images)}, as many images as there are, got {n}")
+    if not isinstance(n, Integral) or not 2 <= n <= len(images):
+        raise ValueError(f"n must be in 2..{len(images)}, as many images as there are, got {n}")
     i = torch.randperm(len(images), generator=make_rng(seed, 'images')).narrow(0, 0, n).sort().values
     return images[i] if isinstance(images, Tensor) else images.subset(i)
 

@@ -281,7 +281,7 @@ def sample_batches(
     "Sampled latents and their labels"
     device = next((p.device for p in generator.parameters()), torch.device('cpu'))
     if isinstance(labels, int):
-        check_count('labels', labels, hint='it is how many images to draw, or a tensor of their labels')
+        check_count('labels', labels, hint='it is how many images to draw, or a tensor of their labels', least=0)
         labels = torch.arange(labels)%generator.classes
     if keep is not None and len(keep[0]) != len(labels):
         raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")

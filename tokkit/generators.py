@@ -74,7 +74,8 @@ def load_generator(
     "Read a generator of any kind back, in eval mode"
     kinds = {Generator.__name__:(Cfg, Generator) for Cfg,Generator in GENERATOR_KINDS.values()}
     config = Path(folder)/'config.json'
-    kind = read_json(config, dict[str,Any]).get('kind') if config.exists() else next(iter(kinds))      # without it `load_model` says what is wrong
+    kind = next(iter(kinds))                                            # without config.json `load_model` says what is wrong
+    if config.exists(): kind = read_json(config, dict[str,Any]).get('kind')
     if not isinstance(kind, str): raise ValueError(f"{config} names no kind of generator; it is damaged or was changed by hand")
     if kind not in kinds: raise ValueError(f"{folder} holds a {kind}, expected a generator: {', '.join(kinds)}")
     Cfg,Generator = kinds[kind]

@@ -315,8 +315,8 @@ class Checkpoint(Callback):
         if saved is None:
             if learner.main:
                 kept = set_aside(self.path).name
-                warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins anew, and the file is kept as {kept}",
-                              stacklevel=2)
+                warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins anew, "
+                              f"and the file is kept as {kept}", stacklevel=2)
             return
         if saved['key'] != self.key:
             raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another folder")

@@ -306,8 +306,9 @@ def write_pairs(
             raise
         made = made.to(_dtype(tok, latents)).contiguous()
         try:
-            about_it = json.dumps(differ|dict(hash=tensors_hash(dict(latents=made)), part=_mine(recipe, i)))      # one entry: several would have no order
-            with atomic_path(_part(folder, i)) as p: save_file(dict(latents=made), p, dict(about=about_it))
+            about_it = differ|dict(hash=tensors_hash(dict(latents=made)), part=_mine(recipe, i))
+            with atomic_path(_part(folder, i)) as p:
+                save_file(dict(latents=made), p, dict(about=json.dumps(about_it)))      # one entry: several would have no order
         except (OSError, SafetensorError) as e:
             whole = sum(_part(folder, f).exists() for f in files)
             raise OSError(f"cannot write part {i} of {folder} ({str(e)[:80]}); {whole} of {len(files)} parts are whole and stay: "

@@ -74,7 +74,8 @@ def notebook_params(
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
         if not isinstance(target, ast.Name): continue
         try: default = ast.literal_eval(node.value)
-        except (ValueError, TypeError, RecursionError, MemoryError): raise ValueError(f"{path.name}: the default of parameter {target.id} must be a plain literal") from None
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            raise ValueError(f"{path.name}: the default of parameter {target.id} must be a plain literal") from None
         after = lines[node.end_lineno-1].encode()[node.end_col_offset:].decode()
         found[target.id] = Parameter(default, after.partition('#')[2].strip())
     return found

@@ -232,8 +232,8 @@ def _failure(notebook:Path, log:Path, code:int) -> str:
     for o in (o for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'error'):
         return f"{o['ename']}: {(o['evalue'].strip().splitlines() or [''])[0]}"
     if code < 0: return f"ended by signal {-code}"
-    if not code and not (notebook.parent/'metrics.json').exists(): return "it wrote no metrics.json; its last cell must call run.finish(...)"
-    if not code: return "not every cell of it ran"
+    wrote = (notebook.parent/'metrics.json').exists()
+    if not code: return "not every cell of it ran" if wrote else "it wrote no metrics.json; its last cell must call run.finish(...)"
     return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()] or ['no message'])[-1]
 
 # %% ../nbs/61_runs.ipynb #0eadd173
@@ -274,7 +274,8 @@ def _as_papermill_reads(path:Path) -> str:
 def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event|None, progress:bool):
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
     out, log = tmp/'notebook.ipynb', tmp/'.log'
-    command = [sys.executable, '-c', _CHILD, str(os.getpid()), _as_papermill_reads(source), _as_papermill_reads(out), '--no-progress-bar', '--autosave-cell-every', '2',
+    paths = _as_papermill_reads(source), _as_papermill_reads(out)
+    command = [sys.executable, '-c', _CHILD, str(os.getpid()), *paths, '--no-progress-bar', '--autosave-cell-every', '2',
                *(['-y', yaml.safe_dump(changed)] if changed else []), '--start-timeout', '600']  # a busy machine may take minutes
     for _ in range(3):  # of two kernels that start at once and are given the same port, one dies before its first cell
         with open(log, 'wb') as f:
@@ -339,7 +340,8 @@ def _run(source, final, root, values, changed, device, threads, stop, progress):
             _discard(failed); shutil.copytree(tmp, failed)
             raise RunError(f"run {source.stem}/{final.name} failed: {e} (see {failed/'notebook.ipynb'})") from None
         if moved := [k for k,v in data_hashes(values).items() if k in READ_ONLY and data.get(k) != v]:
-            raise RunError(f"{moved[0]} of run {source.stem}/{final.name} changed while it was at work, so its numbers are of neither: call again")
+            raise RunError(f"{moved[0]} of run {source.stem}/{final.name} changed while it was at work, so its numbers are of neither: "
+                           "call again")
         write_json(tmp/'timing.json', dict(seconds=round(time.perf_counter()-start, 2), finished=_now()))
     _discard(failed)
 

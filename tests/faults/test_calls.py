@@ -67,7 +67,7 @@ TABLE = [ # expression, what is said
     ('Card.from_dict([])', 'not a card: expected its fields by name'), ('Card.from_dict(None)', 'not a card'), ('Card.from_dict({})', 'it lacks'), ('Card.from_dict(rfid(tok, images, bootstrap=0).to_dict()|dict(n="x"))', 'a card does not hold what it should'),
     ('Card.from_dict(rfid(tok, images, bootstrap=0).to_dict()|dict(value=None))', 'a card does not hold'), ('Card.from_dict(rfid(tok, images, bootstrap=0).to_dict()|dict(more=1))', 'not a card of this version'),
     # generators
-    *((f'sample_batches(gen, {text})', said) for text, said in [('-5', 'labels must be a whole number at least 1, got -5'), ('0', 'labels must be'), ('torch.tensor([10])', 'labels must be in 0..9'), ('torch.tensor([-1])', 'labels must be in'),
+    *((f'sample_batches(gen, {text})', said) for text, said in [('-5', 'labels must be a whole number at least 0, got -5'), ('torch.tensor([10])', 'labels must be in 0..9'), ('torch.tensor([-1])', 'labels must be in'),
         ('torch.tensor([1.5])', 'labels must be a vector of whole numbers'), ('2, temperature=0', 'temperature must be > 0'), ('2, temperature=nan', 'temperature must be'), ('2, guidance=-1', 'guidance must be in'), ('2, top_k=0', 'top_k must be'), ('2, top_k=2.5', 'top_k must be'),
         ('2, top_p=0', 'top_p must be'), ('2, batch=0', 'batch must be'), ('2, keep=(ids[:2], 2.)', 'sigma must be in'), ('2, keep=(ids[:2]-600, .5)', 'keep must hold ids in'), ('2, keep=(ids[:2].float(), .5)', 'keep must be ids')]),
     # pairs and post-training
