@@ -6,8 +6,8 @@
 __all__ = ['LARGEST', 'TEMPORARY', 'LatentSpec', 'make_rng', 'set_seed', 'default_device', 'need', 'data_home', 'process_mean',
            'check_range', 'check_count', 'check_sizes', 'check_finite', 'changed', 'temporary_name', 'file_to_write',
            'flush', 'atomic_path', 'to_plain', 'write_json', 'check_kind', 'read_json', 'stable_hash', 'file_sha256',
-           'tensors_hash', 'nested_hash', 'save_tensors', 'read_tensors', 'misfits', 'load_strictly', 'save_model',
-           'first_difference', 'load_model', 'bar']
+           'tensors_hash', 'nested_hash', 'save_tensors', 'read_about', 'read_tensors', 'misfits', 'load_strictly',
+           'save_model', 'first_difference', 'load_model', 'bar']
 
 # %% ../nbs/00_core.ipynb #368aa19a
 import hashlib, importlib, json, math, os, random, shutil, stat, tempfile, time, warnings
@@ -297,8 +297,17 @@ def save_tensors(
 ) -> Path:
     "Write named tensors as safetensors, with a checksum that `read_tensors` compares"
     state = {k:v.detach().cpu().contiguous() for k,v in state.items()}
-    with atomic_path(path) as p: save_file(state, p, dict(hash=tensors_hash(state, 64), **about))
+    told = json.dumps(dict(hash=tensors_hash(state, 64), **about))       # one entry: several would stand in another order each time
+    with atomic_path(path) as p: save_file(state, p, dict(tokkit=told))
     return Path(path)
+
+def read_about(
+    path:str|Path, # a safetensors file
+) -> dict[str,str]:
+    "What a file of `save_tensors` says of itself; nothing where it is somebody else's"
+    with safe_open(path, 'pt') as f: told = (f.metadata() or {}).get('tokkit')
+    try: return check_kind(json.loads(told), dict[str,str], path) if told else {}
+    except (ValueError, RecursionError): raise ValueError(f"{path} is damaged: what it says of itself is no JSON; make or fetch it again") from None
 
 def read_tensors(
     weights:dict[str,torch.Tensor]|str|Path, # tensors, or a safetensors file of them
@@ -307,8 +316,7 @@ def read_tensors(
     if isinstance(weights, dict): return weights
     if not Path(weights).is_file(): raise FileNotFoundError(f"no file {weights}; expected a safetensors file")
     try:
-        state = load_file(weights)
-        with safe_open(weights, 'pt') as f: told = (f.metadata() or {}).get('hash')     # other people's files have none
+        state,told = load_file(weights),read_about(weights).get('hash')              # other people's files have none
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{weights} is damaged or no safetensors file ({str(e)[:80]}); make or fetch it again") from None
     if told and tensors_hash(state, 64) != told: raise ValueError(f"{weights} is damaged: its checksum changed; make or fetch it again")
@@ -371,7 +379,7 @@ def first_difference(
 def _read_weights(path:Path) -> tuple[dict|None,dict[str,torch.Tensor]]:
     "The configuration that a file of weights carries, None of an earlier version; and the weights"
     state = read_tensors(path)
-    with safe_open(path, 'pt') as f: carried = (f.metadata() or {}).get('config')
+    carried = read_about(path).get('config')
     try: return json.loads(carried) if carried else None, state
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged: the configuration that it carries is no JSON; train or fetch it again") from None

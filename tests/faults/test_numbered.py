@@ -367,7 +367,7 @@ def test_12_sizes_that_fill_the_memory(own, tmp_path, field, value):
     folder = shutil.copytree(own/'tokenizer', tmp_path/'t')
     config = read_json(folder/'config.json'); config['cfg'][field] = value; write_json(folder/'config.json', config)
     says(ValueError, lambda: Tokenizer.load(folder), f'cfg.{field} is {value}')
-    save_file(load_file(folder/'model.safetensors'), folder/'model.safetensors', dict(config=json.dumps(config)))
+    save_file(load_file(folder/'model.safetensors'), folder/'model.safetensors', dict(tokkit=json.dumps(dict(config=json.dumps(config)))))
     says(ValueError, lambda: Tokenizer.load(folder), 'config.json')
 
 def test_12_workers_without_end(tokkit, tmp_path):
