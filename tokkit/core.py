@@ -10,7 +10,7 @@ __all__ = ['LARGEST', 'TEMPORARY', 'LatentSpec', 'make_rng', 'set_seed', 'defaul
            'save_model', 'first_difference', 'load_model', 'bar']
 
 # %% ../nbs/00_core.ipynb #368aa19a
-import hashlib, importlib, json, math, os, random, shutil, stat, tempfile, time, warnings
+import hashlib, importlib, json, math, os, random, shutil, stat, tempfile, threading, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -388,9 +388,11 @@ def _read_weights(path:Path) -> tuple[dict|None,dict[str,torch.Tensor]]:
 def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
     "Stop building a network as soon as it is larger than its weights: a size of a billion must not fill the memory first"
     room = 3*sum(t.numel() for t in state.values())       # a part may be built once more, to learn its sizes
+    mine = threading.get_ident()
     def count(module, name, tensor):
         nonlocal room
-        room -= 0 if tensor is None else tensor.numel()
+        if tensor is None or threading.get_ident() != mine: return
+        room -= tensor.numel()
         if room < 0: raise ValueError(f"{where} asks for a larger network than its weights are of; they belong to different models")
     hook = registration.register_module_parameter_registration_hook(count)
     try: yield

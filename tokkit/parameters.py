@@ -126,21 +126,26 @@ def _is_there(word:str) -> bool:
     except (OSError, ValueError, RuntimeError): return False         # too long for a name, a zero in it, nobody's home
 
 def data_hashes(
-    values:dict[str,Any], # of a notebook's parameters
+    values:dict[str,Any],             # of a notebook's parameters
+    read:dict[str,str]|None = None,   # hashes of paths that were read a moment ago; filled
 ) -> dict[str,str]: # parameter -> hash
     "Of each parameter that names a file or a folder, a hash of what is in it"
     words = {k:v for k,v in values.items() if isinstance(v, str) and v.strip() and v != 'fashion_mnist'}
-    return {k:content_hash(Path(v).expanduser()) for k,v in words.items() if _is_there(v)}
+    read = {} if read is None else read
+    for word in set(words.values())-set(read):
+        if _is_there(word): read[word] = content_hash(Path(word).expanduser())
+    return {k:read[v] for k,v in words.items() if v in read}
 
 def run_id(
     notebook:str|Path,                 # see `find_notebook`
     params:dict[str,Any]|None = None,  # what differs from the defaults
+    read:dict[str,str]|None = None,    # as in `data_hashes`, for many names at once
 ) -> str:
     "Readable words and a hash that depend only on source, parameters, the files that these name, and version"
     values, known = fit_params(path := find_notebook(notebook), params or {}), notebook_params(path)
     changed = {k:v for k,v in values.items() if v != fit_value(k, known[k].default, known[k].default)}
     words = [f"{k}{'+'.join(map(_word, v)) if isinstance(v, list) else _word(v)}" for k,v in changed.items()]
     source = [(c['cell_type'], ''.join(c['source'])) for c in read_notebook(path)['cells']]
-    data = dict(data=hashes) if (hashes := data_hashes(values)) else {}
+    data = dict(data=hashes) if (hashes := data_hashes(values, read)) else {}
     made_by = dict(source=source, params=values, tokkit=tokkit.__version__) | data
     return f"{clean_name('-'.join(words) or 'default', 48)}-{stable_hash(made_by)}"

@@ -364,7 +364,8 @@ def grid_runs(
 ) -> list[RunSpec]: # one a point
     "The runs of a grid, names and types checked; points that are one and the same run count once"
     source, both = find_notebook(notebook), [(p, {**(params or {}), **p}) for p in grid_points(grid)]
-    specs = [RunSpec(source, all_, p, runs_root(root)/source.stem/run_id(source, all_)) for p,all_ in both]
+    read = {}
+    specs = [RunSpec(source, all_, p, runs_root(root)/source.stem/run_id(source, all_, read)) for p,all_ in both]
     return list({spec.folder:spec for spec in reversed(specs)}.values())[::-1]
 
 # %% ../nbs/61_runs.ipynb #6e81d035
