@@ -35,7 +35,7 @@ def test_missing_file(idx):
 def test_damaged_file(idx, damage):
     p = idx/'t10k-labels-idx1-ubyte.gz'
     p.write_bytes(damage(p.read_bytes()))
-    says(ValueError, lambda: fashion_mnist('test', root=idx), str(p), 'is damaged', 'SHA-256', 'git checkout')
+    says(ValueError, lambda: fashion_mnist('test', root=idx), str(p), 'is damaged', 'SHA-256', 'fetched anew')
 
 def test_failed_download_leaves_nothing(monkeypatch, tmp_path):
     def fetch(url, timeout): raise OSError('no route to host')

@@ -19,17 +19,26 @@ from .cli_options import (add_options, checkout_for, read_grid, read_params, rea
 
 # %% ../nbs/80_cli.ipynb #274e36bd
 def _publish(folder:Path, out:Path) -> tuple[Path,Path]:
-    "Copy a finished run to `out` as report.ipynb, report.html and metrics.json, each whole or not at all"
+    "Copy a finished run to the folder `out` as report.ipynb, report.html and metrics.json; what was changed there is kept"
     import nbformat
     from nbconvert import HTMLExporter
-    from tokkit.core import atomic_path
+    from tokkit.folders import added, damage, replaced_dir, set_aside
     notebook, metrics = (folder/'notebook.ipynb').read_bytes(), (folder/'metrics.json').read_bytes()
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url='', require_js_url='')  # offline
     page, _ = exporter.from_notebook_node(nbformat.reads(notebook.decode(), 4))
-    files = {'report.ipynb':notebook, 'metrics.json':metrics, 'report.html':page.encode()}
-    for name,content in files.items():
-        with atomic_path(out/name) as p: p.write_bytes(content)
+    if out.exists() and (added(out) or damage(out)):        # by hand, or by a disk
+        warnings.warn(f"{out} was changed since it was written; it is kept as {set_aside(out).name}")
+    with replaced_dir(out) as new:
+        for name,content in {'report.ipynb':notebook, 'metrics.json':metrics, 'report.html':page.encode()}.items():
+            (new/name).write_bytes(content)
     return out/'report.ipynb', out/'report.html'
+
+def _check_place(out:Path):
+    "Raise one line when the report would lie where somebody else's files are"
+    from tokkit.folders import is_ours
+    there = {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if there-{'report.ipynb','report.html','metrics.json'} and not is_ours(out):
+        raise FileExistsError(f"{out}, the place of the report, holds {min(there)}, which tokkit did not put there; choose another --out")
 
 def demo(
     preset:str = 'default',       # smoke (under 90 s), default (10 minutes on 2 cores) or full
@@ -46,7 +55,10 @@ def demo(
     from tokkit.runs import run_experiment, runs_root
     notebook, root, base = checkout_for('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb', runs_root(out), demo_cfg(preset)
     chosen = dict(generator=generator) if generator != base.generator else {}
-    fit_params(notebook, given := chosen|read_params(params)|dict(preset=preset))  # refuses unknown names
+    _check_place(root/'demo')
+    given = read_params(params)
+    if own := {'preset','generator'} & set(given): raise ValueError(f"-p {min(own)} has an option of its own: give --{min(own)}")
+    fit_params(notebook, given := chosen|given|dict(preset=preset))  # refuses unknown names
     given = {k:fit_value(k, v, getattr(base, k, preset)) for k,v in given.items()}
     use_device(device)
     with writing(root): made = run_stages(demo_cfg(**given), root, device)
@@ -156,16 +168,24 @@ def docs(
 # %% ../nbs/80_cli.ipynb #237b3926
 def verify(
     root:str|None = None,   # folder of all runs, or any folder that tokkit made; $TOKKIT_RUNS or runs when left out
-) -> int: # 1 when something is damaged
-    "Compare finished runs and artifacts with their checksums"
-    from tokkit.folders import damage, sealed_folders
-    found = {folder:damage(folder) for folder in sealed_folders(_existing(root))}
+    seal:bool = False,      # give checksums to finished runs and artifacts that have none, as they are now
+) -> int: # 1 when something is damaged, or could not be compared
+    "Compare finished runs, artifacts and models with their checksums"
+    from tokkit import folders
+    from tokkit.core import model_damage
+    home = _existing(root)
+    bare = [p for p in folders.unsealed_folders(home)]
+    for folder in bare if seal else (): folders.seal(folder)
+    found = {folder:folders.damage(folder) for folder in folders.sealed_folders(home)}
+    models = [p.parent for p in sorted(home.rglob('config.json')) if not any(p.is_relative_to(folder) for folder in found)]
+    found |= {folder:model_damage(folder) for folder in models if (folder/'model.safetensors').is_file()}
     for folder,how in found.items():
         if how: print(f'{folder}: {how}')
-    bad = sum(how is not None for how in found.values())
-    fine = 'all as they were written'
-    say(f"{len(found)} folders, " + (f"{bad} of them damaged; the command that made one makes it anew" if bad else fine))
-    return int(bad > 0)
+    for folder in () if seal else bare: print(f'{folder}: no checksums to compare; --seal takes it as it is')
+    bad, unknown = sum(how is not None for how in found.values()), 0 if seal else len(bare)
+    again = '; a run or an artifact is made anew by the command that made it' if bad else ''
+    say(f'{len(found)} folders compared, {bad} damaged, {unknown} without checksums{again}')
+    return int(bool(bad or unknown))
 
 def clean(
     root:str|None = None,   # folder of all runs; $TOKKIT_RUNS or runs when left out

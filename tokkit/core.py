@@ -7,7 +7,7 @@ __all__ = ['LARGEST', 'TEMPORARY', 'LatentSpec', 'make_rng', 'set_seed', 'defaul
            'check_range', 'check_count', 'check_sizes', 'check_finite', 'changed', 'temporary_name', 'file_to_write',
            'flush', 'atomic_path', 'to_plain', 'write_json', 'check_kind', 'read_json', 'stable_hash', 'file_sha256',
            'tensors_hash', 'nested_hash', 'save_tensors', 'read_about', 'read_tensors', 'misfits', 'load_strictly',
-           'save_model', 'first_difference', 'load_model', 'bar']
+           'save_model', 'first_difference', 'model_damage', 'load_model', 'bar']
 
 # %% ../nbs/00_core.ipynb #368aa19a
 import hashlib, importlib, json, math, os, random, shutil, stat, tempfile, threading, time, warnings
@@ -307,7 +307,8 @@ def read_about(
     "What a file of `save_tensors` says of itself; nothing where it is somebody else's"
     with safe_open(path, 'pt') as f: told = (f.metadata() or {}).get('tokkit')
     try: return check_kind(json.loads(told), dict[str,str], path) if told else {}
-    except (ValueError, RecursionError): raise ValueError(f"{path} is damaged: what it says of itself is no JSON; make or fetch it again") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: what it says of itself is no JSON; make or fetch it again") from None
 
 def read_tensors(
     weights:dict[str,torch.Tensor]|str|Path, # tensors, or a safetensors file of them
@@ -398,6 +399,19 @@ def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
     try: yield
     finally: hook.remove()
 
+def model_damage(
+    folder:str|Path, # written by `save_model`
+) -> str|None:
+    "How a saved model differs from what was written, in a phrase; None where it does not, as far as it can be told"
+    folder = Path(folder)
+    try:
+        config = read_json(folder/'config.json', _Config)
+        carried,state = _read_weights(folder/'model.safetensors')
+    except (ValueError, OSError) as e: return str(e)
+    found = carried and first_difference(config, carried)
+    if found: return f'config.json has another {found[0]} than the weights were saved with'
+    return None if config['weights'] == tensors_hash(state) else 'model.safetensors has changed'
+
 def load_model(
     folder:str|Path,              # written by `save_model`
     kind:str,                     # class name that must stand there
@@ -416,8 +430,9 @@ def load_model(
                       "would not be noticed; load it and save it again", stacklevel=3)
     if found := carried and first_difference(config, carried):
         where,now,then = found
+        remedy = f"remove {where}" if then is None else f"write {json.dumps(then)} there again"
         raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved with {then!r}; "
-                         f"write {then!r} there again, or train a model of the other kind")
+                         f"{remedy}, or train a model of the other kind")
     try:
         with _no_more_than(state, folder/'config.json'): model = build(config)
     except (TypeError, RuntimeError, MemoryError) as e:

@@ -151,7 +151,8 @@ def _unpack(path:Path, sha256:str, name:str) -> bytes:
     try: raw = gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error): raw = b''
     if hashlib.sha256(raw).hexdigest() == sha256: return raw
-    raise ValueError(f"{name} is damaged: what is in it has not the SHA-256 {sha256[:12]}...; delete it, then restore it (git checkout)")
+    remedy = 'restore it with git checkout' if Path(name).is_relative_to(_CHECKOUT) else 'delete it where it lies, and it is fetched anew'
+    raise ValueError(f"{name} is damaged: what is in it has not the SHA-256 {sha256[:12]}...; {remedy}")
 
 def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
     "Where a file of Fashion-MNIST lies: `root`, or the checkout, or `data_home()`, where it is downloaded to, whole or not at all"

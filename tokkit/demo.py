@@ -273,7 +273,7 @@ def _decoder(self:Demo, kind:str, stage:str) -> Tokenizer:
     if stage == 'before': return tok
     c,pairs = self.cfg,self.pairs(kind, stage)
     cfg = self._training(c.post_epochs, lr=1e-3)
-    params = dict(tokenizer=tok.fingerprint, pairs=[pairs.images.hash, pairs.about], training=cfg, seed=c.seed)
+    params = dict(tokenizer=tok.fingerprint, pairs=[pairs.hash, pairs.about], training=cfg, seed=c.seed)
     def make(tmp, work):
         look = self.samples(kind)[:8].to(self.device)
         healed,history = posttrain_decoder(tok, pairs, cfg, work, None, str(self.device), c.seed, f'{stage} ({kind})')

@@ -119,8 +119,7 @@ class Card:
     def from_dict(cls, d:dict) -> 'Card':
         "A card from `to_dict`, or a one-line error about what is wrong with it"
         if not isinstance(d, dict): raise ValueError(f"not a card: expected its fields by name, got {type(d).__name__}")
-        names = {f.name for f in fields(cls)}
-        missing = {'metric','value','se','n','extractor','reference'}-set(d)
+        names,missing = {f.name for f in fields(cls)},{'metric','value','se','n','extractor','reference'}-set(d)
         if missing: raise ValueError(f"not a card: it lacks {', '.join(sorted(missing))}")
         if unknown := set(d)-names: raise ValueError(f"not a card of this version: it has {', '.join(sorted(map(str, unknown)))}")
         return cls(**check_kind(d, _CardFile, 'a card'))
@@ -223,7 +222,9 @@ class FeatureBank:
 def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
     "Features of n images from a file; None where there is none, or a damaged one"
     try:
-        with open(path, 'rb') as file, np.load(file) as z: f,told = torch.from_numpy(z['features']),str(z['hash'])
+        with open(path, 'rb') as file, np.load(file) as z:
+            f,told = torch.from_numpy(z['features']),str(z['hash']) if 'hash' in z else None
+        if told is None: return None                    # of an earlier version
         if f.ndim == 2 and len(f) == n and tensors_hash(dict(f=f), 64) == told: return f
     except (FileNotFoundError, NotADirectoryError): return None
     except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error): pass
@@ -390,9 +391,9 @@ def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
     if kind is not None or strengths:
         raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give alphas and deltas")
     for a in alphas: check_range('alpha', a, hint='it is the fraction of tokens that are redrawn')
-    k = tok.codebook.shape[-2]
-    for d in deltas or (): check_count('delta', d, k, 'it is a number of neighbours')
-    cells = [dict(alpha=float(a), delta=int(d)) for a in alphas for d in (pfid_deltas(k) if deltas is None else deltas)]
+    deltas = pfid_deltas(k := tok.codebook.shape[-2]) if deltas is None else deltas
+    for d in deltas: check_count('delta', d, k, 'it is a number of neighbours')
+    cells = [dict(alpha=float(a), delta=int(d)) for a in alphas for d in deltas]
     if not cells: raise ValueError("pFID needs at least one alpha and one delta, got none")
     return cells
 

@@ -302,17 +302,20 @@ class Checkpoint(Callback):
 
     def _read(self, device) -> dict|None:
         "What was saved; None where that is not what is in the file"
+        with open(self.path, 'rb') as f: f.read(1)      # a disk that cannot be read is no damage
         try:
             saved = torch.load(self.path, map_location=device, weights_only=True)
             whole = saved.pop('hash') == nested_hash(saved)
-        except Exception: return None               # a damaged pickle raises whatever it likes
+        except (MemoryError, torch.OutOfMemoryError): raise
+        except Exception: return None                   # a damaged pickle raises whatever it likes
         return saved if whole else None
 
     def begin(self, learner):
         if not self.path.exists(): return
         saved = self._read(learner.device)
-        learner.accelerator.wait_for_everyone()
-        if saved is None:
+        damaged = torch.tensor(float(saved is None), device=learner.device)
+        if learner.accelerator.num_processes > 1: dist.all_reduce(damaged)       # all begin anew, or none
+        if damaged:
             if learner.main:
                 kept = set_aside(self.path).name
                 warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins anew, "

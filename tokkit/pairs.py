@@ -297,7 +297,7 @@ def write_pairs(
     recipe = to_plain(made_by|dict(about=about, n=n, part=part, latents=latents))
     new = _begin(folder, recipe)
     seeds,files = _seeds(seed, n),range(-(-n//part))
-    for i in files[which::of]: _keep_or_set_aside(_part(folder, i), min(part, n-i*part), _mine(recipe, i))
+    for i in files[which::of]: _keep_part(_part(folder, i), min(part, n-i*part), _mine(recipe, i))
     for i in bar([f for f in files[which::of] if not _part(folder, f).exists()], 'making pairs'):
         rows = range(i*part, min(n, (i+1)*part)); at = slice(rows.start, rows.stop)
         try: made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
@@ -348,7 +348,7 @@ def _mine(recipe, i) -> str:
     "What marks the i-th file of a recipe: no file of another place or of other pairs has it"
     return stable_hash([recipe, i])
 
-def _keep_or_set_aside(path, rows, mine):
+def _keep_part(path, rows, mine):
     "Put a part that is not what was written aside, and say so; it is made again"
     try:
         if path.exists(): _read_part(path, rows, mine)
@@ -384,7 +384,7 @@ def _read_part(path, rows, mine, verify=True) -> tuple[Tensor,dict]:
         told,which = meta['hash'],meta['part']
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path} does not say what it holds, so it is of another version or damaged; {again}") from None
-    except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
+    except SafetensorError as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
     if which != mine: raise ValueError(f"{path} is a file of another place or of other pairs; {again}")
     if len(latents) != rows: raise ValueError(f"{path} has {len(latents)} pairs instead of {rows}; {again}")
     if verify and tensors_hash(dict(latents=latents)) != told: raise ValueError(f"{path} is damaged: its checksum changed; {again}")

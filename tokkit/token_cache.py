@@ -8,7 +8,7 @@ __all__ = ['TokenCache']
 # %% ../nbs/05_token_cache.ipynb #26407f82
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core import bar, file_sha256, read_json, stable_hash, write_json
 from .data import Indexed
-from .folders import atomic_dir, damage, locked
+from .folders import MARKER, atomic_dir, damage, locked
 
 # %% ../nbs/05_token_cache.ipynb #e2e31429
 def _narrow(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.ndarray:
@@ -46,6 +46,7 @@ _CACHE_FILES = ('tokens.npy', 'labels.npy')
 class _About(TypedDict):
     key:str                       # what made the tokens
     name:str                      # of the images
+    images:NotRequired[str]       # their hash
     classes:list[str]             # class names
     sha256:tuple[str, str]        # of the two files
 
@@ -68,9 +69,13 @@ class TokenCache(Indexed):
     ) -> 'TokenCache':
         "Encode `ds` once into `folder`, whole or not at all"
         folder = Path(folder)
-        with locked(folder, f'token cache {folder.name}', wait=True):
-            if not folder.exists(): cls._write(folder, ds, encode, dtype, key, codebook_size, batch_size)
-        return cls.open(folder, key)
+        if not folder.exists():
+            with locked(folder, f'token cache {folder.name}', wait=True):
+                if not folder.exists(): cls._write(folder, ds, encode, dtype, key, codebook_size, batch_size)
+        cache = cls.open(folder, key)
+        if cache.about.get('images') not in (None, getattr(ds, 'hash', '')):
+            raise ValueError(f"{folder} holds tokens of other images than {ds.name}; use another folder")
+        return cache
 
     @staticmethod
     def _write(folder, ds, encode, dtype, key, codebook_size, batch_size):
@@ -82,7 +87,8 @@ class TokenCache(Indexed):
         with atomic_dir(folder) as tmp:
             _write_npy(tmp/'tokens.npy', arrays(), len(ds))
             np.save(tmp/'labels.npy', ds.labels.numpy())
-            write_json(tmp/'cache.json', dict(key=key, name=ds.name, classes=ds.classes, sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
+            about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes)
+            write_json(tmp/'cache.json', about|dict(sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
 
     @classmethod
     def open(cls,
@@ -95,8 +101,12 @@ class TokenCache(Indexed):
         if not folder.is_dir(): raise FileNotFoundError(f"no token cache {folder}; make it with TokenCache.build")
         missing = [f for f in ('cache.json', *_CACHE_FILES) if not (folder/f).is_file()]
         if missing: raise FileNotFoundError(f"token cache {folder} is incomplete: {', '.join(missing)} missing; {again}")
-        if verify and (how := damage(folder)): raise ValueError(f"token cache {folder} is damaged: {how}; {again}")
+        sealed = (folder/MARKER).is_file()
+        if verify and sealed and (how := damage(folder)): raise ValueError(f"token cache {folder} is damaged: {how}; {again}")
         about = read_json(folder/'cache.json', _About)
+        if verify and not sealed:                                # of an earlier version, or copied without hidden files
+            changed = [f for f, sha in zip(_CACHE_FILES, about['sha256']) if file_sha256(folder/f) != sha]
+            if changed: raise ValueError(f"token cache {folder} is damaged: {changed[0]} has changed; {again}")
         if key is not None and about['key'] != key:
             raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another folder, or {again}")
         try: return cls(folder, np.load(folder/'tokens.npy', mmap_mode='r'), torch.from_numpy(np.load(folder/'labels.npy')), about)

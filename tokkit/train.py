@@ -262,6 +262,8 @@ class TensorPairs(Dataset):
     def __init__(self, a:Tensor, b:Tensor): # same length
         if len(a) != len(b): raise ValueError(f"pairs need as many of one as of the other, got {len(a)} and {len(b)}")
         self.a,self.b = a,b
+    @property
+    def hash(self) -> str: return tensors_hash(dict(a=self.a, b=self.b))
     def __len__(self): return len(self.a)
     def __getitem__(self, i): return self.a[i],self.b[i]
     def __getitems__(self, i): return self.a[i],self.b[i]
@@ -324,10 +326,13 @@ def _compiled(backend:str, *parts:nn.Module):
 
 def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, asked=None, watch=None):
     "Run the loop and leave the averaged weights in the model; `asked` is what else decides them, `watch(ema)` gives one more callback"
+    if work and not hasattr(data, 'hash'):
+        raise ValueError(f"a training is gone on with by what it learns from, and {type(data).__name__} has no hash to tell; "
+                         "leave work out, or give the data set a property `hash`")
     ema = EMA(cfg.ema)
     told = re.sub(r' at 0x\w+', '', repr(asked))                      # a function of one's own is known by its name only
     key = stable_hash([cfg, repr(getattr(model, 'cfg', None)), tensors_hash(model.state_dict()), told,
-                       getattr(data, 'hash', len(data)), seed, desc]) if work else ''
+                       data.hash, seed, desc]) if work else ''
     callbacks = _callbacks(ema, loss, work, preview, key, *([watch(ema)] if watch else []))
     learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc,
                       getattr(cfg, 'accumulate', 1), work)

@@ -31,11 +31,12 @@ TABLE = [ # words, exit code, what is said
     ('sweep {tiny} -g seed=1 --devices ,', 2, 'comma-separated'), ('sweep {tiny} -g seed=1 --devices gpu', 2, 'device must be'), ('sweep {tmp}/no.yaml', 2, 'No such file'),
     # tables, cleaning, pages
     ('results {tmp}/no', 2, 'no folder'), ('verify {tmp}/no', 2, 'no folder'), ('clean {tmp}/no', 2, 'no folder'), ('results {tiny}', 2, 'no folder'), ('results {tmp} --csv {own}', 2, 'is a folder; give the name of a file'),
-    ('results {tmp}', 0, 'no finished runs below'), ('clean {tmp}', 0, 'nothing to clean'), ('clean {tmp} --all --yes', 0, 'nothing to clean'), ('verify {tmp}', 0, '0 folders, all as they were written'),
+    ('results {tmp}', 0, 'no finished runs below'), ('clean {tmp}', 0, 'nothing to clean'), ('clean {tmp} --all --yes', 0, 'nothing to clean'), ('verify {tmp}', 0, '0 folders compared, 0 damaged, 0 without checksums'),
     ('lab --port 99999', 2, 'port must be a whole number in 1..65535, got 99999'), ('lab --port 0', 2, 'port must be'), ('lab --port -1', 2, 'port must be'), ('lab --port x', 2, 'invalid int value'),
-    ('docs --out {own}/images', 2, 'not built'), ('docs --out {tiny}', 2, 'not built'),
+    ('docs --out {tiny}', 2, 'not built'),
     # the demo: everything is checked before the first stage
     ('demo --preset huge', 2, 'preset must be one of smoke, default'), ('demo --generator gan', 2, 'invalid choice'), ('demo --preset smoke -p delta 0 --out {tmp}', 2, 'delta must be a whole number'),
+    ('demo -p preset smoke', 2, '-p preset has an option of its own'), ('demo -p generator ar', 2, '-p generator has an option'),
     *((f'demo --preset smoke --out {{tmp}} -p {name} {value}', 2, said) for name, value, said in [
         ('extractor', 'foo', 'extractor must be'), ('n_pfid', '0', 'n_pfid must be'), ('n_pfid', '1', 'n_pfid must be'), ('n', '1', 'n must be'), ('n', '-3', 'n must be'), ('bootstrap', '-1', 'bootstrap must be'),
         ('delta', '-5', 'delta must be'), ('delta', '2.5', 'delta must be int'), ('delta', '513', 'delta must be a whole number in 1..512'), ('alpha', '2', 'alpha must be in [0, 1], got 2'), ('alpha', '-0.1', 'alpha must be'),

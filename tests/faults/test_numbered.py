@@ -75,7 +75,12 @@ def test_2_a_site_is_replaced_whole_or_not_at_all(tmp_path):
     assert (site/'index.html').read_text() == 'second' and list(tmp_path.iterdir()) == [site]
     (site/'CNAME').write_text('mine')
     says(FileExistsError, lambda: replaced_dir(site).__enter__(), 'holds CNAME that tokkit did not put there')
-    (tmp_path/'link').symlink_to(site); (site/'CNAME').unlink()
+    (site/'CNAME').unlink(); (site/'index.html').write_text('edited')
+    says(FileExistsError, lambda: replaced_dir(site).__enter__(), 'was changed by hand: index.html has changed')
+    (site/'index.html').write_text('second'); (tmp_path/'file').write_text('mine')
+    says(NotADirectoryError, lambda: replaced_dir(tmp_path/'file').__enter__(), 'is a file; give the name of a folder')
+    assert (tmp_path/'file').read_text() == 'mine'
+    (tmp_path/'link').symlink_to(site)
     with replaced_dir(tmp_path/'link') as new: (new/'index.html').write_text('fourth')
     assert (tmp_path/'link').is_symlink() and (site/'index.html').read_text() == 'fourth'
 
@@ -94,6 +99,32 @@ def test_3_clean_leaves_what_is_not_ours(tmp_path, tokkit):
     assert tokkit('clean', home, '--all', '--yes')[0] == 0
     assert not (home/'tiny'/'seed1-0a.failed').exists()
     assert all((home/name).exists() for name in foreign) and len(list(outside.iterdir())) == 3 and (home/'mine'/'link.failed').is_symlink()
+
+def test_3_notes_in_a_run_are_kept(tmp_path, tokkit):
+    from tokkit.runs import run_experiment
+    folder = run_experiment(TINY, {}, tmp_path)
+    (folder/'notes.md').write_text('mine')
+    code, out, err = tokkit('clean', tmp_path, '--all', '--yes')
+    assert f'left alone: {folder}: it holds notes.md, which tokkit did not put there' in err and (folder/'notes.md').exists()
+
+def test_3_one_at_work_protects_what_it_may_read(tmp_path, tokkit):
+    from tokkit.folders import locked
+    from tokkit.runs import artifact
+    made = artifact('tokenizer', {}, lambda tmp: (tmp/'x').write_text('x'), tmp_path)
+    with locked(tmp_path/'e02'/'seed1', 'a run'): code, out, err = tokkit('clean', tmp_path, '--all', '--yes')
+    assert made.exists() and 'finished runs and artifacts: they may be in use' in err
+
+def test_3_a_name_that_begins_alike_is_another(tmp_path):
+    from tokkit.folders import clear_unfinished, mark
+    mark(tmp_path/'.healed.v2.99999999-170000000000.tokkit-tmp'); mark(tmp_path/'.healed.99999999-170000000000.tokkit-tmp')
+    clear_unfinished(tmp_path/'healed')
+    assert [p.name for p in tmp_path.iterdir()] == ['.healed.v2.99999999-170000000000.tokkit-tmp']
+
+def test_3_a_result_is_kept_where_its_place_was_taken(tmp_path):
+    from tokkit.folders import atomic_dir
+    with pytest.raises(FileExistsError, match='the result is kept as healed.kept'), atomic_dir(tmp_path/'healed') as p:
+        (p/'model').write_text('weights'); (tmp_path/'healed').mkdir(); (tmp_path/'healed'/'mine').write_text('mine')
+    assert (tmp_path/'healed.kept'/'model').read_text() == 'weights' and (tmp_path/'healed'/'mine').exists()
 
 def test_3_a_link_in_a_folder_of_ours_goes_what_it_points_to_stays(tmp_path, tokkit):
     from tokkit.folders import mark
@@ -226,16 +257,53 @@ def test_6_results_of_a_changed_run(tmp_path, tokkit):
     code, out, err = tokkit('results', tmp_path)
     assert 'damaged, metrics.json has changed' in err and '0.4' not in out
     code, out, err = tokkit('verify', tmp_path)
-    assert code == 1 and f'{folder}: metrics.json has changed' in out and '1 of them damaged' in err
+    assert code == 1 and f'{folder}: metrics.json has changed' in out and '1 damaged' in err
     with pytest.warns(UserWarning, match='is damaged: metrics.json has changed; it is made again'): run_experiment(TINY, {}, tmp_path)
     assert tokkit('verify', folder)[0] == 0
     assert '0.5' in tokkit('results', tmp_path)[1]
 
 
+def test_6_a_seal_that_was_lost(tmp_path, tokkit):
+    "A copy without hidden files is not called damaged, and can be taken as it is"
+    from tokkit.runs import run_experiment
+    folder = run_experiment(TINY, {}, tmp_path); (folder/'.tokkit').unlink()
+    says(ValueError, lambda: run_experiment(TINY, {}, tmp_path), 'carries no checksums', '--seal')
+    assert 'no checksums to compare' in tokkit('results', tmp_path)[2]
+    code, out, err = tokkit('verify', tmp_path)
+    assert code == 1 and f'{folder}: no checksums to compare' in out
+    assert tokkit('verify', tmp_path, '--seal')[0] == 0 and run_experiment(TINY, {}, tmp_path) == folder
+
+def test_6_saved_models_are_verified(own, tmp_path, tokkit):
+    shutil.copytree(own/'tokenizer', tmp_path/'t')
+    assert tokkit('verify', tmp_path)[0] == 0
+    flip(tmp_path/'t'/'model.safetensors', .9)
+    code, out, err = tokkit('verify', tmp_path)
+    assert code == 1 and 'damaged' in out
+
+def test_6_a_training_on_other_data_is_another(own, tmp_path):
+    from tokkit.generators import make_generator
+    from tokkit.train import GeneratorTraining, TensorPairs, train_generator
+    from tokkit.core import tensors_hash
+    spec, labels, how = make_tokenizer('tiny').spec, torch.zeros(32, dtype=torch.long), GeneratorTraining(epochs=1, batch=16)
+    def train(value): 
+        g = make_generator('ar', spec, width=32, depth=1)
+        train_generator(g, TensorPairs(torch.full((32, 49), value), labels), how, tmp_path, device='cpu')
+        return tensors_hash(g.state_dict())
+    first = train(3)
+    with pytest.raises(ValueError, match='of a training with other settings'): train(5)
+    assert train(3) == first
+
+def test_6_a_cache_of_other_images(tmp_path):
+    from tokkit.token_cache import TokenCache
+    def encode(x): return x.flatten(1)[:,:4].mul(100).round().long().abs()
+    TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), encode)
+    says(ValueError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('train', 20), encode), 'holds tokens of other images')
+
 # 7. a configuration that was changed by hand
 @pytest.mark.parametrize('change, says_', [
     (lambda c: c['cfg'].update(heads=2), 'cfg.heads is 2, the weights were saved with 4'),
-    (lambda c: c['cfg'].update(l2_norm=False), 'cfg.l2_norm is False, the weights were saved with True'),
+    (lambda c: c['cfg'].update(l2_norm=False), 'cfg.l2_norm is False, the weights were saved with True; write true there again'),
+    (lambda c: c.update(more=1), 'remove more'),
     (lambda c: c['spec'].update(std=2.), 'spec.std is 2.0, the weights were saved with 1.0'),
     (lambda c: c['spec'].update(mean=1), 'spec.mean is 1, the weights were saved with 0.0'),
     (lambda c: c.update(kind='ARGenerator'), 'holds a ARGenerator, expected a Tokenizer'),
