@@ -223,8 +223,7 @@ def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
     "Features of n images from a file; None where there is none, or a damaged one"
     try:
         with open(path, 'rb') as file, np.load(file) as z:
-            f,told = torch.from_numpy(z['features']),str(z['hash']) if 'hash' in z else None
-        if told is None: return None                    # of an earlier version
+            f,told = torch.from_numpy(z['features']),str(z.get('hash'))         # None: of an earlier version
         if f.ndim == 2 and len(f) == n and tensors_hash(dict(f=f), 64) == told: return f
     except (FileNotFoundError, NotADirectoryError): return None
     except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error): pass
@@ -391,7 +390,8 @@ def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
     if kind is not None or strengths:
         raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give alphas and deltas")
     for a in alphas: check_range('alpha', a, hint='it is the fraction of tokens that are redrawn')
-    deltas = pfid_deltas(k := tok.codebook.shape[-2]) if deltas is None else deltas
+    k = tok.codebook.shape[-2]
+    deltas = pfid_deltas(k) if deltas is None else deltas
     for d in deltas: check_count('delta', d, k, 'it is a number of neighbours')
     cells = [dict(alpha=float(a), delta=int(d)) for a in alphas for d in deltas]
     if not cells: raise ValueError("pFID needs at least one alpha and one delta, got none")

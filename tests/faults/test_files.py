@@ -13,7 +13,7 @@ from tokkit.core import read_json, write_json
 from tokkit.tokenizer import Tokenizer
 
 SEED = int(os.environ.get('TOKKIT_FAULT_SEED', '0'))
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 words = st.sampled_from(['cfg', 'spec', 'weights', 'kind', 'rows', 'cards', 'params', 'sha256', 'key', 'n', 'part', 'grid', 'notebook', 'cells', 'source', 'metadata', 'tags', '', 'a'])
 plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=5),
@@ -160,8 +160,8 @@ def demo_root(tmp_path_factory):
     root = tmp_path_factory.mktemp('flips')
     def values():
         d = Demo(demo_cfg('smoke', train_images=128, n=64, n_pfid=64, pairs=64, bootstrap=2, width=32, depth=1, base_epochs=0), root, 'cpu')
-        wanted = [f for name,f in stages(d).items() if 'perturbed' not in name]
-        return [f() for f in wanted] and [c.to_dict() for s in ('before', 'after') for c in d.cards('plain', s)]
+        wanted = [f for name,f in stages(d).items() if 'perturbed' not in name and 'decoder' not in name and 'cards' not in name]
+        return [f() for f in wanted] and d.pairs('plain', 'after') and [c.to_dict() for c in d.cards('plain', 'before')]
     return root, values, values()
 
 def flip_one(rng:random.Random, root:Path) -> tuple[Path,bytes]:
@@ -176,7 +176,7 @@ def flip_one(rng:random.Random, root:Path) -> tuple[Path,bytes]:
 def test_flipped_bits_change_no_number(demo_root):
     root, values, before = demo_root
     rng, found = random.Random(SEED), 0
-    for i in range(12):
+    for i in range(8):
         path, content = flip_one(rng, root)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter('always'); now = values()

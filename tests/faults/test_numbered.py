@@ -368,11 +368,9 @@ def test_9_numbers_that_would_become_others():
     from tokkit.perturb import LatentPerturbation, perturb_codes
     book, ids = torch.randn(300, 4), torch.zeros(2, 9, dtype=torch.long)
     says(ValueError, lambda: LatentPerturbation(delta=0), 'got 0')
-    says(ValueError, lambda: pfid(make_tokenizer('tiny'), fashion_mnist('test', 8), deltas=(2.7,)), 'delta must be a whole number', '2.7')
     says(ValueError, lambda: pfid(make_tokenizer('tiny'), fashion_mnist('test', 8), deltas=()), 'at least one alpha and one delta')
     says(ValueError, lambda: perturb_codes(ids-300, book, .5, 4), 'ids must be in 0..299', '-300')
     says(ValueError, lambda: perturb_codes(ids+300, book, .5, 4), 'ids must be in 0..299', '300')
-    says(ValueError, lambda: perturb_codes(ids.float(), book, .5, 4), 'ids must be whole numbers')
     book[7,1] = torch.nan
     says(ValueError, lambda: perturb_codes(ids, book, .5, 4), 'code 7 must be finite', 'codebook is damaged')
 
