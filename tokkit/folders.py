@@ -86,7 +86,7 @@ def seal(
 def added(
     folder:str|Path, # made by tokkit
 ) -> list[str]: # names
-    "What lies in a folder that tokkit did not put there: files, links, empty folders; of a folder without checksums nobody can tell"
+    "Files and links in a folder that tokkit did not put there; of a folder without checksums nobody can tell, so none"
     folder = Path(folder)
     try: sums = set(read_json(folder/MARKER, _Seal)['sha256'])
     except (ValueError, OSError, KeyError): return []
