@@ -1,11 +1,12 @@
 "The tokkit command: help that explains, mistakes in one line, runs and tables"
-import json, os, shutil, signal, subprocess, sys, time, urllib.request
+import json, os, shutil, signal, subprocess, sys, urllib.request
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from fastcore.docments import docments
+from waiting import wait_for
 from tokkit import __version__
 from tokkit.cli import COMMANDS, main
 
@@ -16,14 +17,6 @@ SHELL = [sys.executable, '-c', 'import sys; from tokkit.cli import main; sys.exi
 def tokkit(*args, **env) -> subprocess.CompletedProcess:
     "The command in a process of its own"
     return subprocess.run([*SHELL, *map(str, args)], capture_output=True, text=True, timeout=300, env=os.environ | env)
-
-def wait_for(condition, seconds=60):
-    end = time.time()+seconds
-    while not (found := condition()):
-        assert time.time() < end, f'waited {seconds} s in vain'
-        time.sleep(.05)
-    return found
-
 
 # help
 def test_start_is_quick():

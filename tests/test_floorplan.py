@@ -12,7 +12,7 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     # 0 ground
     'core': (), 'data': (0,), 'show': (0,), 'augment': (0, 1), 'folders': (0,), 'token_cache': (0, 1, 4), 'neighbours': (0,),
     # 1 tokenizers
-    'quantize': (0, 9), 'layers': (0,), 'tokenizer': (0, 10, 11), 'zoo': (0, 10, 11, 12), 'official': (0, 10, 11, 12),
+    'quantize': (0, 9), 'layers': (0,), 'tokenizer': (0, 9, 10, 11), 'zoo': (0, 10, 11, 12), 'official': (0, 10, 11, 12),
     # 2 perturbation: knows tensors, not tokenizers
     'perturb': (0, 9, 10), 'plugin': (0, 9, 10, 20),
     # 3 metrics: features, metrics and critics know images, not tokenizers; evaluate joins them
@@ -26,7 +26,7 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'learner': (0, 4), 'losses': (0, 11, 30, 33, 35), 'train': (0, 1, 4, 10, 12, 20, 35, 40, 42, 50, 51), 'posttrain': (0, 1, 12, 20, 31, 32, 38, 39, 40, 49, 50, 51, 52),
     'unpaired': (0, 1, 12, 39, 49, 51, 52, 53), 'sigma': (0, 1, 12, 34, 40, 49, 51, 52, 53), 'spectrum': (12, 30, 49), 'absorb': (0, 10, 12, 20, 49),
     # 6 study
-    'parameters': (0, 4), 'sweep': (0, 32), 'runs': (0, 4, 59, 60), 'engine': (0, 61), 'demo': ANY,
+    'parameters': (0, 1, 4), 'sweep': (0, 32), 'runs': (0, 4, 59, 60), 'engine': (0, 61), 'demo': ANY,
     'shift': (0, 1, 5, 10, 12, 20, 30, 31, 32, 34, 40), 'calibrate': (0, 9, 10, 20, 31, 34, 63), 'predictors': (0, 60),
     # 7 surfaces
     'plots': (0, 2, 60, 66), 'widgets': (0, 2, 9, 10, 12, 20, 40, 42, 70), 'stepper': (0, 2, 10, 12, 20, 40, 42, 70, 71),

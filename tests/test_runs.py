@@ -1,5 +1,5 @@
 "Runs are whole or absent: wrong parameters, failures, kills, full disks, two at once"
-import json, os, resource, signal, subprocess, sys, time
+import json, os, resource, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tokkit import folders
+from waiting import wait_for
 from tokkit.core import read_json
 from tokkit.engine import sweep_experiment
 from tokkit.folders import InUse
@@ -32,13 +33,6 @@ def two_gpus(monkeypatch):
 def python(code:str, *args) -> subprocess.Popen:
     "Another process that executes `code`"
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-def wait_for(condition, seconds=30):
-    end = time.time()+seconds
-    while not (found := condition()):
-        assert time.time() < end, f'waited {seconds} s in vain'
-        time.sleep(.05)
-    return found
 
 def alive(pid:int) -> bool:
     "The process exists and is no zombie"

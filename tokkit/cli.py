@@ -174,7 +174,7 @@ def verify(
     from tokkit import folders
     from tokkit.core import model_damage
     home = _existing(root)
-    bare = [p for p in folders.unsealed_folders(home)]
+    bare = list(folders.unsealed_folders(home))
     for folder in bare if seal else (): folders.seal(folder)
     found = {folder:folders.damage(folder) for folder in folders.sealed_folders(home)}
     models = [p.parent for p in sorted(home.rglob('config.json')) if not any(p.is_relative_to(folder) for folder in found)]

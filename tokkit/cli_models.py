@@ -159,12 +159,14 @@ def posttrain(
     with writing(folder), locked(folder, f'post-training into {out}'):
         if folder.exists(): raise FileExistsError(f"{out} is there already: another process has just made it; choose another --out")
         clear_unfinished(folder); mark(work)
-        _train_decoder(folder, work, tok, gen, images, mode, how, freeze, pairing, guidance, seed, common)
+        _train_decoder(folder, work, (tok, gen, images), how, mode=mode, freeze=freeze, pairing=pairing,
+                       drawing=dict(guidance=guidance, seed=seed), common=common)
         delete(work)
     print(out)
 
-def _train_decoder(folder, work, tok, gen, images, mode, how, freeze, pairing, guidance, seed, common):
+def _train_decoder(folder, work, given, how, *, mode, freeze, pairing, drawing, common):
     "Make the folder of the tokenizer with its new decoder; what it took is kept in `work` until then"
+    tok, gen, images = given
     from tokkit.folders import atomic_dir
     from tokkit.generator import sample_batches
     from tokkit.pairs import latent_pairs
@@ -172,9 +174,9 @@ def _train_decoder(folder, work, tok, gen, images, mode, how, freeze, pairing, g
     from tokkit.unpaired import heal_unpaired
     with atomic_dir(folder) as tmp:
         if mode == 'paired':
-            pairs = latent_pairs(gen, tok, images, seed=seed, folder=work/'pairs', guidance=guidance, **pairing)
+            pairs = latent_pairs(gen, tok, images, folder=work/'pairs', **drawing, **pairing)
             healed, history = posttrain_decoder(tok, pairs, how, freeze=freeze, **common)
         else:
-            samples,_ = sample_batches(gen, images.labels, seed=seed, guidance=guidance)
+            samples,_ = sample_batches(gen, images.labels, **drawing)
             healed, history = heal_unpaired(tok, samples, images, how, **common)
         healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)

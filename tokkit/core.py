@@ -353,8 +353,7 @@ def save_model(
     **extra,              # plain values kept in config.json
 ) -> Path:
     "Write weights and configuration"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    folder, state = Path(folder), model.state_dict()
     config = to_plain(dict(kind=type(model).__name__, cfg=asdict(model.cfg), weights=tensors_hash(state), **extra))
     save_tensors(state, folder/'model.safetensors', config=json.dumps(config))
     write_json(folder/'config.json', config)
@@ -399,18 +398,31 @@ def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
     try: yield
     finally: hook.remove()
 
+def _read_model(folder:Path, kind:str|None = None) -> tuple[dict,dict[str,torch.Tensor]]:
+    "Configuration and weights as they were saved, or one line about what is not as it was"
+    config = read_json(folder/'config.json', _Config)
+    if kind not in (None, config['kind']): raise ValueError(f"{folder} holds a {config['kind']}, expected a {kind}")
+    try: carried,state = _read_weights(folder/'model.safetensors')
+    except FileNotFoundError: raise ValueError(f"{folder/'model.safetensors'} is missing; train or fetch it again") from None
+    if carried is None:
+        warnings.warn(f"{folder} was written by an earlier version: its weights carry no copy of config.json, so that a change of it "
+                      "would not be noticed; load it and save it again", stacklevel=4)
+    if found := carried and first_difference(config, carried):
+        where,now,then = found
+        remedy = f"remove {where}" if then is None else f"write {json.dumps(then)} there again"
+        raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved with {then!r}; "
+                         f"{remedy}, or train a model of the other kind")
+    if config['weights'] != tensors_hash(state):
+        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
+                         "it was changed or damaged: train or fetch it again")
+    return config, state
+
 def model_damage(
     folder:str|Path, # written by `save_model`
 ) -> str|None:
-    "How a saved model differs from what was written, in a phrase; None where it does not, as far as it can be told"
-    folder = Path(folder)
-    try:
-        config = read_json(folder/'config.json', _Config)
-        carried,state = _read_weights(folder/'model.safetensors')
+    "How a saved model differs from what was written, in a line; None where it does not, as far as it can be told"
+    try: _read_model(Path(folder))
     except (ValueError, OSError) as e: return str(e)
-    found = carried and first_difference(config, carried)
-    if found: return f'config.json has another {found[0]} than the weights were saved with'
-    return None if config['weights'] == tensors_hash(state) else 'model.safetensors has changed'
 
 def load_model(
     folder:str|Path,              # written by `save_model`
@@ -421,27 +433,13 @@ def load_model(
     folder = Path(folder)
     if not (folder/'config.json').exists():
         raise FileNotFoundError(f"{folder} holds no saved {kind}: expected config.json and model.safetensors")
-    config = read_json(folder/'config.json', _Config)
-    if config['kind'] != kind: raise ValueError(f"{folder} holds a {config['kind']}, expected a {kind}")
-    try: carried,state = _read_weights(folder/'model.safetensors')
-    except FileNotFoundError: raise ValueError(f"{folder/'model.safetensors'} is missing; train or fetch it again") from None
-    if carried is None:
-        warnings.warn(f"{folder} was written by an earlier version: its weights carry no copy of config.json, so that a change of it "
-                      "would not be noticed; load it and save it again", stacklevel=3)
-    if found := carried and first_difference(config, carried):
-        where,now,then = found
-        remedy = f"remove {where}" if then is None else f"write {json.dumps(then)} there again"
-        raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved with {then!r}; "
-                         f"{remedy}, or train a model of the other kind")
+    config,state = _read_model(folder, kind)
     try:
         with _no_more_than(state, folder/'config.json'): model = build(config)
     except (TypeError, RuntimeError, MemoryError) as e:
         raise ValueError(f"{folder/'config.json'} is of another version of tokkit, or damaged ({str(e)[:80]})") from None
     if wrong := misfits(model, state):
         raise ValueError(f"{folder}: tensors do not fit config.json: {', '.join(wrong)}; config and weights belong to different models")
-    if config.get('weights') != tensors_hash(state):
-        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
-                         "it was changed or damaged: train or fetch it again")
     model.load_state_dict(state)
     return model.eval()
 

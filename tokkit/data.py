@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FASHION_CLASSES', 'SUFFIXES', 'OTHER_SUFFIXES', 'from_uint8', 'to_uint8', 'center_crop', 'Indexed', 'check_labels',
-           'ImageSet', 'fashion_mnist', 'read_image', 'ImageFolder', 'load_images', 'EpochSampler', 'EpochLoader',
-           'loader']
+           'ImageSet', 'fashion_mnist', 'read_image', 'ImageFolder', 'content_hash', 'load_images', 'EpochSampler',
+           'EpochLoader', 'loader']
 
 # %% ../nbs/01_data.ipynb #0f6240af
 import copy, gzip, hashlib, os, urllib.request, warnings, zlib
@@ -301,6 +301,22 @@ class ImageFolder(Indexed):
         "A short name for these files' names and contents, cropped this way"
         names, digests = [p.relative_to(self.path).as_posix() for p in self.files], [*_threaded(file_sha256, self.files, 'hashing images')]
         return stable_hash([names, digests, self.classes, self.size, self.channels, self.upscale])
+
+# %% ../nbs/01_data.ipynb #bc0b39c6
+_known:dict[Path,tuple] = {}     # what this process has read: the state of the files then, and their hash
+
+def content_hash(
+    path:str|Path, # a file, or a folder of files
+) -> str:
+    "A hash of the names and contents of all files that are not hidden; each is read once a process, and again when it was touched"
+    path = Path(path).absolute()
+    files = {'':path} if path.is_file() else {p.relative_to(path).as_posix():p for p in _files(path)}
+    regular = {name:p for name,p in files.items() if p.is_file()}                # reading a pipe or a device might never end
+    state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name,s in ((n, os.stat(p)) for n,p in regular.items())]
+    if _known.get(path, (None,))[0] != state:
+        sums = _threaded(file_sha256, list(regular.values()), f'reading {path.name}')
+        _known[path] = state, stable_hash([[*zip(regular, sums)], sorted(set(files)-set(regular))])
+    return _known[path][1]
 
 # %% ../nbs/01_data.ipynb #58d1a78b
 @patch

@@ -240,7 +240,7 @@ def _tokens(self:Demo, kind:str) -> TokenCache:
     tok,train = self.tokenizer(kind),self.images[0]
     params = dict(images=train.hash, tokenizer=tok.fingerprint)
     def make(tmp): TokenCache.build(tmp/'cache', train, lambda x: tok.to_latents(x.to(self.device)), codebook_size=tok.spec.codebook_size)
-    return self._stage('tokens', kind, params, make, lambda p: TokenCache.open(p/'cache'))
+    return self._stage('tokens', kind, params, make, lambda p: TokenCache.open(p/'cache', verify=False))      # the artifact was
 
 def _generator(self:Demo, kind:str) -> LatentGenerator:
     "A generator of a tokenizer's latents"
@@ -265,7 +265,7 @@ def _pairs(self:Demo, kind:str, stage:str) -> LatentPairs:
     params = dict(images=images.hash, tokenizer=tok.fingerprint)
     if gen is not None: params |= dict(generator=gen.fingerprint, sigma=c.sigma, source=c.source, seed=c.seed, **self.sampling)
     def make(tmp): write_pairs(tmp, gen, tok, images, c.sigma, c.source, c.seed, **self.sampling)
-    return self._stage('pairs', f'{kind}-{stage}', params, make, lambda p: open_pairs(p, images))
+    return self._stage('pairs', f'{kind}-{stage}', params, make, lambda p: open_pairs(p, images, verify=False))           # the artifact was
 
 def _decoder(self:Demo, kind:str, stage:str) -> Tokenizer:
     "The tokenizer with its decoder as it is ('before'), or trained on clean ('control') or generated latents ('after')"

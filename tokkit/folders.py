@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'writing', 'mark', 'is_ours', 'seal', 'added', 'damage', 'atomic_dir', 'sealed_folders', 'unsealed_folders',
-           'check_replaceable', 'replaced_dir', 'delete', 'set_aside', 'content_hash', 'clean_name', 'InUse',
-           'lock_file', 'locked', 'is_unfinished', 'clear_unfinished', 'leftovers']
+           'check_replaceable', 'replaced_dir', 'delete', 'set_aside', 'clean_name', 'InUse', 'lock_file', 'locked',
+           'is_unfinished', 'clear_unfinished', 'leftovers']
 
 # %% ../nbs/04_folders.ipynb #a30147a0
-import errno, importlib, json, os, re, shutil, socket, time
+import errno, json, os, re, shutil, socket, time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import NotRequired, TypedDict
 
 from filelock import FileLock, Timeout
 
-from .core import TEMPORARY, bar, file_sha256, flush, read_json, stable_hash, temporary_name, write_json
+import tokkit
+from .core import TEMPORARY, bar, file_sha256, flush, read_json, temporary_name, write_json
 
 # %% ../nbs/04_folders.ipynb #c717cd80
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
@@ -53,7 +54,7 @@ class _Seal(TypedDict):
 
 _intact:dict[Path,list] = {}     # folders found intact by this process, and the state of their files then
 
-def _maker() -> str: return f"tokkit {importlib.import_module('tokkit').__version__}"
+def _maker() -> str: return f'tokkit {tokkit.__version__}'
 
 def mark(
     folder:str|Path, # made if it is not there
@@ -200,30 +201,6 @@ def set_aside(
     free = _free_name(Path(path), 'damaged')
     os.rename(path, free)
     return free
-
-# %% ../nbs/04_folders.ipynb #bc0b39c6
-def _visible(folder:Path, above:tuple[str,...] = ()) -> Iterator[Path]:
-    "Files below a folder, through links, in sorted order, without hidden ones and without going round in circles"
-    if (real := os.path.realpath(folder)) in above: return
-    for p in sorted(folder.iterdir(), key=lambda p: p.name):
-        if p.name.startswith('.'): continue
-        if p.is_dir(): yield from _visible(p, (*above, real))
-        else: yield p
-
-_known:dict[Path,tuple] = {}     # what this process has read: the state of the files then, and their hash
-
-def content_hash(
-    path:str|Path, # a file, or a folder of files
-) -> str:
-    "A hash of the names and contents of all files that are not hidden; each is read once a process, and again when it was touched"
-    path = Path(path).absolute()
-    files = {'':path} if path.is_file() else {p.relative_to(path).as_posix():p for p in _visible(path)}
-    regular = {name:p for name,p in files.items() if p.is_file()}                # reading a pipe or a device might never end
-    state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name,s in ((n, os.stat(p)) for n,p in regular.items())]
-    if _known.get(path, (None,))[0] != state:
-        sums = [[name, file_sha256(p)] for name,p in bar(regular.items(), f'reading {path.name}')]
-        _known[path] = state, stable_hash([sums, sorted(set(files)-set(regular))])
-    return _known[path][1]
 
 # %% ../nbs/04_folders.ipynb #042f6952
 def clean_name(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .core import bar, check_count, check_finite, check_range, make_rng, tensors_hash
+from .core import bar, check_count, check_range, make_rng, tensors_hash
 
 # %% ../nbs/40_generator.ipynb #b5c97d26
 def check_grid(

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import tokkit
 from .core import read_json, stable_hash
-from .folders import clean_name, content_hash
+from .data import content_hash
+from .folders import clean_name
 
 # %% ../nbs/59_parameters.ipynb #2fc7e051
 def checkout() -> Path|None:

@@ -7,6 +7,7 @@ __all__ = ['MOST_POINTS', 'grid_points', 'sweep']
 
 # %% ../nbs/60_sweep.ipynb #c1ab1c7f
 import math
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -27,9 +28,10 @@ def grid_points(
         return [p for i,p in enumerate(points) if p not in points[:i]]
     if not isinstance(grid, dict): raise ValueError(f"a grid is names with values, got {type(grid).__name__}")
     lists = {k:list(v) if isinstance(v, (list, tuple, range, set)) else [v] for k,v in grid.items()}
-    twice = [(k, v[i]) for k,v in lists.items() for i in range(len(v)) if len(v) <= MOST_POINTS and v[i] in v[:i]]
-    if twice: raise ValueError("grid: {} has the value {!r} twice; give each value once".format(*twice[0]))
     many = math.prod(map(len, lists.values()))
+    for k,v in lists.items() if many <= MOST_POINTS else ():
+        twice = [word for word,count in Counter(map(repr, v)).items() if count > 1]
+        if twice: raise ValueError(f"grid: {k} has the value {twice[0]} twice; give each value once")
     if many > MOST_POINTS: raise ValueError(f"grid: {many:,} points; at most {MOST_POINTS:,} are taken, and fewer are wise")
     empty = [k for k,v in lists.items() if not v]
     if empty: raise ValueError(f"grid: no values for {', '.join(empty)}; give at least one value for each name")

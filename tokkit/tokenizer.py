@@ -23,6 +23,7 @@ from .core import (LatentSpec, changed, check_count, check_kind, check_sizes, lo
                          to_plain)
 from .layers import (Down, DownFar, MapAttention, PatchEmbed, PixelHead, ResBlock, Up, ViT, group_norm, sincos_pos,
                            transformer)
+from .neighbours import check_ids
 from .quantize import QUANTIZERS, Quantized, Quantizer, make_quantizer, quantizer_options
 
 # %% ../nbs/12_tokenizer.ipynb #11a68aa6
@@ -354,9 +355,7 @@ class Tokenizer(nn.Module):
     def codes(self, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b n d"]:
         "Code vectors of ids, as the decoder takes them"
         self._discrete()
-        if ids.is_floating_point() or ids.dtype == torch.bool: raise ValueError(f"ids must be whole numbers, got {ids.dtype}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.spec.codebook_size:
-            raise ValueError(f"ids must be in 0..{self.spec.codebook_size-1}, got {int(ids.min())}..{int(ids.max())}")
+        check_ids(ids, self.spec.codebook_size)
         return self.quantizer.codes(ids)
 
     def detokenize(self, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b c h w"]:

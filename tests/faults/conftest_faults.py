@@ -1,5 +1,5 @@
 "What the tests of faults share: small real models and images, and how a command or a call is told to have failed well"
-import os, signal, subprocess, sys, time
+import os, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -59,9 +59,3 @@ def start(*words, **env) -> subprocess.Popen:
                             env=os.environ | dict(TOKKIT_QUIET='1', TOKKIT_DEVICE='cpu', OMP_NUM_THREADS='1') | env)
 
 
-def wait_for(condition, seconds=60):
-    end = time.time()+seconds
-    while not (found := condition()):
-        assert time.time() < end, f'waited {seconds} s in vain'
-        time.sleep(.02)
-    return found

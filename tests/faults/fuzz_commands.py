@@ -6,7 +6,7 @@
 Whatever would take long (trainings, runs, JupyterLab, the site) is cut off after its checks; nothing outside a temporary folder is written or deleted.
 Exit code 0 when every input ended with exit code 0, 1 or 2 and without a traceback.
 """
-import argparse, contextlib, io, json, os, random, shutil, sys, tempfile, time, warnings
+import argparse, contextlib, io, json, os, random, shutil, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +30,7 @@ READERS = {'tokenizer': [15, 16, 17, 18, 19, 20, 21], 'generator': [20, 21], 's.
 
 def home(folder:Path) -> Path:
     "A folder with one of everything"
-    import nbformat, torch
+    import torch
     from tokkit.autoregressive import ARCfg, ARGenerator
     from tokkit.data import load_images
     from tokkit.features import default_extractor, extract

@@ -2,7 +2,7 @@
 
 `{own}` is a folder with images, a tokenizer and a generator; `{tmp}` an empty folder of the case; `{tiny}` a notebook for tests.
 """
-import json, os, shutil
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,7 +68,7 @@ TABLE = [ # words, exit code, what is said
 ]
 
 def spell(words, own, tmp):
-    "The words of a case; an empty string is written as two quotes"
+    "The words of a case, with its folders put in"
     return [w.format(own=own, tmp=tmp, tiny=TINY) for w in words.split()]
 
 @pytest.mark.parametrize('words, code, said', TABLE, ids=[f"{i}-{words.split(' ')[0]}" for i,(words,_,_) in enumerate(TABLE)])

@@ -1,9 +1,7 @@
 "Commands that are killed, raced or run out of room: a kill of each, drawn by `$TOKKIT_FAULT_SEED`; a small full disk; two at once"
-import errno, os, subprocess
-from pathlib import Path
+import os, subprocess, sys
 
 import pytest
-from conftest_faults import TINY, make_images, start, wait_for
 from kill_at_random import check
 
 SEED = int(os.environ.get('TOKKIT_FAULT_SEED', '0'))
@@ -39,7 +37,6 @@ def test_two_demos_at_once_make_it_once(tmp_path):
     code = ("import sys; from tokkit.demo import Demo, demo_cfg\n"
             "d = Demo(demo_cfg('smoke', train_images=64, n=64, n_pfid=64, batch=32, pairs=64, width=32, depth=1, base_epochs=0), sys.argv[1], 'cpu')\n"
             "print(d.tokenizer('plain').fingerprint, d.generator('plain').fingerprint)")
-    import sys
     both = [subprocess.Popen([sys.executable, '-c', code, tmp_path], stdout=subprocess.PIPE, text=True, env=os.environ | dict(TOKKIT_QUIET='1', OMP_NUM_THREADS='1')) for _ in range(2)]
     said = {p.communicate(timeout=120)[0] for p in both}
     assert len(said) == 1 and said.pop().strip()

@@ -6,9 +6,10 @@ import json, os, shutil, signal, stat, subprocess, sys, threading, warnings
 from pathlib import Path
 
 import nbformat, numpy as np, pytest, torch
-from conftest_faults import SHELL, TINY, make_images, says, start, wait_for
+from conftest_faults import SHELL, TINY, make_images, says, start
+from waiting import wait_for
 
-from tokkit.core import make_rng, read_json, write_json
+from tokkit.core import read_json, write_json
 from tokkit.data import ImageFolder, ImageSet, fashion_mnist
 from tokkit.tokenizer import Tokenizer, make_tokenizer
 
