@@ -339,3 +339,12 @@ def test_every_option_of_every_kind_is_known():
 def test_centres_of_few_vectors():
     assert len(kmeans_centres(torch.randn(5, 3, generator=make_rng(0)), 8)) == 5 and F.mse_loss(kmeans_centres(torch.ones(9, 2), 3), torch.ones(1, 2)) == 0
     assert nearest_codes(torch.zeros(3, 2), kmeans_centres(torch.ones(9, 2), 3)).tolist() == [[0]]*3
+
+
+@pytest.mark.parametrize('scales, convolutions', [
+    ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]),
+    ((1, 2, 4, 7, 9), [0, 1, 2, 2, 3]),
+    ((1, 2, 4, 7), [0, 1, 2, 3])])
+def test_shared_convolutions_of_many_scales(scales, convolutions):
+    "The convolution of each scale as VAR's authors choose it: ticks in float64, where the ties of ten scales are decided by rounding"
+    assert make_quantizer('msrq', 16, 4, scales=scales).which == convolutions

@@ -12,6 +12,7 @@ import inspect, math
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -304,9 +305,9 @@ class MultiScaleResidualQuantizer(Quantizer):
         self.shrink,self.lattice = shrink,(2,)*dim if signs else None
         self._fill(0 if signs else 1, dim=dim)
         count = phi or len(scales); edge = 1/3 if count == 4 else 1/2
-        ticks = torch.linspace(edge/count, 1-edge/count, count)
+        ticks = np.linspace(edge/count, 1-edge/count, count)      # float64, as the authors: 2/9 and 7/9 tie, rounding decides
         self.phi = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
-        self.which = [int((ticks-s/max(1, len(scales)-1)).abs().argmin()) for s in range(len(scales))]
+        self.which = [int(np.abs(ticks-s/max(1, len(scales)-1)).argmin()) for s in range(len(scales))]
 
     @property
     def codebook(self) -> Float[Tensor, "k d"]:
