@@ -63,6 +63,9 @@ def test_opens(name, opened):
     widths = page.eval_on_selector_all('main img', 'es => es.map(e => e.naturalWidth)')
     assert all(w > 0 for w in widths), f"{name}: {widths.count(0)} of {len(widths)} pictures are broken"
     text = page.locator('main').inner_text()
+    assert '$\\' not in text or not shutil.which('npm'), f"{name}: TeX shows as text"
+    failed = page.eval_on_selector_all('.katex-error, .katex [style*="color:#cc0000"]', 'es => es.map(e => e.title || e.innerText)')
+    assert not failed, f"{name}: a formula that KaTeX cannot read: {failed}"
     assert '#|' not in text and '@fig-' not in text and '@eq-' not in text, f"{name}: a directive or a reference shows as text"
 
 
