@@ -30,7 +30,7 @@ MAY_IMPORT = {  # module -> the numbers of the notebooks it may import
     'shift': (0, 1, 5, 10, 12, 20, 30, 31, 32, 34, 40), 'calibrate': (0, 9, 10, 20, 31, 34, 63), 'predictors': (0, 60),
     # 7 surfaces
     'plots': (0, 2, 60, 66), 'widgets': (0, 2, 9, 10, 12, 20, 40, 42, 70), 'stepper': (0, 2, 10, 12, 20, 40, 42, 70, 71),
-    'before_after': (0, 12, 40, 49, 71), 'cli_options': ANY, 'cli_models': ANY, 'cli': ANY, 'all': ANY,
+    'before_after': (0, 12, 40, 49, 71), 'report': (), 'cli_options': ANY, 'cli_models': ANY, 'cli': ANY, 'all': ANY,
 }
 
 

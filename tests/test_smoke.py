@@ -30,6 +30,18 @@ def test_demo_leaves_its_report(finished):
     assert not list(out.rglob('*.tmp')), "temporary files were left behind"
 
 
+def test_report_draws_its_formulas(finished, browser):
+    "In the file itself: no TeX is left, and nothing is asked for"
+    out, _ = finished
+    asked, page = [], browser.new_page()
+    page.on('request', lambda r: asked.append(r.url) if not r.url.startswith(('file:', 'data:')) else None)
+    page.goto(next(out.rglob('report.html')).as_uri())
+    text = page.locator('body').inner_text()
+    assert page.locator('math').count() >= 1 and '$\\' not in text and '\\alpha' not in text
+    assert not asked
+    page.close()
+
+
 def test_demo_reuses_what_is_finished(finished):
     out, _ = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob('*.safetensors')}

@@ -21,11 +21,10 @@ from .cli_options import (add_options, checkout_for, read_grid, read_params, rea
 def _publish(folder:Path, out:Path) -> tuple[Path,Path]:
     "Copy a finished run to the folder `out` as report.ipynb, report.html and metrics.json; what was changed there is kept"
     import nbformat
-    from nbconvert import HTMLExporter
     from tokkit.folders import added, damage, replaced_dir, set_aside
+    from tokkit.report import report_page
     notebook, metrics = (folder/'notebook.ipynb').read_bytes(), (folder/'metrics.json').read_bytes()
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url='', require_js_url='')  # offline
-    page, _ = exporter.from_notebook_node(nbformat.reads(notebook.decode(), 4))
+    page = report_page(nbformat.reads(notebook.decode(), 4))
     if out.exists() and (added(out) or damage(out)):        # by hand, or by a disk
         warnings.warn(f"{out} was changed since it was written; it is kept as {set_aside(out).name}")
     with replaced_dir(out) as new:
