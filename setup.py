@@ -17,9 +17,9 @@ setup(
     classifiers=[f"Intended Audience :: {cfg['audience']}", 'Development Status :: 3 - Alpha',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=['tokkit', 'tokkit.*']),
-    package_data={'tokkit': ['*.json', '*.yml', '*.css', '*.js', '*.html']},
+    package_data={'tokkit': ['py.typed', '*.json', '*.yml', '*.css', '*.js', '*.html']},
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'pretrained': cfg['pretrained_requirements'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

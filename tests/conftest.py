@@ -50,7 +50,7 @@ def chromium_path() -> str:
 def browser():
     "A headless browser, shared by the tests of a module: `page = browser.new_page()`"
     executable = chromium_path()
-    sync_api = pytest.importorskip('playwright.sync_api', reason="playwright is not installed: pip install 'tokkit[dev]'")
+    sync_api = pytest.importorskip('playwright.sync_api', reason="playwright is not installed: pip install 'tokkit-lab[dev]'")
     with sync_api.sync_playwright() as p:
         chrome = p.chromium.launch(executable_path=executable, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
         yield chrome

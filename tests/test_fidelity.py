@@ -66,7 +66,7 @@ def test_inception_score_closed_forms():
 
 @pytest.mark.parametrize('splits', [1, 4, 10])
 def test_inception_score_matches_torchmetrics(splits, monkeypatch):
-    image = pytest.importorskip('torchmetrics.image.inception', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
+    image = pytest.importorskip('torchmetrics.image.inception', reason="torchmetrics is not installed: pip install 'tokkit-lab[dev]'")
     logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))*2
     theirs = image.InceptionScore(feature=torch.nn.Identity(), splits=splits)
     theirs.features = [logits]

@@ -150,7 +150,7 @@ def test_never_more_than_a_strip_of_the_table(monkeypatch):
 
 @pytest.mark.parametrize('subsets,size', [(1, 40), (5, 25)])
 def test_kid_matches_torchmetrics(subsets, size, monkeypatch):
-    image = pytest.importorskip('torchmetrics.image.kid', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
+    image = pytest.importorskip('torchmetrics.image.kid', reason="torchmetrics is not installed: pip install 'tokkit-lab[dev]'")
     x, y = data(40, 40, 16)
     want, rng = [], torch.Generator().manual_seed(3)
     got = kid(x, y, subsets, size, torch.Generator().manual_seed(3))

@@ -277,7 +277,7 @@ def test_pairs_are_resampled_together():
 
 
 def test_pixel_measures_match_torchmetrics():
-    metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
+    metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit-lab[dev]'")
     x, y = torch.rand(5, 3, 16, 16)*2-1, torch.rand(5, 3, 16, 16)*2-1
     assert torch.allclose(psnr(y, x), metrics.peak_signal_noise_ratio(y, x, data_range=2., reduction='none', dim=(1, 2, 3)), atol=1e-4)
     assert torch.equal(mse(x*3, x.sign()), mse(x.mul(3).clamp(-1, 1), x.sign()))
@@ -286,7 +286,7 @@ def test_pixel_measures_match_torchmetrics():
 @pytest.mark.parametrize('shape', [(5, 3, 16, 16), (4, 1, 28, 28), (2, 3, 6, 40)])
 def test_ssim_matches_torchmetrics(shape):
     "On [0,1] with range 1, where the field measures; on [-1,1] grey would be the zero of its products of means"
-    metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit[dev]'")
+    metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: pip install 'tokkit-lab[dev]'")
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))*2-1
     for y in (x, x*.5, -x, x.roll(1, 3)*.7+.3*x, x*.5-.5, x.clamp(-1, 0)):
         want = metrics.structural_similarity_index_measure(y.double()/2+.5, x.double()/2+.5, data_range=1., reduction='none')

@@ -10,8 +10,8 @@ from tokkit.perturb import LatentPerturbation, perturbation
 from tokkit.plugin import attach, find_quantizer, to_tokens
 from tokkit.quantize import make_quantizer
 
-vqp = pytest.importorskip('vector_quantize_pytorch', reason="vector-quantize-pytorch is not installed: pip install 'tokkit[dev]'")
-diffusers = pytest.importorskip('diffusers', reason="diffusers is not installed: pip install 'tokkit[dev]'")
+vqp = pytest.importorskip('vector_quantize_pytorch', reason="vector-quantize-pytorch is not installed: pip install 'tokkit-lab[dev]'")
+diffusers = pytest.importorskip('diffusers', reason="diffusers is not installed: pip install 'tokkit-lab[dev]'")
 
 class Mine(nn.Module):
     "A quantizer of nobody's package"

@@ -63,7 +63,7 @@ def test_a_latent_falls_on_the_nearest_cell(levels, seed):
 
 
 def test_signs_and_levels_as_in_another_package():
-    other = pytest.importorskip('vector_quantize_pytorch', reason="vector_quantize_pytorch is not installed: pip install 'tokkit[dev]'")
+    other = pytest.importorskip('vector_quantize_pytorch', reason="vector_quantize_pytorch is not installed: pip install 'tokkit-lab[dev]'")
     z = 2*torch.randn(4, 100, 4, generator=make_rng(0))
     fsq,theirs = FiniteScalarQuantizer((8,5,5,4)),other.FSQ([8,5,5,4])
     zq,ids = theirs(z)

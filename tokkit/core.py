@@ -90,7 +90,7 @@ def need(
     "Import an optional module, or say which extra brings it"
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"`{module}` is not installed. It comes with: pip install 'tokkit[{extra}]'") from e
+        raise ImportError(f"`{module}` is not installed. It comes with: pip install 'tokkit-lab[{extra}]'") from e
 
 def data_home() -> Path:
     "Folder for data and caches: `$TOKKIT_DATA`, else the user's cache folder"
