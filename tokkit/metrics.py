@@ -134,6 +134,24 @@ def check_comparable(
     if p.mean.shape != q.mean.shape:
         raise ValueError(f"features of {len(p.mean)} and of {len(q.mean)} dimensions cannot be compared; use one extractor for both")
 
+# %% ../nbs/31_metrics.ipynb #f012c36e
+TOLERANCE = 1e-5    # of the largest eigenvalue: what rounding (also to float32, in a file) may make of a zero
+
+def _no_covariance(what:str):
+    raise ValueError(f"frechet_distance: {what}; a covariance has none: compute the statistics again, in double precision")
+
+def _factor(cov:np.ndarray) -> np.ndarray:
+    "L (d r) with cov = L L^T: lower triangular at full rank, by Cholesky with pivots otherwise"
+    if not np.isfinite(cov).all(): _no_covariance('the covariance holds NaN or infinity')
+    L,singular = linalg.lapack.dpotrf(cov.T, lower=1, clean=1)
+    if not singular and np.diag(L).min() > 1e-7*np.diag(L).max(): return L
+    c,pivots,r,_ = linalg.lapack.dpstrf(cov, lower=1)
+    if np.diag(cov).max() <= 0: r = 0                                      # identical images
+    L = np.empty((len(cov), r))
+    L[pivots-1] = np.tril(c[:,:r])
+    if abs((L**2).sum()-np.trace(cov)) > TOLERANCE*abs(np.trace(cov)): _no_covariance('the covariance has negative eigenvalues')
+    return L
+
 # %% ../nbs/31_metrics.ipynb #5955ed74
 def across_processes(
     stats:FeatureStats|None,                # of this process's images; None where it had none
@@ -155,23 +173,6 @@ def across_processes(
     return FeatureStats(n, mean, scatter/max(n-1, 1), *who)
 
 # %% ../nbs/31_metrics.ipynb #bc77d54b
-TOLERANCE = 1e-5    # of the largest eigenvalue: what rounding (also to float32, in a file) may make of a zero
-
-def _no_covariance(what:str):
-    raise ValueError(f"frechet_distance: {what}; a covariance has none: compute the statistics again, in double precision")
-
-def _factor(cov:np.ndarray) -> np.ndarray:
-    "L (d r) with cov = L L^T: lower triangular at full rank, by Cholesky with pivots otherwise"
-    if not np.isfinite(cov).all(): _no_covariance('the covariance holds NaN or infinity')
-    L,singular = linalg.lapack.dpotrf(cov.T, lower=1, clean=1)
-    if not singular and np.diag(L).min() > 1e-7*np.diag(L).max(): return L
-    c,pivots,r,_ = linalg.lapack.dpstrf(cov, lower=1)
-    if np.diag(cov).max() <= 0: r = 0                                      # identical images
-    L = np.empty((len(cov), r))
-    L[pivots-1] = np.tril(c[:,:r])
-    if abs((L**2).sum()-np.trace(cov)) > TOLERANCE*abs(np.trace(cov)): _no_covariance('the covariance has negative eigenvalues')
-    return L
-
 def frechet_distance(
     p:FeatureStats, # statistics of one set
     q:FeatureStats, # of the other

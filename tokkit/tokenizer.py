@@ -86,6 +86,13 @@ BACKBONES = {}  # kind -> (encoder, decoder), each made with (cfg, channels of a
 def _check_heads(cfg):
     if cfg.width%cfg.heads: raise ValueError(f"heads must divide width, got {cfg.heads} heads and width {cfg.width}")
 
+# %% ../nbs/12_tokenizer.ipynb #a681fbb8
+def _quantizer(cfg) -> Quantizer:
+    if not cfg.codebook_size and cfg.quantizer != 'kl': return make_quantizer('none', None, cfg.code_dim)
+    shared = dict(l2_norm=cfg.l2_norm) if cfg.quantizer in ('vq', 'pq') else {}
+    if 'commitment' in quantizer_options(cfg.quantizer): shared['commitment'] = cfg.commitment
+    return make_quantizer(cfg.quantizer, cfg.codebook_size, cfg.code_dim, **shared | cfg.quantizer_options)
+
 # %% ../nbs/12_tokenizer.ipynb #e9c3bead
 class LatentViT(nn.Module):
     "Blocks over two groups of tokens: the given ones, and learnable ones that carry the answer away"
@@ -304,12 +311,6 @@ class TamingDecoder(nn.Module):
 BACKBONES['taming'] = TamingEncoder, TamingDecoder
 
 # %% ../nbs/12_tokenizer.ipynb #2e262b19
-def _quantizer(cfg) -> Quantizer:
-    if not cfg.codebook_size and cfg.quantizer != 'kl': return make_quantizer('none', None, cfg.code_dim)
-    shared = dict(l2_norm=cfg.l2_norm) if cfg.quantizer in ('vq', 'pq') else {}
-    if 'commitment' in quantizer_options(cfg.quantizer): shared['commitment'] = cfg.commitment
-    return make_quantizer(cfg.quantizer, cfg.codebook_size, cfg.code_dim, **shared | cfg.quantizer_options)
-
 class Tokenizer(nn.Module):
     "An image tokenizer: `encode`, `quantize`, `decode`, and on ids `tokenize`, `detokenize`"
     def __init__(self, cfg:TokenizerCfg): # sizes and kinds
