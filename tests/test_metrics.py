@@ -364,4 +364,4 @@ def test_unknown_extractors(name, words):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'torch_fidelity', None)
-    with pytest.raises(ImportError, match=r"pip install 'tokkit\[pretrained\]'"): features.inception()
+    with pytest.raises(ImportError, match=r"pip install 'tokkit-lab\[pretrained\]'"): features.inception()
