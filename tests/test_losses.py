@@ -291,7 +291,7 @@ def test_lpips_finds_its_weights(tmp_path, monkeypatch):
     state = lpips_state()
     monkeypatch.setenv('TOKKIT_DATA', str(tmp_path))
     monkeypatch.setitem(sys.modules, 'lpips', None)
-    with pytest.raises(ImportError, match=r"pip install 'tokkit\[pretrained\]'"): perceptual_loss('lpips')
+    with pytest.raises(ImportError, match=r"pip install 'tokkit-lab\[pretrained\]'"): perceptual_loss('lpips')
     theirs = state | {f'lins.{i}.model.1.weight': state[f'lin{i}.model.1.weight'] for i in range(5)}
     package = SimpleNamespace(LPIPS=lambda net, verbose: SimpleNamespace(state_dict=lambda: theirs))
     monkeypatch.setitem(sys.modules, 'lpips', package)
