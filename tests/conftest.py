@@ -57,11 +57,17 @@ def browser():
         chrome.close()
 
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     "With several workers, a file stays on one of them, so that what its tests share is made once; the pages are dealt out one by one"
-    if not config.pluginmanager.hasplugin('xdist'): return
-    for item in items:
-        if item.path.name != 'test_run_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid:str) -> str:
+            file = nodeid.split('::')[0]
+            return nodeid if file.endswith('test_run_notebooks.py') else file
+
+    return ByFile(config, log)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tokkit.losses import LeCAM, adaptive_weight, contrastive_loss
+from tokkit.training import LeCAM, adaptive_weight, contrastive_loss
 
 recorded, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 dist.init_process_group('gloo', f'file://{folder}/meet', timeout=timedelta(seconds=60), rank=rank, world_size=2)

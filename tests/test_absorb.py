@@ -1,14 +1,15 @@
 "Errors of one kind: exact ranks for every quantizer, the same errors for every decoder, harm as defined"
 import numpy as np, pytest, torch
 
-from tokkit.absorb import damage, noise_at, rank_bands, replace_at_ranks, share_by_band
+from tokkit.analysis import damage, noise_at, rank_bands, replace_at_ranks, share_by_band
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.pairs import clean_pairs, decode_all, encode_all
-from tokkit.perturb import split_levels
-from tokkit.posttrain import posttrain_decoder
-from tokkit.tokenizer import make_tokenizer
-from tokkit.train import ImageTraining
+from tokkit.posttraining import clean_pairs
+from tokkit.tokenizers import decode_all, encode_all
+from tokkit.perturbation import split_levels
+from tokkit.posttraining import posttrain_decoder
+from tokkit.tokenizers import make_tokenizer
+from tokkit.training import ImageTraining
 
 DISCRETE = 'tiny', 'tiny-pq', 'tiny-rq', 'tiny-fsq', 'tiny-bsq', 'tiny-lfq', 'tiny-msrq'
 

@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from tokkit.augment import Augmented, crop_at, mirror, random_crop, resize_shorter
+from tokkit.data import Augmented, crop_at, mirror, random_crop, resize_shorter
 from tokkit.core import make_rng
 from tokkit.data import ImageFolder, ImageSet, fashion_mnist, loader
-from tokkit.learner import Learner, Phase
+from tokkit.training import Learner, Phase
 
 
 def noise(h:int, w:int, channels:int = 1) -> Image.Image:
@@ -55,7 +55,7 @@ def test_crop_is_one_of_the_crops(h, w, size, larger, seed):
 
 def test_every_side_is_drawn(monkeypatch):
     sides = []
-    monkeypatch.setattr('tokkit.augment.resize_shorter', lambda image, side: sides.append(side) or resize_shorter(image, side))
+    monkeypatch.setattr('tokkit.data.augment.resize_shorter', lambda image, side: sides.append(side) or resize_shorter(image, side))
     for i in range(900): random_crop(noise(20, 20), 16, make_rng(i))
     assert sorted(set(sides)) == [16,17,18,19,20]
     assert min(map(sides.count, set(sides))) > 130                                   # 180 each are expected

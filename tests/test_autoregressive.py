@@ -3,11 +3,10 @@ from dataclasses import replace
 
 import pytest, torch
 from scipy.stats import chisquare
-from torch import nn
 
-from tokkit.autoregressive import ARCfg, ARGenerator, ARSampler, delay, draw_orders, released_decay, undelay
+from tokkit.generators import ARCfg, ARGenerator, ARSampler, delay, draw_orders, released_decay, undelay
 from tokkit.core import load_model, make_rng, save_model
-from tokkit.generator import Guidance, draw, guide, row_noise, row_seeds, sample_batches
+from tokkit.generators import Guidance, draw, guide, row_noise, row_seeds, sample_batches
 
 RAR = dict(order='random', modulated=True, qk_norm=True, target_aware=True)
 KINDS = {'plain': {}, 'modulated': dict(modulated=True), 'aware': dict(target_aware=True), 'rar': RAR,

@@ -4,17 +4,18 @@ from functools import lru_cache
 
 import numpy as np, pytest, torch
 
-from tokkit.autoregressive import ARCfg, ARGenerator
-from tokkit.before_after import BeforeAfterExplorer
+from tokkit.generators import ARCfg, ARGenerator
+from tokkit.ui import BeforeAfterExplorer
 from tokkit.data import fashion_mnist
-from tokkit.flow import FlowCfg, FlowGenerator
-from tokkit.generator import sample_batches
-from tokkit.masked import MaskedCfg, MaskedGenerator
-from tokkit.pairs import clean_pairs, latent_pairs, reencode
-from tokkit.posttrain import posttrain_decoder
-from tokkit.tokenizer import make_tokenizer
-from tokkit.train import ImageTraining
-from tokkit.widgets import image_tiles
+from tokkit.generators import FlowCfg, FlowGenerator
+from tokkit.generators import sample_batches
+from tokkit.generators import MaskedCfg, MaskedGenerator
+from tokkit.posttraining import clean_pairs
+from tokkit.tokenizers import reencode
+from tokkit.posttraining import posttrain_decoder
+from tokkit.tokenizers import make_tokenizer
+from tokkit.training import ImageTraining
+from tokkit.ui import image_tiles
 
 SMALL = dict(classes=10, width=16, depth=1, heads=2)
 KINDS = 'ar', 'masked', 'flow', 'ar levels', 'ar scales'
@@ -113,7 +114,7 @@ def test_faults(images):
 
 
 def test_draws_once(images, monkeypatch):
-    import tokkit.before_after as module
+    import tokkit.ui.before_after as module
     calls = []
     monkeypatch.setattr(module, 'sample_batches', lambda *a, **k: calls.append(1) or sample_batches(*a, **k))
     e = explorer(images); e.compared()

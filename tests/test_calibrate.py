@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from away import Away
-from tokkit.calibrate import Calibration, both, calibrate, calibrated_cells, code_features, delta_nodes, latents_of, mmd_plane, recovery, smoothed, window_means
+from tokkit.analysis import (Calibration, both, calibrate, calibrated_cells, code_features, delta_nodes,
+                             latents_of, mmd_plane, recovery, smoothed, window_means)
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.evaluate import pfid
-from tokkit.kernels import mmd2
-from tokkit.neighbours import kmeans_centres, nearest_codes
-from tokkit.perturb import Level, perturb_codes
-from tokkit.quantize import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.metrics import pfid
+from tokkit.metrics import mmd2
+from tokkit.tokenizers import kmeans_centres, nearest_codes
+from tokkit.perturbation import Level, perturb_codes
+from tokkit.tokenizers import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer
 
 
 @pytest.fixture(scope='module')

@@ -127,8 +127,9 @@ def own(tmp_path_factory):
     "A folder of colour images, an untrained tokenizer of such images and a generator of its tokens"
     import numpy as np, torch
     from PIL import Image
-    from tokkit.autoregressive import ARCfg, ARGenerator
-    from tokkit.tokenizer import make_tokenizer, save_model
+    from tokkit.generators import ARCfg, ARGenerator
+    from tokkit.tokenizers import make_tokenizer
+    from tokkit.core import save_model
     home, draw = tmp_path_factory.mktemp('own'), np.random.default_rng(0)
     for i in range(120):
         (home/'images'/f'class{i%2}').mkdir(parents=True, exist_ok=True)
@@ -174,7 +175,7 @@ def test_every_metric_on_a_folder(own, tmp_path, capsys):
     assert '--top-k belong to ifid; got rfid' in said('rfid', '--top-k', 2)
 
 def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
-    from tokkit.folders import mark
+    from tokkit.core import mark
     def killed(*args, **kwargs): raise KeyboardInterrupt
     words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
              '-n', '64', '--epochs', '1', '--out', str(tmp_path/'healed')]
@@ -185,12 +186,12 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
         assert main([*words, *wrong.split()]) == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "refused before a pair is made"
     with monkeypatch.context() as m:                                        # a call killed while it trains
-        m.setattr('tokkit.posttrain.posttrain_decoder', killed)
+        m.setattr('tokkit.posttraining.posttrain_decoder', killed)
         assert main(words) == 130
     assert {p.name[:13] for p in tmp_path.iterdir()} == {'.work-healed-'} and len(list(tmp_path.glob('.work-*/pairs/part*'))) == 1
     mark(tmp_path/'.healed.99999999-170000000000.tokkit-tmp')                # `kill -9` leaves one
     assert main(words) == 0 and [p.name for p in tmp_path.iterdir()] == ['healed'], "nothing is left, the pairs of the killed call neither"
-    from tokkit.tokenizer import Tokenizer
+    from tokkit.tokenizers import Tokenizer
     before, after = Tokenizer.load(own/'tokenizer').state_dict(), Tokenizer.load(tmp_path/'healed').state_dict()
     moved = {k.split('.')[0] for k in before if not before[k].equal(after[k])}
     assert moved == {'decoder'}, moved
@@ -212,8 +213,8 @@ def test_posttrain_refuses_classes_the_generator_does_not_know(own, tmp_path, ca
 @pytest.mark.parametrize('choice', [['--source', 'tokens'], ['--freeze', 'official'], ['--moments', '1'], ['--mode', 'unpaired', '--moments', '.1']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):
     # two steps: the last layer of the head starts at zero, so those before it move in the second
-    from tokkit.posttrain import official_trainable
-    from tokkit.tokenizer import Tokenizer
+    from tokkit.posttraining import official_trainable
+    from tokkit.tokenizers import Tokenizer
     assert main(['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator', str(own/'generator'), '--data', str(own/'images'),
                  '-n', '64', '--epochs', '2', '--out', str(tmp_path/'healed'), *choice]) == 0
     tok = Tokenizer.load(own/'tokenizer'); before, after = tok.state_dict(), Tokenizer.load(tmp_path/'healed').state_dict()
@@ -224,7 +225,7 @@ def test_every_way_of_posttrain(own, tmp_path, choice):
 
 # leftovers, lab
 def test_clean_leaves_what_is_in_use(tmp_path, capsys):
-    from tokkit.folders import locked, mark
+    from tokkit.core import locked, mark
     for name in ('idle/.work-1', 'idle/.a-1.99999999-170000000000.tokkit-tmp', 'idle/b-2.failed', 'idle/c-3', 'busy/.work-4'): mark(tmp_path/name)
     with locked(tmp_path/'busy'/'d-4', 'run d-4'):
         assert main(['clean', str(tmp_path), '--yes']) == 0

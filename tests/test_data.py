@@ -8,9 +8,9 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from tokkit.core import make_rng
-from tokkit.data import (EpochSampler, ImageFolder, ImageSet, center_crop, check_labels, fashion_mnist, from_uint8,
-                         load_images, loader, read_image, to_uint8)
-from tokkit.token_cache import TokenCache
+from tokkit.data import (EpochSampler, ImageFolder, ImageSet, center_crop, check_labels, fashion_mnist,
+                         from_uint8, load_images, loader, read_image, to_uint8)
+from tokkit.data import TokenCache
 
 GOLDEN = Path(__file__).parent/'golden'
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokkit.cli import main
 from tokkit.demo import DemoCfg
-from tokkit.parameters import notebook_params
+from tokkit.runs import notebook_params
 
 NOTEBOOK = Path(__file__).resolve().parent.parent/'nbs'/'experiments'/'e00_demo.ipynb'
 

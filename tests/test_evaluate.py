@@ -9,10 +9,11 @@ from torch import nn
 
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.evaluate import Card, FeatureBank, Reference, _measured, pfid, pfid_deltas, rfid
+from tokkit.metrics import Card, FeatureBank, Reference, pfid, pfid_deltas, rfid
+from tokkit.metrics.reference import _measured
 from tokkit.features import FeatureExtractor, extract
 from tokkit.metrics import FeatureStats, frechet_distance, load_stats, save_stats
-from tokkit.perturb import perturb_codes
+from tokkit.perturbation import perturb_codes
 
 
 class Pool(nn.Module):

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 
-from tokkit.autoregressive import ARCfg, ARGenerator
+from tokkit.generators import ARCfg, ARGenerator
 from tokkit.core import make_rng
-from tokkit.fast import FullLinear, Int8Linear, KeptSteps, fast, input_ranges
-from tokkit.flow import FlowCfg, FlowGenerator
-from tokkit.generator import LatentGenerator, row_seeds
-from tokkit.masked import MaskedCfg, MaskedGenerator
+from tokkit.generators import FullLinear, Int8Linear, KeptSteps, fast, input_ranges
+from tokkit.generators import FlowCfg, FlowGenerator
+from tokkit.generators import LatentGenerator, row_seeds
+from tokkit.generators import MaskedCfg, MaskedGenerator
 
 SMALL = ARCfg(n=12, codebook_size=7, classes=3, width=32, depth=2, heads=2)
 RAR = replace(SMALL, order='random', modulated=True, qk_norm=True, target_aware=True)
@@ -150,7 +150,7 @@ def test_refusals_are_one_line():
 
 @needs_int8
 def test_int8_goes_with_its_layers():
-    from tokkit.fast import _Packed
+    from tokkit.generators.inference import _Packed
     whole = Int8Linear(nn.Linear(8, 8), -1., 1.)
     key,other = whole.packed.key,copy.deepcopy(whole)
     x = torch.randn(3, 8, generator=make_rng(0))

@@ -4,9 +4,11 @@ import errno, shutil
 import numpy as np, pytest, torch
 from PIL import Image
 
-from tokkit import data, token_cache
-from tokkit.data import ImageFolder, ImageSet, center_crop, check_labels, fashion_mnist, load_images, loader, to_uint8
-from tokkit.token_cache import TokenCache
+from tokkit.data import embedded as data
+from tokkit.data import token_cache
+from tokkit.data import (ImageFolder, ImageSet, center_crop, check_labels, fashion_mnist, load_images, loader,
+                         to_uint8)
+from tokkit.data import TokenCache
 
 
 def says(error, call, *words):

@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tokkit.data import from_uint8
-from tokkit.features import CLIP_MEAN, CLIP_STD, FeatureExtractor, _Prepare, chunks, clip, dinov2, extract, fingerprint, get_extractor
+from tokkit.features import (CLIP_MEAN, CLIP_STD, FeatureExtractor, chunks, clip, dinov2, extract,
+                             fingerprint, get_extractor)
+from tokkit.features.extractor import _Prepare
 
 GOLDEN = Path(__file__).parent/'golden'/'timm_vit.npz'
 

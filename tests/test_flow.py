@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tokkit.core import load_model, make_rng, save_model
-from tokkit.flow import (METHODS, PATHS, PREDICTIONS, TIMES, FlowCfg, FlowGenerator, convert, draw_times, path_at, sample_euler, sample_heun,
-                         sample_sde)
-from tokkit.generator import Guidance, row_seeds, sample_batches
+from tokkit.generators import (METHODS, PATHS, PREDICTIONS, TIMES, FlowCfg, FlowGenerator, convert,
+                               draw_times, path_at, sample_euler, sample_heun, sample_sde)
+from tokkit.generators import Guidance, sample_batches
 
 MEANS, SHARE, WIDTH = torch.tensor([[-2., 0], [1, 1.5], [1.5, -1]]).double(), torch.tensor([.5, .3, .2]).double(), .3
 

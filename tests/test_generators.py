@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tokkit.core import make_rng
-from tokkit.generator import Guidance, fit_batch, sample_batches
+from tokkit.generators import Guidance, fit_batch, sample_batches
 from tokkit.generators import load_generator, make_generator, save_generator
-from tokkit.learner import Learner, Phase, WarmupCosine
-from tokkit.tokenizer import make_tokenizer
-from tokkit.train import RELEASED_TRAINING, GeneratorTraining, TensorPairs, train_generator
+from tokkit.training import WarmupCosine
+from tokkit.tokenizers import make_tokenizer
+from tokkit.training import RELEASED_TRAINING, GeneratorTraining, TensorPairs, train_generator
 
 FITS = dict(ar='tiny-16', rar='tiny-16', masked='tiny-16', flow='tiny-kl')   # preset -> a tokenizer whose latents it makes
 LEVELS = ('ar', 'tiny-pq'), ('rar', 'tiny-rq'), ('masked', 'tiny-pq')
@@ -134,7 +134,7 @@ def test_learns_resumes_and_comes_back(name, tok, tmp_path):
 
 def test_memory_chooses_the_batch(monkeypatch):
     gen = generator('ar')
-    monkeypatch.setattr('tokkit.generator.free_memory', lambda device: 10*gen.sample_bytes)
+    monkeypatch.setattr('tokkit.generators.base.free_memory', lambda device: 10*gen.sample_bytes)
     assert fit_batch(gen, 1000, torch.device('cpu')) == 5 and fit_batch(gen, 3, torch.device('cpu')) == 3
     assert fit_batch(gen, 1000, torch.device('cpu'), share=.01) == 1
 

@@ -8,10 +8,11 @@ from torch import nn
 from test_evaluate import judge
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.evaluate import Card, rfid
-from tokkit.ifid import _nearest, draw_near, ifid, nearest_latents, slerp
+from tokkit.metrics import Card, rfid
+from tokkit.metrics.ifid import _nearest
+from tokkit.metrics import draw_near, ifid, nearest_latents, slerp
 from tokkit.metrics import FeatureStats, frechet_distance
-from tokkit.tokenizer import make_tokenizer
+from tokkit.tokenizers import make_tokenizer
 
 
 class Patches(nn.Module):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tokkit import kernels
-from tokkit.kernels import get_kernel, jackknife, kid, mmd2, mmd2_linear
+from tokkit.metrics import mmd as kernels
+from tokkit.metrics import get_kernel, jackknife, kid, mmd2, mmd2_linear
 
 
 def data(n=40, m=30, d=4, seed=0, shift=0.):

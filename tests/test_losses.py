@@ -10,11 +10,11 @@ from hypothesis import given, strategies as st
 from safetensors.torch import save_file
 
 from tokkit.core import make_rng
-from tokkit.critics import BatchNormLocal, DiffAug, DinoCritic, Frozen, PatchGAN, blur_fade
+from tokkit.training import BatchNormLocal, DiffAug, DinoCritic, Frozen, PatchGAN, blur_fade
 from tokkit.layers import ViT, to_timm
-from tokkit.losses import (ADVERSARIAL, CRITICS, LeCAM, PatchCritic, SemanticLoss, adaptive_weight, contrastive_loss, hinge_d, hinge_g,
-                           make_critic, perceptual_loss, recon_loss)
-from tokkit.lpips import LPIPS, lpips_weights
+from tokkit.training import (ADVERSARIAL, CRITICS, LeCAM, PatchCritic, SemanticLoss, adaptive_weight,
+                             contrastive_loss, hinge_d, hinge_g, make_critic, perceptual_loss, recon_loss)
+from tokkit.features import LPIPS, lpips_weights
 
 SMALL_VGG = 4, 8, 16, 32, 32
 

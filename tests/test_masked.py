@@ -5,8 +5,9 @@ import pytest, torch
 from scipy.stats import chisquare
 
 from tokkit.core import load_model, make_rng, save_model
-from tokkit.generator import Guidance, LatentGenerator, guide, row_noise, row_seeds, sample_batches
-from tokkit.masked import MASK_SCHEDULES, MaskedCfg, MaskedGenerator, mask_schedule, random_mask, unmask_plan
+from tokkit.generators import Guidance, LatentGenerator, guide, row_noise, row_seeds, sample_batches
+from tokkit.generators import (MASK_SCHEDULES, MaskedCfg, MaskedGenerator, mask_schedule, random_mask,
+                               unmask_plan)
 
 
 def generator(levels=1, sharp=4., **changes):

@@ -9,11 +9,13 @@ from hypothesis import given, settings, strategies as st
 from scipy.linalg import sqrtm
 from torch import nn
 
-from tokkit import features, metrics
+from tokkit.features import efficientnet, extractors
+from tokkit.metrics import pixel
 from tokkit.data import fashion_mnist, from_uint8, to_uint8
 from tokkit.features import FeatureExtractor, efficientnet_lite0, efficientnet_taps, extract, get_extractor
-from tokkit.metrics import (FeatureStats, across_processes, bootstrap_frechet, bootstrap_weights, fd_infinity, frechet_distance,
-                            load_samples, load_stats, mse, psnr, save_samples, save_stats, ssim, weighted_stats)
+from tokkit.metrics import (FeatureStats, across_processes, bootstrap_frechet, bootstrap_weights, fd_infinity,
+                            frechet_distance, load_samples, load_stats, mse, psnr, save_samples, save_stats,
+                            ssim, weighted_stats)
 
 GOLDEN = Path(__file__).parent/'golden'
 stats = FeatureStats.from_features
@@ -310,7 +312,7 @@ def test_what_is_no_images(measure, change, words):
 def test_what_signatures_say_is_said_without_them(change, words):
     "The shapes in the signatures are checked in tests only"
     x = torch.ones(3, 1, 16, 16)
-    with pytest.raises(ValueError) as e: metrics._both(change(x), x, 'mse')
+    with pytest.raises(ValueError) as e: pixel._both(change(x), x, 'mse')
     assert words in str(e.value) and '\n' not in str(e.value)
 
 
@@ -318,12 +320,12 @@ def test_what_signatures_say_is_said_without_them(change, words):
 
 @pytest.mark.parametrize('variant,layer,size', [('lite0', 11, 64), ('lite0', 16, 224), ('lite2', 7, 260)])     # lite2's own padding is made for 260 px
 def test_folding_changes_nothing(variant, layer, size):
-    net = features._network(variant)
+    net = efficientnet._network(variant)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         h = net._swish(net._bn0(net._conv_stem(x)))
         for b in net._blocks[:layer]: h = b(h)
-        got = features._Trunk(variant, (layer,))(x)[0]
+        got = efficientnet._Trunk(variant, (layer,))(x)[0]
     assert torch.allclose(got, h, atol=1e-4*float(h.abs().max()))
 
 
@@ -364,4 +366,4 @@ def test_unknown_extractors(name, words):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'torch_fidelity', None)
-    with pytest.raises(ImportError, match=r"pip install 'tokkit-lab\[pretrained\]'"): features.inception()
+    with pytest.raises(ImportError, match=r"pip install 'tokkit-lab\[pretrained\]'"): extractors.inception()

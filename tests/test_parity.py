@@ -9,10 +9,10 @@ from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tokkit.generator import Guidance
-from tokkit.learner import ema_update
-from tokkit.perturb import OFFICIAL, Annealing, LatentPerturbation, perturb_codes
-from tokkit.quantize import VectorQuantizer, codebook_usage, nearest_codes
+from tokkit.generators import Guidance
+from tokkit.training import ema_update
+from tokkit.perturbation import OFFICIAL, Annealing, LatentPerturbation, perturb_codes
+from tokkit.tokenizers import VectorQuantizer, codebook_usage
 
 GOLDEN = Path(__file__).parent/'golden'
 CASES = 'ABCDEFG'

@@ -5,10 +5,11 @@ import numpy as np
 import pytest, torch
 from safetensors import safe_open
 
-import tokkit.autoregressive as ar
-from tokkit.autoregressive import AR_PRESETS, ARCfg, ARGenerator, load_official_generator, official_state, random_ratio, released_decay
+from tokkit.generators import autoregressive as ar, autoregressive_sampler as sampler
+from tokkit.generators import (AR_PRESETS, ARCfg, ARGenerator, load_official_generator, official_state,
+                               random_ratio, released_decay)
 from tokkit.core import make_rng
-from tokkit.generator import Guidance, drop_labels
+from tokkit.generators import Guidance, drop_labels
 
 
 def near(got, want, rel=1e-5): assert (got-want).abs().max() <= rel*want.abs().max(), (got-want).abs().max()/want.abs().max()
@@ -93,8 +94,8 @@ def test_sampled_ids(gen, recorded, case, monkeypatch):
     if keep is not None:
         rand = recorded[f'gen.{case}.rand']
         assert torch.equal(rand < how['tf_prob'], recorded[f'gen.{case}.keep_mask'])
-        noise = ar.row_noise
-        monkeypatch.setattr(ar, 'row_noise', lambda seeds, shape, stream, **k: (
+        noise = sampler.row_noise
+        monkeypatch.setattr(sampler, 'row_noise', lambda seeds, shape, stream, **k: (
             rand if stream == 'keep' else noise(seeds, shape, stream, **k)))
     seen, want = [], recorded[f'gen.{case}.ids']
     ids = gen.sample(y, guidance, how['temperature'], keep=keep, rng=make_rng(0), callback=seen.append)

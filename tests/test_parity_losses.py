@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tokkit.critics import BatchNormLocal, DinoCritic, PatchGAN, blur_fade, blur_schedule, critic_weight, diff_augment
+from tokkit.training import (BatchNormLocal, DinoCritic, PatchGAN, blur_fade, blur_schedule, critic_weight,
+                             diff_augment)
 from tokkit.layers import ViT, from_timm, to_timm
-from tokkit.losses import ADVERSARIAL, LeCAM, SemanticLoss, VitTeacher, adaptive_weight, contrastive_loss, recon_loss
-from tokkit.lpips import LPIPS
+from tokkit.training import (ADVERSARIAL, LeCAM, SemanticLoss, VitTeacher, adaptive_weight, contrastive_loss,
+                             recon_loss)
+from tokkit.features import LPIPS
 
 SMALL_VGG = 4, 8, 16, 32, 32
 

@@ -1,12 +1,11 @@
 "Multi-scale and product quantizers against values recorded from the reference implementation"
 import json
 
-import pytest
 import torch
 from einops import rearrange
 from safetensors import safe_open
 
-from tokkit.quantize import MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.tokenizers import MultiScaleResidualQuantizer, ProductQuantizer
 
 
 def close(got, want, tolerance=1e-5):

@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokkit.layers import ViT, load_vit, to_timm
-from tokkit.losses import VitTeacher, contrastive_loss
-from tokkit.official import init_from_dinov2, load_official, official_names, official_state, official_teacher, read_official_checkpoint
-from tokkit.perturb import OFFICIAL, LatentPerturbation
-from tokkit.quantize import codebook_usage
-from tokkit.tokenizer import TOKENIZERS, Tokenizer, TokenizerCfg, make_tokenizer
+from tokkit.training import VitTeacher, contrastive_loss
+from tokkit.tokenizers import (init_from_dinov2, load_official, official_names, official_state,
+                               official_teacher, read_official_checkpoint)
+from tokkit.perturbation import OFFICIAL, LatentPerturbation
+from tokkit.tokenizers import codebook_usage
+from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, make_tokenizer
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((.485, .456, .406), (.229, .224, .225)))     # the teacher's images
 

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 
-from tokkit.learner import EpochCosine
+from tokkit.training import EpochCosine
 
 
 def test_learning_rates(fixtures):

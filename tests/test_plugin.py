@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from tokkit.core import make_rng
-from tokkit.perturb import LatentPerturbation, perturbation
-from tokkit.plugin import attach, find_quantizer, to_tokens
-from tokkit.quantize import make_quantizer
+from tokkit.perturbation import LatentPerturbation, perturbation
+from tokkit.perturbation import attach, find_quantizer, to_tokens
+from tokkit.tokenizers import make_quantizer
 
 vqp = pytest.importorskip('vector_quantize_pytorch', reason="vector-quantize-pytorch is not installed: pip install 'tokkit-lab[dev]'")
 diffusers = pytest.importorskip('diffusers', reason="diffusers is not installed: pip install 'tokkit-lab[dev]'")
@@ -170,7 +170,7 @@ def test_a_model_that_holds_one():
 
 
 def test_tokkits_own_tokenizer():
-    from tokkit.tokenizer import make_tokenizer
+    from tokkit.tokenizers import make_tokenizer
     tok,x = make_tokenizer('tiny-16').train(),torch.randn(4, 1, 28, 28, generator=make_rng(0)).clamp(-1, 1)
     clean = tok.quantize(tok.encode(x))
     with attach(LatentPerturbation(1., .5, 9), tok) as handle: hurt = tok.quantize(tok.encode(x))

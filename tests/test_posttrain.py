@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from tokkit.autoregressive import ARCfg, ARGenerator
-from tokkit.core import make_rng
+from tokkit.generators import ARCfg, ARGenerator
 from tokkit.data import fashion_mnist
-from tokkit.evaluate import Card
-from tokkit.flow import FlowCfg, FlowGenerator
-from tokkit.learner import EMA
-from tokkit.masked import MaskedCfg, MaskedGenerator
-from tokkit.moments import MomentLoss
-from tokkit.official import official_names
-from tokkit.pairs import LatentPairs, check_fit, check_same, clean_pairs, decode_all, encode_all, latent_pairs, open_pairs, row_sigmas, write_pairs
-from tokkit.posttrain import Probe, check_options, official_trainable, posttrain_decoder
-from tokkit.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
-from tokkit.train import ImageTraining
-from tokkit.unpaired import heal_unpaired
+from tokkit.metrics import Card
+from tokkit.generators import FlowCfg, FlowGenerator
+from tokkit.generators import MaskedCfg, MaskedGenerator
+from tokkit.training import MomentLoss
+from tokkit.tokenizers import official_names
+from tokkit.posttraining import (LatentPairs, check_fit, check_same, clean_pairs, latent_pairs, open_pairs,
+                                 row_sigmas, write_pairs)
+from tokkit.tokenizers import decode_all, encode_all
+from tokkit.posttraining import Probe, check_options, official_trainable, posttrain_decoder
+from tokkit.tokenizers import TOKENIZERS, Tokenizer, make_tokenizer
+from tokkit.training import ImageTraining
+from tokkit.posttraining import heal_unpaired
 
 BRIEF = ImageTraining(epochs=1, batch=25, perceptual=0, lr=5e-3)
 QUANTIZERS = ['tiny', 'tiny-pq', 'tiny-rq', 'tiny-fsq', 'tiny-lfq', 'tiny-bsq', 'tiny-kl', 'tiny-msrq']
@@ -118,7 +118,7 @@ def test_store_of_other_checkpoints_is_refused(images, tmp_path):
 
 def test_a_full_disk_leaves_what_is_whole(images, tmp_path, monkeypatch):
     tok, writes = small('tiny'), []
-    import tokkit.pairs as pairs
+    import tokkit.posttraining.pair_store as pairs
     def full(*args, **kwargs):
         writes.append(1)
         if len(writes) == 3: raise OSError(28, 'No space left on device')
@@ -228,16 +228,16 @@ def test_healing_leaves_a_tokenizer_in_training_mode_as_it_is(images, name, opti
 
 KILLED = '''
 import sys, torch
-from tokkit.autoregressive import ARCfg, ARGenerator
+from tokkit.generators import ARCfg, ARGenerator
 from tokkit.data import fashion_mnist
-from tokkit.pairs import latent_pairs
-from tokkit.posttrain import posttrain_decoder
-from tokkit.tokenizer import make_tokenizer
-from tokkit.train import ImageTraining
+from tokkit.posttraining import latent_pairs
+from tokkit.posttraining import posttrain_decoder
+from tokkit.tokenizers import make_tokenizer
+from tokkit.training import ImageTraining
 torch.manual_seed(0)
 tok, gen, images = make_tokenizer('tiny', width=32, depth=1).eval(), ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval(), fashion_mnist('train', 200)
-import tokkit.pairs; write = tokkit.pairs.write_pairs
-pairs = (write(f'{sys.argv[1]}/pairs', gen, tok, images, .7, part=20), tokkit.pairs.open_pairs(f'{sys.argv[1]}/pairs', images, tok, gen))[1]
+import tokkit.posttraining.pair_store; write = tokkit.posttraining.pair_store.write_pairs
+pairs = (write(f'{sys.argv[1]}/pairs', gen, tok, images, .7, part=20), tokkit.posttraining.pair_store.open_pairs(f'{sys.argv[1]}/pairs', images, tok, gen))[1]
 healed, _ = posttrain_decoder(tok, pairs, ImageTraining(epochs=6, batch=25, perceptual=0, lr=2e-3), sys.argv[1], device='cpu')
 print(pairs.hash, healed.fingerprint)
 '''

@@ -8,9 +8,10 @@ import pytest
 import yaml
 from scipy import stats
 
-from tokkit.predictors import COEFFICIENTS, coefficients, compare_agreement, paper_rows, pool, rank_agreement, unit_values
+from tokkit.analysis import (COEFFICIENTS, coefficients, compare_agreement, paper_rows, pool, rank_agreement,
+                             unit_values)
 from tokkit.runs import collect
-from tokkit.sweep import grid_points
+from tokkit.runs import grid_points
 
 # Pearson, Spearman over the eleven tokenizers of tables 7 and 8 (arXiv 2509.12474)
 PUBLISHED = {

@@ -6,12 +6,12 @@ import pytest
 
 import torch
 
-from tokkit import folders
+from tokkit.core import folders
 from waiting import wait_for
 from tokkit.core import read_json
-from tokkit.engine import sweep_experiment
-from tokkit.folders import InUse
-from tokkit.parameters import find_notebook, fit_params, notebook_params, run_id
+from tokkit.runs import sweep_experiment
+from tokkit.core import InUse
+from tokkit.runs import find_notebook, fit_params, notebook_params, run_id
 from tokkit.runs import RunError, artifact, collect, run_experiment
 
 TINY = Path(__file__).parent/'notebooks'/'tiny.ipynb'
@@ -25,7 +25,7 @@ def quiet(monkeypatch):
 @pytest.fixture
 def two_gpus(monkeypatch):
     "A machine that says it has two; what runs on it asks for none"
-    from tokkit import runs
+    from tokkit.runs import execute as runs
     environment = runs._environment
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(runs, '_environment', lambda *args: environment(*args) | dict(TOKKIT_DEVICE='cpu'))

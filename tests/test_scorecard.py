@@ -9,15 +9,16 @@ from torch import nn
 from test_evaluate import Grey, judge
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist, from_uint8, to_uint8
-from tokkit.evaluate import FeatureBank, Reference, draw_images, rfid
+from tokkit.metrics import FeatureBank, Reference, draw_images, rfid
 from tokkit.features import FeatureExtractor, extract
-from tokkit.fidelity import density_coverage, inception_score, precision_recall
-from tokkit.generator import sample_batches
+from tokkit.metrics import density_coverage, inception_score, precision_recall
+from tokkit.generators import sample_batches
 from tokkit.generators import make_generator
-from tokkit.kernels import kid
+from tokkit.metrics import kid
 from tokkit.metrics import FeatureStats, load_stats, psnr, save_stats, ssim
-from tokkit.scorecard import GENERATOR_METRICS, TOKENIZER_METRICS, FeatureDistance, Sampler, evaluate_generator, evaluate_tokenizer, gfid
-from tokkit.tokenizer import make_tokenizer
+from tokkit.metrics import (GENERATOR_METRICS, TOKENIZER_METRICS, FeatureDistance, Sampler,
+                            evaluate_generator, evaluate_tokenizer, gfid)
+from tokkit.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope='module')

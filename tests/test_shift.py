@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from away import Away
-from tokkit.autoregressive import ARCfg, ARGenerator
+from tokkit.generators import ARCfg, ARGenerator
 from tokkit.core import make_rng
 from tokkit.data import ImageSet
-from tokkit.token_cache import TokenCache
+from tokkit.data import TokenCache
 from tokkit.features import FeatureExtractor
-from tokkit.flow import FlowCfg, FlowGenerator
-from tokkit.kernels import mmd2
-from tokkit.masked import MaskedCfg, MaskedGenerator
-from tokkit.perturb import perturb_codes
-from tokkit.quantize import MultiScaleResidualQuantizer, ProductQuantizer
-from tokkit.shift import decoded_shift, error_profile, feature_shift, token_use, use_by, use_histogram
-from tokkit.tokenizer import fit_spec, make_tokenizer
+from tokkit.generators import FlowCfg, FlowGenerator
+from tokkit.metrics import mmd2
+from tokkit.generators import MaskedCfg, MaskedGenerator
+from tokkit.perturbation import perturb_codes
+from tokkit.tokenizers import MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.analysis import decoded_shift, error_profile, token_use, use_by, use_histogram
+from tokkit.tokenizers import fit_spec, make_tokenizer
 
 LABELS = torch.arange(60) % 10
 

@@ -1,14 +1,14 @@
 "The race for sigma: who goes, who wins and what it costs, against decoders whose worth is known beforehand"
 import pytest, torch
 
-from tokkit import sigma as module
-from tokkit.autoregressive import ARCfg, ARGenerator
+from tokkit.posttraining import sigma as module
+from tokkit.generators import ARCfg, ARGenerator
 from tokkit.data import fashion_mnist
-from tokkit.evaluate import Card
-from tokkit.posttrain import Probe
-from tokkit.sigma import choose_sigma, race_plan
-from tokkit.tokenizer import make_tokenizer
-from tokkit.train import ImageTraining
+from tokkit.metrics import Card
+from tokkit.posttraining import Probe
+from tokkit.posttraining import choose_sigma, race_plan
+from tokkit.tokenizers import make_tokenizer
+from tokkit.training import ImageTraining
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ from functools import lru_cache
 import numpy as np, pytest, torch
 from PIL import Image
 
-from tokkit.autoregressive import ARCfg, ARGenerator
+from tokkit.generators import ARCfg, ARGenerator
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.flow import FlowCfg, FlowGenerator
-from tokkit.generator import guide, row_noise, row_seeds
-from tokkit.masked import MaskedCfg, MaskedGenerator
-from tokkit.stepper import SamplerStepper, chance_ink, chart, map_tiles, record, veil
-from tokkit.tokenizer import make_tokenizer
+from tokkit.generators import FlowCfg, FlowGenerator
+from tokkit.generators import MaskedCfg, MaskedGenerator
+from tokkit.ui import SamplerStepper, chance_ink, chart, map_tiles, veil
+from tokkit.tokenizers import make_tokenizer
 
 SMALL = dict(classes=10, width=16, depth=1, heads=2)
 KINDS = 'ar', 'masked', 'ar levels', 'masked levels', 'flow'

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokkit.core import tensors_hash
-from tokkit.tokenizer import TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, make_tokenizer
+from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, make_tokenizer
 
 GOLDEN = {  # preset: hashes of the weights of seeds 0 and 1. Published results were made with these weights
     'tiny': ('a47ec38143', '4456bd5fe8'), 'tiny-16': ('e1d9605dc8', '00b9c15294'), 'tiny-rgb': ('178cb7bea6', '20b88a9381'),
@@ -151,7 +151,7 @@ def test_weights_do_not_depend_on_the_global_generator():
 
 
 def test_a_backbone_of_ones_own(monkeypatch):
-    from tokkit.tokenizer import BACKBONES, CNNDecoder, CNNEncoder
+    from tokkit.tokenizers import BACKBONES, CNNDecoder, CNNEncoder
     monkeypatch.setitem(BACKBONES, 'mine', (CNNEncoder, CNNDecoder))
     assert make_tokenizer('tiny', kind='mine').encode(torch.zeros(1, 1, 28, 28)).shape == (1, 49, 16)
 

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from tokkit.data import fashion_mnist
-from tokkit.perturb import Annealing, LatentPerturbation
-from tokkit.tokenizer import make_tokenizer
-from tokkit.train import ImageTraining, TensorPairs, _compiled, train_tokenizer
+from tokkit.perturbation import Annealing, LatentPerturbation
+from tokkit.tokenizers import make_tokenizer
+from tokkit.training import ImageTraining, TensorPairs, train_tokenizer
+from tokkit.training.train import _compiled
 
 SCRIPT = Path(__file__).with_name('train_in_processes.py')
 TERMS = dict(reconstruction='recon', perceptual='perceptual', semantic='semantic', adversarial='adversarial')

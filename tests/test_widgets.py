@@ -6,9 +6,9 @@ from PIL import Image
 
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
-from tokkit.perturb import perturb_codes
-from tokkit.tokenizer import make_tokenizer
-from tokkit.widgets import PerturbationExplorer, code_colors, png_bytes, published_explorer, token_tiles
+from tokkit.perturbation import perturb_codes
+from tokkit.tokenizers import make_tokenizer
+from tokkit.ui import PerturbationExplorer, code_colors, png_bytes, published_explorer, token_tiles
 
 
 @pytest.fixture(scope='module')

@@ -3,9 +3,9 @@ import json, os, sys
 from pathlib import Path
 
 from tokkit.data import fashion_mnist
-from tokkit.perturb import LatentPerturbation
-from tokkit.tokenizer import make_tokenizer
-from tokkit.train import ImageTraining, train_tokenizer
+from tokkit.perturbation import LatentPerturbation
+from tokkit.tokenizers import make_tokenizer
+from tokkit.training import ImageTraining, train_tokenizer
 
 out, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 cfg = ImageTraining(**dict(epochs=2, batch=32, lr=1e-3, perceptual=0, adversarial=.1, adversarial_start=.3, revive=0) | changes)

@@ -1,11 +1,16 @@
 __version__ = "0.1.0"
 
-_NAMES = dict(    # what a newcomer meets first; each is imported from its module when it is first asked for
-    core='LatentSpec make_rng set_seed', data='fashion_mnist ImageFolder load_images', quantize='Quantized VectorQuantizer',
-    tokenizer='Tokenizer make_tokenizer', perturb='perturb_codes perturb_latents perturbation Annealing', plugin='LatentPerturbation',   # with its `attach`
+_NAMES = dict(    # what a newcomer meets first; each is imported from its folder when it is first asked for
+    core='LatentSpec make_rng set_seed',
+    data='fashion_mnist ImageFolder load_images',
+    tokenizers='Quantized VectorQuantizer Tokenizer make_tokenizer',
+    generators='Guidance LatentGenerator make_generator load_generator',
+    perturbation='perturb_codes perturb_latents Annealing LatentPerturbation',
     features='FeatureExtractor',
-    evaluate='Card rfid pfid', scorecard='gfid', generator='Guidance LatentGenerator', generators='make_generator load_generator', learner='Learner',
-    train='train_tokenizer train_generator', pairs='latent_pairs', posttrain='posttrain_decoder', unpaired='heal_unpaired', runs='Run')
+    metrics='Card rfid pfid gfid',
+    training='Learner train_tokenizer train_generator',
+    posttraining='latent_pairs posttrain_decoder heal_unpaired',
+    runs='Run')
 _MODULE = {name:module for module,names in _NAMES.items() for name in names.split()}
 __all__ = list(_MODULE)
 

@@ -4,7 +4,7 @@ nbdev processes the notebooks (show_doc, links between names), smalldocs turns t
 the two: nbdev's page names, links that work without a server, numbered figures and equations, saved widgets, and KaTeX and the widget
 manager from npm instead of from a CDN. nbs/ stays a plain Quarto project: whoever has Quarto can run `nbdev_docs`.
 """
-import html, json, os, re, shutil, subprocess, sys, tarfile, tempfile
+import json, os, re, shutil, subprocess, sys, tarfile, tempfile
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,10 @@ VENDORED = {  # npm package -> what the pages need of it
     'katex@0.16.22': ('LICENSE', 'dist/katex.min.css', 'dist/katex.min.js', 'dist/contrib/auto-render.min.js', 'dist/fonts/*.woff2'),
     '@jupyter-widgets/html-manager@1.0.14': ('LICENSE', 'dist/embed.js'),
 }
-FLOORS = ('Ground', 'Tokenizers', 'Perturbation', 'Metrics', 'Generators', 'Training', 'Study', 'Surfaces')
+HOUSE = {  # folder of tokkit/ and nbs/ -> its heading in the navigation; from the ground up: a folder imports only those before it
+    'core': 'Core', 'data': 'Data', 'layers': 'Layers', 'show': 'Pictures', 'runs': 'Runs', 'tokenizers': 'Tokenizers',
+    'generators': 'Generators', 'perturbation': 'Perturbation', 'features': 'Features', 'metrics': 'Metrics', 'training': 'Training',
+    'posttraining': 'Post-training', 'analysis': 'Analysis', 'demo': 'Demo', 'ui': 'Figures and explorers', 'cli': 'Command line'}
 SECTIONS = {'How-to': 'howto', 'Explain': 'explain', 'Results': 'results', 'Explore': 'explore', 'Experiments': 'experiments', 'Benchmarks': 'benchmarks'}
 VIEW, STATE = 'application/vnd.jupyter.widget-view+json', 'application/vnd.jupyter.widget-state+json'
 
@@ -35,15 +38,15 @@ def home() -> str:
 
 
 def navigation(nbs:Path) -> dict:
-    "Navigation in the order a newcomer needs it: start here, how-to, explain, results, explore, and the reference by floor"
+    "Navigation in the order a newcomer needs it: start here, how-to, explain, results, explore, and the reference by folder"
     def pages(pattern): return [str(p.relative_to(nbs)) for p in sorted(nbs.glob(pattern))]
     def section(name, contents): return [dict(section=name, contents=contents)] if contents else []
-    floors = [section(name, [p for p in pages('[0-9][0-9]_*.ipynb') if min(int(p[0]), 7) == i]) for i, name in enumerate(FLOORS)]
+    reference = [part for folder, name in HOUSE.items() for part in section(name, pages(f'{folder}/*.ipynb') or pages(f'{folder}.ipynb'))]
     contents = section('Start here', pages('index.ipynb')+pages('tutorials/*.ipynb'))
     for name, folder in SECTIONS.items(): contents += section(name, pages(f'{folder}/*.ipynb'))
-    first = dict(Tutorial='tutorials/*.ipynb', Perturbation='20_*.ipynb', Metrics='32_*.ipynb', Results='results/*.ipynb')
+    first = dict(Tutorial='tutorials/*.ipynb', Perturbation='perturbation/*_kinds.ipynb', Metrics='metrics/*_reconstruction.ipynb', Results='results/*.ipynb')
     left = [dict(text=name, href=pages(pattern)[0]) for name, pattern in first.items() if pages(pattern)]
-    return {'website': {'navbar': {'left': left}, 'sidebar': {'contents': contents+section('Reference', sum(floors, []))}}}
+    return {'website': {'navbar': {'left': left}, 'sidebar': {'contents': contents+section('Reference', reference)}}}
 
 
 def write_sidebar(nbs:Path) -> str:
@@ -195,12 +198,18 @@ def finish(out:Path, cache:Path):
         page.write_text(text, encoding='utf-8')
 
 
+def _unwanted(folder:str, names:list[str]) -> set[str]:
+    "What is not copied with nbs/: leftovers of editors, and runs that were made where a notebook lies"
+    made = {'runs'} if Path(folder).name in ('experiments', 'benchmarks', 'explore', 'tutorials', 'howto') else set()
+    return shutil.ignore_patterns('.ipynb_checkpoints', '_proc', '.*.tmp')(folder, names) | made & set(names)
+
+
 def build(out:Path, nbs:Path=ROOT/'nbs', cache:Path=ROOT/'.tools'/'npm') -> list[str]:
     "Build the site into `out`; returns smalldocs' warnings"
     from smalldocs.site import build as render
     with tempfile.TemporaryDirectory() as tmp:
         work = Path(tmp)
-        shutil.copytree(nbs, work/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_proc', '.*.tmp', 'runs'))
+        shutil.copytree(nbs, work/'nbs', ignore=_unwanted)
         shutil.copytree(ROOT/'tokkit', work/'tokkit', ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(ROOT/'settings.ini', work)
         states = take_widgets(work/'nbs')
@@ -216,7 +225,7 @@ def build(out:Path, nbs:Path=ROOT/'nbs', cache:Path=ROOT/'.tools'/'npm') -> list
 
 def publish(out:Path) -> list[str]:
     "Build beside `out` and put the finished site in its place; a folder with anything else in it is refused before the work begins"
-    from tokkit.folders import locked, replaced_dir
+    from tokkit.core import locked, replaced_dir
     with locked(out, f'the site {out}'), replaced_dir(out) as new: return build(new)
 
 

@@ -21,9 +21,9 @@ def make_images(folder:Path, n:int, side:int = 28, seed:int = 0) -> Path:
 @pytest.fixture(scope='session')
 def own(tmp_path_factory) -> Path:
     "A folder of colour images, an untrained tokenizer of them and a generator of its tokens; never changed"
-    from tokkit.autoregressive import ARCfg, ARGenerator
+    from tokkit.generators import ARCfg, ARGenerator
     from tokkit.generators import save_generator
-    from tokkit.tokenizer import make_tokenizer
+    from tokkit.tokenizers import make_tokenizer
     home = tmp_path_factory.mktemp('own')
     make_images(home/'images', 64)
     tok = make_tokenizer('tiny', channels=3, width=32, depth=1, codebook_size=32)

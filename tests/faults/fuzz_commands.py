@@ -31,13 +31,13 @@ READERS = {'tokenizer': [15, 16, 17, 18, 19, 20, 21], 'generator': [20, 21], 's.
 def home(folder:Path) -> Path:
     "A folder with one of everything"
     import torch
-    from tokkit.autoregressive import ARCfg, ARGenerator
+    from tokkit.generators import ARCfg, ARGenerator
     from tokkit.data import load_images
     from tokkit.features import default_extractor, extract
     from tokkit.generators import save_generator
     from tokkit.metrics import FeatureStats, save_stats
     from tokkit.runs import run_experiment
-    from tokkit.tokenizer import make_tokenizer
+    from tokkit.tokenizers import make_tokenizer
     make_images(folder/'images', 64); shutil.copy(TINY, folder/'tiny.ipynb')
     tok = make_tokenizer('tiny', channels=3, width=16, depth=1, codebook_size=32); tok.save(folder/'tokenizer')
     torch.manual_seed(0); save_generator(ARGenerator(ARCfg(tok.spec.shape[0], 32, 2, 32, 1)), folder/'generator')
@@ -51,13 +51,13 @@ def home(folder:Path) -> Path:
 
 def cut_short(folder:Path):
     "Nothing is trained, executed or opened, and nothing outside `folder` is deleted"
-    import tokkit.cli, tokkit.cli_models, tokkit.demo, tokkit.folders, tokkit.runs
+    import tokkit.cli, tokkit.cli.models, tokkit.demo, tokkit.core.folders, tokkit.runs
     class Enough(OSError): "The checks are over"
     def enough(*args, **kwargs): raise Enough('cut off after the checks')
-    def stages(cfg, *args, **kwargs): tokkit.demo.Demo(cfg, folder/'runs', 'cpu').images; enough()
-    delete = tokkit.folders.delete
+    def stages(cfg, *args, **kwargs): tokkit.demo.demo.Demo(cfg, folder/'runs', 'cpu').images; enough()
+    delete = tokkit.core.folders.delete
     def inside(path): return delete(path) if Path(path).resolve().is_relative_to(folder.resolve()) else enough()
-    tokkit.demo.run_stages, tokkit.cli_models._train_decoder, tokkit.runs._execute, tokkit.folders.delete = stages, enough, enough, inside
+    tokkit.demo.story.run_stages, tokkit.cli.models._train_decoder, tokkit.runs.execute._execute, tokkit.core.folders.delete = stages, enough, enough, inside
     tokkit.cli.os.execv = tokkit.cli.subprocess.run = enough
 
 

@@ -17,9 +17,9 @@ SMALL = [w for k,v in dict(train_images=300, n=100, n_pfid=100, pairs=150, boots
 def models(folder:Path) -> Path:
     "Images, a tokenizer of them and a generator of its tokens"
     import torch
-    from tokkit.autoregressive import ARCfg, ARGenerator
+    from tokkit.generators import ARCfg, ARGenerator
     from tokkit.generators import save_generator
-    from tokkit.tokenizer import make_tokenizer
+    from tokkit.tokenizers import make_tokenizer
     make_images(folder/'images', 64)
     tok = make_tokenizer('tiny', channels=3, width=32, depth=1, codebook_size=32); tok.save(folder/'tokenizer')
     torch.manual_seed(0); save_generator(ARGenerator(ARCfg(tok.spec.shape[0], 32, 2, 32, 1)), folder/'generator')
@@ -53,6 +53,7 @@ def kill_once(command:str, own:Path, out:Path, after:float) -> bool:
     try: child.wait(after); return False
     except subprocess.TimeoutExpired: child.send_signal(signal.SIGKILL); child.wait()
     finally: child.stderr.close()
+    if command == 'posttrain' and (out/'healed').exists(): return False           # it had finished and was about to end
     again = start(command, own, out)
     told = again.communicate(timeout=600)[1]
     if again.returncode: raise SystemExit(f'tokkit {command}, called again after a kill, ended with {again.returncode}:\n{told[-2000:]}')

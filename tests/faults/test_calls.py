@@ -10,27 +10,16 @@ import pytest
 BEFORE = """
 import os, tempfile, warnings; from pathlib import Path; from dataclasses import replace
 import numpy as np, torch
-from tokkit.autoregressive import ARCfg
 from tokkit.core import *
 from tokkit.data import *
 from tokkit.demo import DemoCfg, Demo, demo_cfg
-from tokkit.evaluate import *
-from tokkit.flow import FlowCfg
-from tokkit.folders import *
-from tokkit.generator import *
-from tokkit.generators import make_generator
-from tokkit.masked import MaskedCfg
-from tokkit.neighbours import *
-from tokkit.pairs import *
-from tokkit.perturb import *
-from tokkit.posttrain import posttrain_decoder
+from tokkit.metrics import *
+from tokkit.generators import *
+from tokkit.posttraining import *
+from tokkit.perturbation import *
 from tokkit.runs import *
-from tokkit.scorecard import *
-from tokkit.sweep import *
-from tokkit.engine import sweep_experiment
-from tokkit.token_cache import TokenCache
-from tokkit.tokenizer import *
-from tokkit.train import *
+from tokkit.tokenizers import *
+from tokkit.training import *
 warnings.simplefilter('ignore')
 tmp = Path(tempfile.mkdtemp()); nan = float('nan')
 images = fashion_mnist('test', 16); x = images[:][0]

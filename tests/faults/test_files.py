@@ -10,7 +10,7 @@ from conftest_faults import TINY
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tokkit.core import read_json, write_json
-from tokkit.tokenizer import Tokenizer
+from tokkit.tokenizers import Tokenizer
 
 SEED = int(os.environ.get('TOKKIT_FAULT_SEED', '0'))
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -46,11 +46,11 @@ def mutated(draw, o):
 def made(own, tmp_path_factory) -> dict[str,tuple]:
     "Of each kind of file of tokkit one, and what reads it"
     from tokkit.data import ImageFolder, fashion_mnist, to_uint8
-    from tokkit.evaluate import Card, rfid
+    from tokkit.metrics import Card, rfid
     from tokkit.generators import load_generator
-    from tokkit.pairs import open_pairs, write_pairs
+    from tokkit.posttraining import open_pairs, write_pairs
     from tokkit.runs import Run, collect, run_experiment
-    from tokkit.token_cache import TokenCache
+    from tokkit.data import TokenCache
     home = tmp_path_factory.mktemp('made')
     tok, images = shutil.copytree(own/'tokenizer', home/'tokenizer'), ImageFolder(own/'images', 28).load(8)
     gen = shutil.copytree(own/'generator', home/'generator')
@@ -103,7 +103,7 @@ def test_any_sweep(tmp_path, tokkit, spec):
 @few
 @given(data=st.data())
 def test_a_sweep_with_one_value_changed(tmp_path, data):
-    from tokkit.cli_options import read_sweep
+    from tokkit.cli import read_sweep
     from tokkit.runs import grid_runs
     good = dict(notebook=str(TINY), grid=[dict(seed=[1,2], alpha=.5), dict(seed=3)], params=dict(mode='ok'), workers=2, devices=['cpu'], threads=1, minutes=1.)
     (tmp_path/'s.yaml').write_text(yaml.safe_dump(mutated(data.draw, good)))
@@ -132,7 +132,7 @@ def test_a_sweep_without_end(tmp_path, tokkit):
 @few
 @given(data=st.data())
 def test_a_notebook_with_one_value_changed(tmp_path, data):
-    from tokkit.parameters import notebook_params, run_id
+    from tokkit.runs import notebook_params, run_id
     (tmp_path/'x.ipynb').write_text(json.dumps(mutated(data.draw, json.loads(TINY.read_text()))))
     refused(lambda: (notebook_params(tmp_path/'x.ipynb'), run_id(tmp_path/'x.ipynb')))
 
@@ -146,7 +146,7 @@ def test_a_parameters_cell_that_is_none(tmp_path, tokkit, source):
 @few
 @given(text=st.text(max_size=12), kind=st.sampled_from(['seed', 'alpha', 'deltas', 'name']))
 def test_any_value_of_a_parameter(text, kind):
-    from tokkit.parameters import fit_params
+    from tokkit.runs import fit_params
     refused(lambda: fit_params(TINY, {kind: text}))
 
 

@@ -11,7 +11,7 @@ from waiting import wait_for
 
 from tokkit.core import read_json, write_json
 from tokkit.data import ImageFolder, ImageSet, fashion_mnist
-from tokkit.tokenizer import Tokenizer, make_tokenizer
+from tokkit.tokenizers import Tokenizer, make_tokenizer
 
 
 # 1. a run is named by what is in its data, not by where they lie
@@ -68,7 +68,7 @@ def test_2_docs_into_a_folder_of_somebody(tmp_path, root):
     assert (tmp_path/'thesis.tex').read_text() == 'three years' and len(list(tmp_path.iterdir())) == 1
 
 def test_2_a_site_is_replaced_whole_or_not_at_all(tmp_path):
-    from tokkit.folders import replaced_dir
+    from tokkit.core import replaced_dir
     site = tmp_path/'site'
     for text in ('first', 'second'):
         with replaced_dir(site) as new: (new/'index.html').write_text(text)
@@ -88,7 +88,7 @@ def test_2_a_site_is_replaced_whole_or_not_at_all(tmp_path):
 
 # 3. cleaning touches what tokkit made, and nothing else
 def test_3_clean_leaves_what_is_not_ours(tmp_path, tokkit):
-    from tokkit.folders import mark
+    from tokkit.core import mark
     outside, home = tmp_path/'outside', tmp_path/'runs'
     for name in ('.work-thesis', 'draft.failed', '.a.lock'): (outside/name).mkdir(parents=True)
     foreign = ['mine/.venv.lock', 'mine/.poetry.1-2.tmp', 'mine/.work-thesis/a', 'mine/chapter.failed/b', 'mine/study/params.json', 'mine/.x.99-170000000000000.tokkit-tmp/c']
@@ -109,26 +109,26 @@ def test_3_notes_in_a_run_are_kept(tmp_path, tokkit):
     assert f'left alone: {folder}: it holds notes.md, which tokkit did not put there' in err and (folder/'notes.md').exists()
 
 def test_3_one_at_work_protects_what_it_may_read(tmp_path, tokkit):
-    from tokkit.folders import locked
+    from tokkit.core import locked
     from tokkit.runs import artifact
     made = artifact('tokenizer', {}, lambda tmp: (tmp/'x').write_text('x'), tmp_path)
     with locked(tmp_path/'e02'/'seed1', 'a run'): code, out, err = tokkit('clean', tmp_path, '--all', '--yes')
     assert made.exists() and 'finished runs and artifacts: they may be in use' in err
 
 def test_3_a_name_that_begins_alike_is_another(tmp_path):
-    from tokkit.folders import clear_unfinished, mark
+    from tokkit.core import clear_unfinished, mark
     mark(tmp_path/'.healed.v2.99999999-170000000000.tokkit-tmp'); mark(tmp_path/'.healed.99999999-170000000000.tokkit-tmp')
     clear_unfinished(tmp_path/'healed')
     assert [p.name for p in tmp_path.iterdir()] == ['.healed.v2.99999999-170000000000.tokkit-tmp']
 
 def test_3_a_result_is_kept_where_its_place_was_taken(tmp_path):
-    from tokkit.folders import atomic_dir
+    from tokkit.core import atomic_dir
     with pytest.raises(FileExistsError, match='the result is kept as healed.kept'), atomic_dir(tmp_path/'healed') as p:
         (p/'model').write_text('weights'); (tmp_path/'healed').mkdir(); (tmp_path/'healed'/'mine').write_text('mine')
     assert (tmp_path/'healed.kept'/'model').read_text() == 'weights' and (tmp_path/'healed'/'mine').exists()
 
 def test_3_a_link_in_a_folder_of_ours_goes_what_it_points_to_stays(tmp_path, tokkit):
-    from tokkit.folders import mark
+    from tokkit.core import mark
     (tmp_path/'outside').mkdir(); (tmp_path/'outside'/'data').write_text('mine')
     mark(tmp_path/'runs'/'tiny'/'.work-1'); (tmp_path/'runs'/'tiny'/'.work-1'/'data').symlink_to(tmp_path/'outside')
     tokkit('clean', tmp_path/'runs', '--yes')
@@ -167,9 +167,9 @@ def flip(path:Path, at:float = .5):
 
 def trained(own, work, epochs=3, stop_after=None):
     "A tokenizer's decoder, trained for some epochs in a working folder; what comes out of it"
-    from tokkit.pairs import clean_pairs
-    from tokkit.posttrain import posttrain_decoder
-    from tokkit.train import ImageTraining
+    from tokkit.posttraining import clean_pairs
+    from tokkit.posttraining import posttrain_decoder
+    from tokkit.training import ImageTraining
     tok = Tokenizer.load(own/'tokenizer'); images = ImageFolder(own/'images', 28).load(32)
     def preview(learner):
         if learner.epoch == stop_after: raise KeyboardInterrupt
@@ -218,7 +218,7 @@ def test_6_a_flipped_bit_in_an_artifact(small_demo, what, file):
     with warnings.catch_warnings(): warnings.simplefilter('error'); ask(make())
 
 def test_6_features_on_the_disk(tmp_path):
-    from tokkit.evaluate import FeatureBank
+    from tokkit.metrics import FeatureBank
     from tokkit.features import default_extractor
     def features(): return FeatureBank(disk=tmp_path)(fashion_mnist('test', 20), default_extractor(28), 'cpu').features
     first = features(); path, = tmp_path.glob('*.npz')
@@ -231,7 +231,7 @@ def test_6_features_on_the_disk(tmp_path):
 
 def test_6_exchanged_parts_of_pairs(own, tmp_path):
     from tokkit.generators import load_generator
-    from tokkit.pairs import open_pairs, write_pairs
+    from tokkit.posttraining import open_pairs, write_pairs
     tok, gen, images = Tokenizer.load(own/'tokenizer'), load_generator(own/'generator'), ImageFolder(own/'images', 28).load(32)
     def write(): return write_pairs(tmp_path, gen, tok, images, part=8)
     write(); whole = open_pairs(tmp_path, images).latents
@@ -243,7 +243,7 @@ def test_6_exchanged_parts_of_pairs(own, tmp_path):
 
 def test_6_a_token_cache_without_checksums(tmp_path):
     from tokkit.data import to_uint8
-    from tokkit.token_cache import TokenCache
+    from tokkit.data import TokenCache
     TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), lambda x: to_uint8(x).flatten(1)[:,::49].long())
     write_json(tmp_path/'c'/'cache.json', read_json(tmp_path/'c'/'cache.json')|dict(sha256=[]))
     flip(tmp_path/'c'/'tokens.npy')
@@ -283,7 +283,7 @@ def test_6_saved_models_are_verified(own, tmp_path, tokkit):
 
 def test_6_a_training_on_other_data_is_another(own, tmp_path):
     from tokkit.generators import make_generator
-    from tokkit.train import GeneratorTraining, TensorPairs, train_generator
+    from tokkit.training import GeneratorTraining, TensorPairs, train_generator
     from tokkit.core import tensors_hash
     spec, labels, how = make_tokenizer('tiny').spec, torch.zeros(32, dtype=torch.long), GeneratorTraining(epochs=1, batch=16)
     def train(value): 
@@ -295,7 +295,7 @@ def test_6_a_training_on_other_data_is_another(own, tmp_path):
     assert train(3) == first
 
 def test_6_a_cache_of_other_images(tmp_path):
-    from tokkit.token_cache import TokenCache
+    from tokkit.data import TokenCache
     def encode(x): return x.flatten(1)[:,:4].mul(100).round().long().abs()
     TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), encode)
     says(ValueError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('train', 20), encode), 'holds tokens of other images')
@@ -334,12 +334,12 @@ def test_8_an_encoder_that_gives_nan(call):
     says(ValueError, lambda: getattr(tok, call)(fashion_mnist('test', 4)[:][0]), 'the latents of image 0 must be finite', '4 of 4')
 
 def test_8_nan_has_no_pfid():
-    from tokkit.evaluate import pfid
+    from tokkit.metrics import pfid
     says(ValueError, lambda: pfid(broken(at='encoder.out.weight'), fashion_mnist('test', 20), bootstrap=0), 'must be finite')
 
 def test_8_an_image_of_nan_is_named(tmp_path):
-    from tokkit.pairs import clean_pairs
-    from tokkit.token_cache import TokenCache
+    from tokkit.posttraining import clean_pairs
+    from tokkit.data import TokenCache
     tok = make_tokenizer('tiny', width=16, depth=1).eval()
     x = fashion_mnist('test', 4)[:][0].clone(); x[2, 0, 5, 5] = torch.nan
     says(ValueError, lambda: tok.tokenize(x), 'image 2', '1 of 4')
@@ -365,8 +365,8 @@ def test_9_a_demo_that_would_perturb_nothing(tokkit, tmp_path):
         assert code == 2 and f'delta must be a whole number at least 1, got {delta}' in err and not list(tmp_path.iterdir())
 
 def test_9_numbers_that_would_become_others():
-    from tokkit.evaluate import pfid
-    from tokkit.perturb import LatentPerturbation, perturb_codes
+    from tokkit.metrics import pfid
+    from tokkit.perturbation import LatentPerturbation, perturb_codes
     book, ids = torch.randn(300, 4), torch.zeros(2, 9, dtype=torch.long)
     says(ValueError, lambda: LatentPerturbation(delta=0), 'got 0')
     says(ValueError, lambda: pfid(make_tokenizer('tiny'), fashion_mnist('test', 8), deltas=()), 'at least one alpha and one delta')
@@ -443,7 +443,7 @@ def test_12_workers_without_end(tokkit, tmp_path):
 
 def test_12_pairs_without_end(own, tmp_path):
     from tokkit.core import stable_hash
-    from tokkit.pairs import open_pairs, write_pairs
+    from tokkit.posttraining import open_pairs, write_pairs
     tok, images = Tokenizer.load(own/'tokenizer'), ImageFolder(own/'images', 28).load(8)
     write_pairs(tmp_path, None, tok, images)
     r = read_json(tmp_path/'pairs.json'); r['n'] = 10**12

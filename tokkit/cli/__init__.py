@@ -1,0 +1,4 @@
+"The `tokkit` command"
+from .options import *
+from .models import *
+from .commands import *

@@ -1,0 +1,9 @@
+"What everything else stands on: seeds, checks, files, folders and saved models"
+from .randomness import *
+from .checks import *
+from .machine import *
+from .files import *
+from .hashes import *
+from .models import *
+from .folders import *
+from .locks import *

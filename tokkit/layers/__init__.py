@@ -1,0 +1,4 @@
+"The blocks that tokenizers and generators are built from"
+from .attention import *
+from .transformer import *
+from .convolution import *

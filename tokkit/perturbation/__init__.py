@@ -1,0 +1,7 @@
+"Controlled errors in latents: which tokens, what happens to them, when, and in whose model"
+from .masks import *
+from .kinds import *
+from .schedule import *
+from .module import *
+from .foreign import *
+from .attach import *
