@@ -7,7 +7,8 @@ import hypothesis, pytest, torch
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault('TOKKIT_QUIET', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
-hypothesis.settings.register_profile('tokkit', deadline=None, derandomize='CI' in os.environ)  # a busy machine is not a failure
+# a busy machine is not a failure
+hypothesis.settings.register_profile('tokkit', deadline=None, derandomize='CI' in os.environ)
 hypothesis.settings.load_profile('tokkit')
 torch.manual_seed(0)    # for the fixtures of whole modules
 
@@ -22,7 +23,8 @@ def root() -> Path:
 def fixtures() -> Path:
     "Recorded values of the reference implementation: `$TOKKIT_FIXTURES`"
     folder = Path(os.environ.get('TOKKIT_FIXTURES') or ROOT.parent/'shared'/'fixtures')
-    if not folder.is_dir(): pytest.skip(f"no recorded values at {folder.name}/: set TOKKIT_FIXTURES to their folder")
+    if not folder.is_dir():
+        pytest.skip(f"no recorded values at {folder.name}/: set TOKKIT_FIXTURES to their folder")
     return folder
 
 
@@ -40,7 +42,8 @@ def same_draws():
 
 def chromium_path() -> str:
     "The installed Chromium or Chrome; skips the test when there is none"
-    names = ['chromium', 'chromium-browser', 'google-chrome', '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome']
+    names = ['chromium', 'chromium-browser', 'google-chrome',
+             '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome']
     found = next(filter(None, map(shutil.which, names)), None)
     if not found: pytest.skip("no chromium or google-chrome on the PATH (Debian: apt-get install chromium)")
     return found
@@ -50,9 +53,11 @@ def chromium_path() -> str:
 def browser():
     "A headless browser, shared by the tests of a module: `page = browser.new_page()`"
     executable = chromium_path()
-    sync_api = pytest.importorskip('playwright.sync_api', reason="playwright is not installed: pip install 'tokkit-lab[dev]'")
+    sync_api = pytest.importorskip('playwright.sync_api', reason="playwright is not installed: pip install "
+                                                                 "'tokkit-lab[dev]'")
     with sync_api.sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=executable, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        chrome = p.chromium.launch(executable_path=executable,
+                                   args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
         yield chrome
         chrome.close()
 
@@ -78,6 +83,9 @@ def pytest_unconfigure(config):
     "The last line of a test run, in plain words: N passed, N failed, N skipped"
     reporter = config.pluginmanager.get_plugin('terminalreporter')
     if reporter is None or hasattr(config, 'workerinput') or config.option.collectonly: return
-    n = {k: len(reporter.stats.get(k, [])) for k in ('passed', 'failed', 'error', 'skipped', 'xfailed', 'xpassed')}
-    failed = n['failed']+n['error'] or int(getattr(config, 'tokkit_exit', 1) != 0)  # a run that broke off did not pass
-    print(f"{n['passed']+n['xpassed']} passed, {failed} failed, {n['skipped']+n['xfailed']} skipped", flush=True)
+    n = {k: len(reporter.stats.get(k, []))
+         for k in ('passed', 'failed', 'error', 'skipped', 'xfailed', 'xpassed')}
+    # a run that broke off did not pass
+    failed = n['failed']+n['error'] or int(getattr(config, 'tokkit_exit', 1) != 0)
+    print(f"{n['passed']+n['xpassed']} passed, {failed} failed, {n['skipped']+n['xfailed']} skipped",
+          flush=True)

@@ -26,7 +26,8 @@ def test_to_uint8_as_recorded():
 @pytest.mark.parametrize('i', range(4))
 def test_center_crop_as_recorded(i):
     with np.load(GOLDEN/'center_crop.npz') as g:
-        assert np.array_equal(np.asarray(center_crop(Image.fromarray(g[f'center{i}.in']), int(g['sizes'][i]))), g[f'center{i}.out'])
+        assert np.array_equal(np.asarray(center_crop(Image.fromarray(g[f'center{i}.in']),
+                                                     int(g['sizes'][i]))), g[f'center{i}.out'])
 
 @pytest.mark.parametrize('name', ['to_uint8.npz', 'crops.npz'])
 def test_golden_is_the_fixture(fixtures, name):
@@ -39,12 +40,14 @@ def test_to_uint8_is_nearest_level(x):
     best = min(abs(v/127.5-1-max(-1, min(1, x))) for v in range(256))
     assert abs(u/127.5-1-max(-1, min(1, x))) <= best+1e-6
 
-@given(st.lists(st.integers(0, 255), min_size=1, max_size=50), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=50),
+       st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_round_trip(levels, dtype):
     u = torch.tensor(levels, dtype=torch.uint8)
     x = from_uint8(u)
     assert x.min() >= -1 and x.max() <= 1
-    if dtype != torch.bfloat16: assert torch.equal(to_uint8(x.to(dtype)), u)      # bfloat16 has 8 bits of precision in all
+    # bfloat16 has 8 bits of precision in all
+    if dtype != torch.bfloat16: assert torch.equal(to_uint8(x.to(dtype)), u)
     assert to_uint8(x.to(dtype)).dtype == torch.uint8
 
 @given(st.integers(8, 90), st.integers(8, 90), st.integers(1, 8))
@@ -55,7 +58,8 @@ def test_crop_has_its_size(w, h, size):
 # Fashion-MNIST
 
 def test_fashion_mnist_counts():
-    train, test = fashion_mnist('train'), fashion_mnist('test')
+    train = fashion_mnist('train')
+    test = fashion_mnist('test')
     assert (len(train), len(test)) == (60_000, 10_000)
     assert train.labels.bincount().tolist() == [6000]*10 and test.labels.bincount().tolist() == [1000]*10
     assert test.images.shape[1:] == (1,28,28) and test.classes[int(test.labels[0])] == 'Ankle boot'
@@ -63,19 +67,23 @@ def test_fashion_mnist_counts():
 def test_fashion_mnist_sizes():
     odd = fashion_mnist('test', n=3, size=33)
     assert odd.size == 33 and odd.channels == 1 and odd.name == 'fashion_mnist/test[:3]@33'
-    assert torch.equal(odd.images[:,:,2:30,2:30], fashion_mnist('test', 3).images) and odd.images[:,:,30:].max() == 0
+    assert (torch.equal(odd.images[:,:,2:30,2:30], fashion_mnist('test', 3).images)
+            and odd.images[:,:,30:].max() == 0)
 
 def test_hash_names_the_pixels():
     a = fashion_mnist('test', 50)
     other = ImageSet(a.images.clone(), a.labels, a.classes, 'another name')
     assert a.hash == other.hash
-    other = ImageSet(a.images.clone(), a.labels, a.classes); other.images[7,0,3,3] += 1
+    other = ImageSet(a.images.clone(), a.labels, a.classes)
+    other.images[7,0,3,3] += 1
     assert a.hash != other.hash and a.hash != fashion_mnist('test', 49).hash
 
 
 # Indexing and order
 
-@pytest.mark.parametrize('i', [slice(2, 9, 3), [2,5,8], torch.tensor([2,5,8]), np.array([2,5,8]), range(2, 9, 3), [-8,-5,-2],
+@pytest.mark.parametrize('i',
+                         [slice(2, 9, 3), [2,5,8], torch.tensor([2,5,8]), np.array([2,5,8]), range(2, 9, 3),
+                          [-8,-5,-2],
                                torch.arange(10)%3 == 2])
 def test_batches_by_any_index(i):
     ds = fashion_mnist('test', 10)
@@ -93,7 +101,8 @@ def test_one_by_number_and_in_a_loop():
 @given(n=st.integers(1, 200), batch=st.integers(1, 40), seed=st.integers(0, 5), epoch=st.integers(0, 5))
 def test_loader_covers_every_index_once(n, batch, seed, epoch):
     ds = ImageSet(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(n), list(map(str, range(n))))
-    dl = loader(ds, batch, seed, drop_last=False); dl.set_epoch(epoch)
+    dl = loader(ds, batch, seed, drop_last=False)
+    dl.set_epoch(epoch)
     seen = torch.cat([y for x,y in dl])
     assert sorted(seen.tolist()) == list(range(n))
     assert seen.tolist() == torch.randperm(n, generator=make_rng(seed, 'order', epoch)).tolist()
@@ -105,7 +114,8 @@ def test_loader_leaves_the_global_generator_alone():
 
 def test_loader_with_workers_gives_the_same(folder):
     ds = ImageFolder(folder, size=8)
-    alone, helped = loader(ds, 3, seed=1), loader(ds, 3, seed=1, workers=1)
+    alone = loader(ds, 3, seed=1)
+    helped = loader(ds, 3, seed=1, workers=1)
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a,b in zip(alone, helped, strict=True))
 
 def test_loader_takes_a_foreign_data_set():
@@ -120,7 +130,8 @@ def test_accelerate_keeps_the_order():
     ours = loader(ds, 32, seed=4)
     prepared = Accelerator(cpu=True).prepare(loader(ds, 32, seed=4))
     for epoch in (0, 1, 5):
-        ours.set_epoch(epoch); prepared.set_epoch(epoch)
+        ours.set_epoch(epoch)
+        prepared.set_epoch(epoch)
         assert torch.equal(torch.cat([y for x,y in ours]), torch.cat([y.cpu() for x,y in prepared]))
 
 def test_two_processes_share_an_epoch():
@@ -128,7 +139,8 @@ def test_two_processes_share_an_epoch():
     ds = ImageSet(torch.zeros(64, 1, 1, 1, dtype=torch.uint8), torch.arange(64), list(map(str, range(64))))
     seen = []
     for rank in range(2):
-        dl = prepare_data_loader(loader(ds, 8, seed=2), num_processes=2, process_index=rank, put_on_device=False, rng_types=[])
+        dl = prepare_data_loader(loader(ds, 8, seed=2), num_processes=2, process_index=rank,
+                                 put_on_device=False, rng_types=[])
         dl.set_epoch(3)
         seen += torch.cat([y for x,y in dl]).tolist()
     order = list(EpochSampler(64, 2))
@@ -143,13 +155,16 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     for c, name in enumerate(('bird', 'ant')):
         (tmp_path/'mine'/name).mkdir(parents=True)
-        for i in range(5): Image.fromarray(rng.integers(0, 256, (12,10,3), dtype=np.uint8)).save(tmp_path/'mine'/name/f'{i}.png')
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (12,10,3),
+                                         dtype=np.uint8)).save(tmp_path/'mine'/name/f'{i}.png')
     return tmp_path/'mine'
 
 def test_folder_is_sorted_and_labelled(folder):
     ds = ImageFolder(folder, size=8)
     assert ds.classes == ['ant','bird'] and ds.labels.tolist() == [0]*5+[1]*5
-    assert [f'{p.parent.name}/{p.stem}' for p in ds.files] == [f'{c}/{i}' for c in ('ant','bird') for i in range(5)]
+    assert ([f'{p.parent.name}/{p.stem}' for p in ds.files] == [f'{c}/{i}' for c in ('ant','bird')
+                                                                for i in range(5)])
     x, y = ds[3]
     assert x.shape == (3,8,8) and y == 0 and torch.equal(ds[[3]][0][0], x)
 
@@ -158,18 +173,22 @@ def test_folder_of_images_only_is_one_class(folder):
     assert ds.classes == ['ant'] and ds[:][0].shape == (5,1,8,8)
 
 def test_hidden_files_and_loops_are_harmless(folder):
-    (folder/'.thumbs').mkdir(); (folder/'ant'/'.x.png').write_bytes(b'')
-    (folder/'ant'/'up').symlink_to(folder); (folder/'again').symlink_to(folder)
+    (folder/'.thumbs').mkdir()
+    (folder/'ant'/'.x.png').write_bytes(b'')
+    (folder/'ant'/'up').symlink_to(folder)
+    (folder/'again').symlink_to(folder)
     (folder/'ant'/'notes.txt').write_text('no image')
     assert len(ImageFolder(folder, size=8)) == 10
 
 def test_linked_class_folders_are_followed(folder, tmp_path):
-    (tmp_path/'linked').mkdir(); (tmp_path/'linked'/'bee').symlink_to(folder/'ant')
+    (tmp_path/'linked').mkdir()
+    (tmp_path/'linked'/'bee').symlink_to(folder/'ant')
     assert ImageFolder(tmp_path/'linked', size=8).classes == ['bee']
 
 def test_subset_and_load_are_one_fixed_draw(folder):
     ds = ImageFolder(folder, size=8)
-    few, many = ds.subset(4), ds.load(7)
+    few = ds.subset(4)
+    many = ds.load(7)
     assert torch.equal(to_uint8(few[:][0]), many.images[:4]) and many.name.endswith('mine[:7]')
     assert torch.equal(ds.load().images[:7], many.images)
     assert torch.equal(to_uint8(ds.subset([9])[:][0]), to_uint8(ds[[9]][0]))
@@ -178,8 +197,11 @@ def test_folder_hash_follows_names_contents_and_crop(folder):
     first = ImageFolder(folder, size=8)
     assert ImageFolder(folder, size=8).hash == first.hash != ImageFolder(folder, size=9).hash
     assert first.subset(5).hash != first.hash
-    p, when = first.files[0], first.files[0].stat()
-    raw = bytearray(p.read_bytes()); raw[-20] ^= 1; p.write_bytes(raw)
+    p = first.files[0]
+    when = first.files[0].stat()
+    raw = bytearray(p.read_bytes())
+    raw[-20] ^= 1
+    p.write_bytes(raw)
     os.utime(p, ns=(when.st_atime_ns, when.st_mtime_ns))             # same name, size and date
     assert ImageFolder(folder, size=8).hash != first.hash
 
@@ -189,7 +211,8 @@ def test_load_images_by_name(folder, tmp_path):
     assert isinstance(load_images(folder, size=8, memory=0.), ImageFolder)
     folder.rename(tmp_path/'train')
     assert len(load_images(tmp_path, 'train', size=8)) == 10
-    with pytest.raises(FileNotFoundError, match="has train and no 'test'"): load_images(tmp_path, 'test', size=8)
+    with pytest.raises(FileNotFoundError, match="has train and no 'test'"):
+        load_images(tmp_path, 'test', size=8)
 
 
 def save(tmp_path, name, image, **kwargs):
@@ -209,20 +232,25 @@ def test_transparency_lies_over_white(tmp_path):
     assert read_image(save(tmp_path, 'a.png', half)).getpixel((0,0)) == (127,)*3
     grey = Image.new('LA', (1,1), (0,0))
     assert read_image(save(tmp_path, 'b.png', grey), 1).getpixel((0,0)) == 255
-    palette = Image.new('P', (1,1), 3); palette.putpalette([0,0,0]*3+[9,8,7])
+    palette = Image.new('P', (1,1), 3)
+    palette.putpalette([0,0,0]*3+[9,8,7])
     assert read_image(save(tmp_path, 'c.png', palette)).getpixel((0,0)) == (9,8,7)
     assert read_image(save(tmp_path, 'd.png', palette, transparency=3)).getpixel((0,0)) == (255,255,255)
-    assert read_image(save(tmp_path, 'e.webp', Image.new('RGBA', (8,8), (255,0,0,0)), lossless=True)).getpixel((4,4)) == (255,255,255)
+    assert (read_image(save(tmp_path, 'e.webp', Image.new('RGBA', (8,8), (255,0,0,0)),
+                            lossless=True)).getpixel((4,4)) == (255,255,255))
 
 def test_cmyk_and_bilevel(tmp_path):
-    red = read_image(save(tmp_path, 'a.jpg', Image.new('CMYK', (16,16), (0,255,255,0)), quality=95)).getpixel((8,8))
+    red = read_image(save(tmp_path, 'a.jpg', Image.new('CMYK', (16,16), (0,255,255,0)),
+                          quality=95)).getpixel((8,8))
     assert red[0] > 240 and max(red[1:]) < 15
     assert read_image(save(tmp_path, 'b.png', Image.new('1', (2,2), 1))).getpixel((0,0)) == (255,255,255)
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp'])
 def test_exif_turns_the_picture_upright(tmp_path, suffix):
-    image = Image.new('RGB', (40,20), 'black'); image.paste('white', (0,0,20,20))       # white on the left
-    exif = Image.Exif(); exif[274] = 6                                                   # turn a quarter clockwise
+    image = Image.new('RGB', (40,20), 'black')
+    image.paste('white', (0,0,20,20))  # white on the left
+    exif = Image.Exif()
+    exif[274] = 6  # turn a quarter clockwise
     up = read_image(save(tmp_path, f'a.{suffix}', image, exif=exif))
     assert up.size == (20,40) and min(up.getpixel((10,5))) > 200 and max(up.getpixel((10,35))) < 50
 
@@ -239,8 +267,10 @@ def test_cache_types(tmp_path):
     small = TokenCache.build(tmp_path/'a', ds, levels, codebook_size=256)
     large = TokenCache.build(tmp_path/'b', ds, lambda x: levels(x)*1000, codebook_size=256_000)
     floats = TokenCache.build(tmp_path/'c', ds, lambda x: x.reshape(len(x), 49, 16).bfloat16())
-    exact = TokenCache.build(tmp_path/'d', ds, lambda x: x.reshape(len(x), 49, 16), dtype='float32', batch_size=7)
-    assert [c.array.dtype.name for c in (small, large, floats, exact)] == ['uint16','int32','float16','float32']
+    exact = TokenCache.build(tmp_path/'d', ds, lambda x: x.reshape(len(x), 49, 16), dtype='float32',
+                             batch_size=7)
+    assert ([c.array.dtype.name for c in (small, large, floats, exact)] == ['uint16','int32','float16',
+                                                                            'float32'])
     assert isinstance(small.ids, np.memmap) and small.ids.shape == (30,16)
     assert torch.equal(exact[3:5][0], ds[3:5][0].reshape(2, 49, 16)) and floats[0][0].dtype == torch.float32
     ids, y = large[[29,0]]
@@ -259,4 +289,5 @@ def test_cache_travels_to_workers(tmp_path):
     assert isinstance(copy.ids, np.memmap) and torch.equal(copy[:][0], cache[:][0])
 
 def test_labels():
-    assert check_labels(3, 10).tolist() == 3 and check_labels(torch.tensor([1,2], dtype=torch.int32), 3).dtype == torch.int64
+    assert (check_labels(3, 10).tolist() == 3
+            and check_labels(torch.tensor([1,2], dtype=torch.int32), 3).dtype == torch.int64)

@@ -19,5 +19,6 @@ def test_every_setting_is_a_parameter():
 
 def test_command_line_takes_them(tmp_path, capsys):
     "A value that is out of range is refused by the demo, not by a list of names that has fallen behind"
-    assert main(['demo', '--preset', 'smoke', '--out', str(tmp_path), '-p', 'semantic', '.1', '-p', 'end_ratio', '2']) == 2
+    assert (main(['demo', '--preset', 'smoke', '--out', str(tmp_path), '-p', 'semantic', '.1', '-p',
+                  'end_ratio', '2']) == 2)
     assert 'end_ratio must be in [0, 1], got 2.0' in capsys.readouterr().err

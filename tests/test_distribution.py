@@ -13,7 +13,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     copy = tmp_path_factory.mktemp('source')
     for name in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(ROOT/name, copy)
     shutil.copytree(ROOT/'tokkit', copy/'tokkit', ignore=shutil.ignore_patterns('__pycache__'))
-    command = [sys.executable, '-m', 'pip', 'wheel', '--disable-pip-version-check', '--no-deps', '--no-build-isolation', '-w', copy/'wheels', copy]
+    command = [sys.executable, '-m', 'pip', 'wheel', '--disable-pip-version-check', '--no-deps',
+               '--no-build-isolation', '-w', copy/'wheels', copy]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-2000:]
     return zipfile.ZipFile(next((copy/'wheels').glob('*.whl')))

@@ -15,10 +15,13 @@ from tokkit.generators import MaskedCfg, MaskedGenerator
 
 SMALL = ARCfg(n=12, codebook_size=7, classes=3, width=32, depth=2, heads=2)
 RAR = replace(SMALL, order='random', modulated=True, qk_norm=True, target_aware=True)
-MAKE = {'ar': lambda: ARGenerator(SMALL), 'rar': lambda: ARGenerator(RAR), 'levels': lambda: ARGenerator(replace(SMALL, levels=2)),
-        'masked': lambda: MaskedGenerator(MaskedCfg(n=12, codebook_size=7, classes=3, width=32, depth=2, heads=2)),
+MAKE = {'ar': lambda: ARGenerator(SMALL), 'rar': lambda: ARGenerator(RAR),
+        'levels': lambda: ARGenerator(replace(SMALL, levels=2)),
+        'masked': lambda: MaskedGenerator(MaskedCfg(n=12, codebook_size=7, classes=3, width=32, depth=2,
+                                                    heads=2)),
         'flow': lambda: FlowGenerator(FlowCfg(n=12, dim=4, classes=3, width=32, depth=2, heads=2))}
-needs_int8 = pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines, reason="this PyTorch has no FBGEMM, so no int8")
+needs_int8 = pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines,
+                                reason="this PyTorch has no FBGEMM, so no int8")
 quiet = pytest.mark.filterwarnings('ignore:this CPU has no instructions for bf16')
 
 
@@ -26,7 +29,8 @@ def make(kind, seed=0):
     "Random weights, all gates open"
     torch.manual_seed(seed)
     gen = MAKE[kind]().eval()
-    for key,p in gen.named_parameters(): nn.init.normal_(p, std=.5 if 'embed' in key or p.ndim < 2 else 1.5*p.shape[-1]**-.5)
+    for key,p in gen.named_parameters():
+        nn.init.normal_(p, std=.5 if 'embed' in key or p.ndim < 2 else 1.5*p.shape[-1]**-.5)
     return gen
 
 @pytest.fixture(scope='module', params=MAKE)
@@ -41,9 +45,11 @@ def test_int8_for_every_generator(gen):
     before = gen.fingerprint
     whole = fast(gen)
     linears = [m for m in gen.modules() if isinstance(m, nn.Linear)]
-    assert sum(isinstance(m, Int8Linear) for m in whole.modules()) == len(linears)-1 and gen.fingerprint == before != whole.fingerprint
+    assert (sum(isinstance(m, Int8Linear) for m in whole.modules()) == len(linears)-1
+            and gen.fingerprint == before != whole.fingerprint)
     out = whole.sample(labels(9), 2., rng=seeds(9))
-    assert out.shape == (9, *gen.shape) and not any(p.requires_grad for p in whole.parameters()) and not whole.training
+    assert (out.shape == (9, *gen.shape) and not any(p.requires_grad for p in whole.parameters())
+            and not whole.training)
     exact = gen.sample(labels(9), 2., rng=seeds(9))
     if gen.codebook_size: assert (out == exact).float().mean() > .4
     else: assert (out-exact).norm() < .3*exact.norm()
@@ -52,16 +58,19 @@ def test_int8_for_every_generator(gen):
 @pytest.mark.parametrize('b', [1, 7, 64])
 def test_int8_samples_do_not_depend_on_the_batch(gen, b):
     whole = fast(gen)
-    many, few = whole.sample(labels(64), 2., rng=seeds(64)), whole.sample(labels(b), 2., rng=seeds(b))
+    many = whole.sample(labels(64), 2., rng=seeds(64))
+    few = whole.sample(labels(b), 2., rng=seeds(b))
     if gen.codebook_size: assert torch.equal(few, many[:b])
-    else: torch.testing.assert_close(few, many[:b], rtol=0, atol=1e-2)            # fp32 in between rounds to another whole number now and then
+    # fp32 in between rounds to another whole number now and then
+    else: torch.testing.assert_close(few, many[:b], rtol=0, atol=1e-2)
 
 @needs_int8
 @pytest.mark.parametrize('kind', ['rar', 'masked'])
 def test_int8_keeps_the_frequencies(kind):
     gen = make(kind)
     n = 1500
-    counts = [torch.bincount(g.sample(labels(n), 1.5, rng=make_rng(s, 'frequencies')).flatten(), minlength=7).double() for g,s in ((gen, 1), (fast(gen), 2))]
+    counts = [torch.bincount(g.sample(labels(n), 1.5, rng=make_rng(s, 'frequencies')).flatten(),
+                             minlength=7).double() for g,s in ((gen, 1), (fast(gen), 2))]
     a,b = (c/c.sum() for c in counts)
     assert (a-b).abs().max() < .02, (a, b)
 
@@ -70,21 +79,26 @@ def test_keep_and_labels_as_ever(gen):
     whole = fast(gen)
     real = gen.sample(labels(5), rng=seeds(5))
     assert torch.equal(whole.sample(labels(5), keep=(real, 1.), rng=seeds(5)), real)
-    assert torch.equal(whole.sample(labels(5), keep=(real, 0.), rng=seeds(5)), whole.sample(labels(5), rng=seeds(5)))
+    assert torch.equal(whole.sample(labels(5), keep=(real, 0.), rng=seeds(5)),
+                       whole.sample(labels(5), rng=seeds(5)))
     assert whole.sample(labels(0)).shape == (0, *gen.shape)
     with pytest.raises(ValueError, match=r'labels must be in 0\.\.2'): whole.sample(labels(3)+1)
 
 def test_fp32_is_the_generator_itself(gen):
     same = fast(gen, 'fp32')
-    for _ in range(2): assert torch.equal(same.sample(labels(7), 2., rng=seeds(7)), gen.sample(labels(7), 2., rng=seeds(7)))
-    order = torch.tensor([2,0,0,1,2,1,1])                                        # the same kinds, other rows; then fewer kinds
-    for y in (order, order.clamp(max=1)): assert torch.equal(same.sample(y, 2., rng=seeds(7)), gen.sample(y, 2., rng=seeds(7)))
+    for _ in range(2):
+        assert torch.equal(same.sample(labels(7), 2., rng=seeds(7)), gen.sample(labels(7), 2., rng=seeds(7)))
+    # the same kinds, other rows; then fewer kinds
+    order = torch.tensor([2,0,0,1,2,1,1])
+    for y in (order, order.clamp(max=1)):
+        assert torch.equal(same.sample(y, 2., rng=seeds(7)), gen.sample(y, 2., rng=seeds(7)))
 
 @quiet
 def test_bf16_for_every_generator(gen):
     half = fast(gen, 'bf16')
     out,exact = (g.sample(labels(6), 2., rng=seeds(6)) for g in (half, gen))
-    assert sum(isinstance(m, FullLinear) for m in half.modules()) == 1 and next(half.blocks.parameters()).dtype == torch.bfloat16
+    assert (sum(isinstance(m, FullLinear) for m in half.modules()) == 1
+            and next(half.blocks.parameters()).dtype == torch.bfloat16)
     if gen.codebook_size: assert (out == exact).float().mean() > .4
     else: assert (out-exact).norm() < .3*exact.norm()
 
@@ -105,7 +119,8 @@ for kind,precision in ('rar', 'int8'), ('flow', 'fp32'):
 @needs_int8
 def test_compiled_blocks_change_nothing():
     "In a process of its own: the compiler cannot follow the checks of shapes that tests switch on"
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', COMPILED, str(Path(__file__).parent)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', COMPILED, str(Path(__file__).parent)],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 @pytest.mark.parametrize('kind', ['ar', 'rar', 'levels'])
@@ -118,7 +133,8 @@ def test_replayed_steps(kind, guidance, bucket):
     replayed.sampler = KeptSteps(replayed.sampler, capture=lambda step: step, bucket=bucket)
     for y in (labels(6), labels(6).flip(0), labels(6)):
         assert torch.equal(replayed.sample(y, guidance, rng=seeds(6)), gen.sample(y, guidance, rng=seeds(6)))
-    assert len(replayed.sampler.graphs) == -(-replayed.sampler.steps.length//bucket)-((gen.prefix)//bucket if bucket == 1 else 0)
+    assert (len(replayed.sampler.graphs) == -(-replayed.sampler.steps.length//bucket)-((gen.prefix)//bucket
+                                                                                       if bucket == 1 else 0))
 
 def test_kept_modulations_are_those_of_the_labels():
     gen = make('rar')
@@ -134,14 +150,23 @@ def test_ranges_name_the_last_layer_last(gen):
 
 class Plain(LatentGenerator):
     "Has neither blocks nor steps"
-    shape,classes,label_dropout,codebook_size = (4,),3,0.,5
-    def __init__(self): super().__init__(); self.inner,self.head = nn.Linear(3, 8),nn.Linear(8, 5)
+    shape = (4,)
+    classes = 3
+    label_dropout = 0.
+    codebook_size = 5
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 8)
+        self.head = nn.Linear(8, 5)
     def losses(self, latents, labels, rng=None, done=1.): return {}
-    def sample(self, labels, *args, **kwargs): return self.head(self.inner(nn.functional.one_hot(labels, 3).float())).argmax(-1)[:,None].expand(-1, 4)
+    def sample(self, labels, *args, **kwargs):
+        return self.head(self.inner(nn.functional.one_hot(labels, 3).float())).argmax(-1)[:,None].expand(-1,
+                                                                                                         4)
 
 def test_refusals_are_one_line():
     gen = Plain().eval()
-    for line,kwargs in (("precision must be one of fp32, bf16, int8, got 'fp4'", dict(precision='fp4')), ("got 'magic'", dict(compile='magic')),
+    for line,kwargs in (("precision must be one of fp32, bf16, int8, got 'fp4'", dict(precision='fp4')),
+                        ("got 'magic'", dict(compile='magic')),
                         ("made of `blocks`, and Plain has none", dict(precision='fp32', compile='aot_eager')),
                         ("graphs are CUDA graphs, and this generator is on cpu", dict(graphs=True))):
         with pytest.raises(ValueError) as e: fast(gen, **kwargs)
@@ -152,10 +177,12 @@ def test_refusals_are_one_line():
 def test_int8_goes_with_its_layers():
     from tokkit.generators.inference import _Packed
     whole = Int8Linear(nn.Linear(8, 8), -1., 1.)
-    key,other = whole.packed.key,copy.deepcopy(whole)
+    key = whole.packed.key
+    other = copy.deepcopy(whole)
     x = torch.randn(3, 8, generator=make_rng(0))
     expected = whole(x)
     del whole
-    assert torch.equal(other(x), expected) and torch.equal(torch.ops.tokkit.int8_linear(x, other.key, 8), expected)
+    assert (torch.equal(other(x), expected)
+            and torch.equal(torch.ops.tokkit.int8_linear(x, other.key, 8), expected))
     del other
     assert key not in _Packed.made

@@ -31,9 +31,12 @@ def test_intact_copy_loads(idx): assert len(fashion_mnist('test', root=idx)) == 
 
 def test_missing_file(idx):
     (idx/'t10k-labels-idx1-ubyte.gz').unlink()
-    says(FileNotFoundError, lambda: fashion_mnist('test', root=idx), 't10k-labels-idx1-ubyte.gz', 'four .gz files')
+    says(FileNotFoundError, lambda: fashion_mnist('test', root=idx), 't10k-labels-idx1-ubyte.gz',
+         'four .gz files')
 
-@pytest.mark.parametrize('damage', [lambda b: b[:-50], lambda b: b[:2000]+bytes([b[2000]^1])+b[2001:], lambda b: b'', lambda b: b'<html>'])
+@pytest.mark.parametrize('damage',
+                         [lambda b: b[:-50], lambda b: b[:2000]+bytes([b[2000]^1])+b[2001:], lambda b: b'',
+                          lambda b: b'<html>'])
 def test_damaged_file(idx, damage):
     p = idx/'t10k-labels-idx1-ubyte.gz'
     p.write_bytes(damage(p.read_bytes()))
@@ -55,7 +58,8 @@ def test_download_with_a_wrong_checksum_is_not_kept(monkeypatch, tmp_path):
     assert not list((tmp_path/'home').rglob('*.*'))
 
 def test_download_is_kept(monkeypatch, tmp_path, root):
-    monkeypatch.setattr(data.urllib.request, 'urlopen', lambda url, timeout: open(root/'data'/'fashion_mnist'/url.split('/')[-1], 'rb'))
+    monkeypatch.setattr(data.urllib.request, 'urlopen', lambda url,
+                        timeout: open(root/'data'/'fashion_mnist'/url.split('/')[-1], 'rb'))
     monkeypatch.setattr(data, '_CHECKOUT', tmp_path/'none')
     monkeypatch.setenv('TOKKIT_DATA', str(tmp_path/'home'))
     assert len(fashion_mnist('test')) == 10_000
@@ -73,7 +77,8 @@ def test_arguments(arguments, words): says(ValueError, lambda: fashion_mnist(**a
 def folder(tmp_path):
     for name in ('ant', 'bee'):
         (tmp_path/name).mkdir()
-        for i in range(3): Image.effect_noise((32,32), 50).convert('RGB').save(tmp_path/name/f'{i}.{"jpg" if i else "png"}')
+        for i in range(3):
+            Image.effect_noise((32,32), 50).convert('RGB').save(tmp_path/name/f'{i}.{"jpg" if i else "png"}')
     return tmp_path
 
 def cut(p): p.write_bytes(p.read_bytes()[:len(p.read_bytes())//2])
@@ -87,17 +92,22 @@ def test_nothing_there(tmp_path):
 def test_empty_class_and_stray_image(folder):
     (folder/'cow').mkdir()
     says(ValueError, lambda: ImageFolder(folder), 'cow holds no images')
-    (folder/'cow').rmdir(); shutil.copy(folder/'ant'/'0.png', folder/'x.png')
+    (folder/'cow').rmdir()
+    shutil.copy(folder/'ant'/'0.png', folder/'x.png')
     says(ValueError, lambda: ImageFolder(folder), '1 images (x.png', 'beside its class folders')
 
 def test_broken_images_are_named_and_counted(folder):
-    cut(folder/'ant'/'0.png'); cut(folder/'bee'/'2.jpg'); (folder/'bee'/'1.jpg').write_bytes(b'not an image')
+    cut(folder/'ant'/'0.png')
+    cut(folder/'bee'/'2.jpg')
+    (folder/'bee'/'1.jpg').write_bytes(b'not an image')
     ds = ImageFolder(folder, size=16)
-    says(OSError, lambda: ds[:], '3 of 6 images cannot be read', 'ant/0.png', 'bee/1.jpg', 'bee/2.jpg', 'skip_broken=True')
+    says(OSError, lambda: ds[:], '3 of 6 images cannot be read', 'ant/0.png', 'bee/1.jpg', 'bee/2.jpg',
+         'skip_broken=True')
     says(OSError, lambda: ds.load(), '3 of 6')
     says(OSError, lambda: ds[0], '1 of 1', 'ant/0.png')
     assert sorted(ds.check()) == [0,4,5]
-    with pytest.warns(UserWarning, match='3 of 6 images cannot be read: ant/0.png'): good = ImageFolder(folder, size=16, skip_broken=True)
+    with pytest.warns(UserWarning, match='3 of 6 images cannot be read: ant/0.png'):
+        good = ImageFolder(folder, size=16, skip_broken=True)
     assert good.labels.tolist() == [0,0,1] and good[:][0].shape == (3,3,16,16)
 
 def test_dangling_link_is_unreadable(folder):
@@ -127,7 +137,8 @@ def test_unknown_name(tmp_path):
 def test_image_set():
     images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
     says(ValueError, lambda: ImageSet(images[:,:,:1]), 'square', '(4, 1, 1, 2)')
-    says(ValueError, lambda: ImageSet(images, torch.tensor([0,1,2,3]), ['a','b']), '0..1 (2 classes)', '2 outside, first 2')
+    says(ValueError, lambda: ImageSet(images, torch.tensor([0,1,2,3]), ['a','b']), '0..1 (2 classes)',
+         '2 outside, first 2')
     says(IndexError, lambda: ImageSet(images)[4], '0..3')
     says(IndexError, lambda: ImageSet(images)[torch.tensor([True,False])], 'one entry for each of the 4')
     says(IndexError, lambda: ImageSet(images)[[.5]], 'whole numbers')
@@ -136,7 +147,8 @@ def test_image_set():
 def test_labels(labels): says(ValueError, lambda: check_labels(labels, 10), '0..9')
 
 def test_loader_without_a_batch():
-    says(ValueError, lambda: loader(fashion_mnist('test', 5), 6), 'batch_size=6 leaves no batch of 5', 'drop_last=False')
+    says(ValueError, lambda: loader(fashion_mnist('test', 5), 6), 'batch_size=6 leaves no batch of 5',
+         'drop_last=False')
 
 def test_nan_is_no_pixel(): says(ValueError, lambda: to_uint8(torch.full((2,), torch.nan)), 'NaN')
 
@@ -146,11 +158,14 @@ def test_nan_is_no_pixel(): says(ValueError, lambda: to_uint8(torch.full((2,), t
 def levels(x): return to_uint8(x).flatten(1)[:,::49].long()
 
 @pytest.fixture
-def cache(tmp_path): return TokenCache.build(tmp_path/'cache', fashion_mnist('test', 20), levels, key='made by A').folder
+def cache(tmp_path):
+    return TokenCache.build(tmp_path/'cache', fashion_mnist('test', 20), levels, key='made by A').folder
 
 def test_another_key(cache):
-    says(ValueError, lambda: TokenCache.open(cache, 'made by B'), "'made by A'", "expected 'made by B'", 'delete the folder')
-    says(ValueError, lambda: TokenCache.build(cache, fashion_mnist('test', 20), levels, key='made by B'), "'made by A'")
+    says(ValueError, lambda: TokenCache.open(cache, 'made by B'), "'made by A'", "expected 'made by B'",
+         'delete the folder')
+    says(ValueError, lambda: TokenCache.build(cache, fashion_mnist('test', 20), levels, key='made by B'),
+         "'made by A'")
 
 @pytest.mark.parametrize('file', ['tokens.npy', 'labels.npy'])
 @pytest.mark.parametrize('damage', [lambda b: b[:-3], lambda b: b[:-1]+bytes([b[-1]^1]), lambda b: b''])
@@ -178,13 +193,15 @@ def test_incomplete_cache(cache, tmp_path):
     (lambda x: levels(x)[:-1], {}, ['19 rows for 20 images']),
     (levels, dict(dtype='int8'), ["got 'int8'"])])
 def test_bad_codes_leave_nothing(tmp_path, encode, arguments, words):
-    says(ValueError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), encode, **arguments), *words)
+    says(ValueError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), encode, **arguments),
+         *words)
     assert not list(tmp_path.iterdir())
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(path, o): raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(token_cache, 'write_json', full)
-    says(OSError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), levels), 'No space left on device')
+    says(OSError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), levels),
+         'No space left on device')
     assert not list(tmp_path.iterdir())
 
 def test_latents_are_not_ids(cache, tmp_path):

@@ -19,7 +19,8 @@ def ruled(names:dict) -> dict:
     "Weights that follow the rule by which `golden/timm_vit.npz` was made"
     out = {}
     for i,(k,shape) in enumerate(sorted(names.items())):
-        v = .15*np.sin(np.arange(int(np.prod(shape)), dtype=np.float64)**1.1*1.3+i)+('norm' in k and k.endswith('weight'))
+        v = (.15*np.sin(np.arange(int(np.prod(shape)), dtype=np.float64)**1.1*1.3+i)
+             +('norm' in k and k.endswith('weight')))
         out[k] = torch.from_numpy(v.reshape(shape)).float()
     return out
 
@@ -30,7 +31,8 @@ def recorded(what:str) -> tuple[dict, torch.Tensor]:
 
 
 IMAGES = torch.from_numpy(np.sin(np.arange(2*3*42*42, dtype=np.float64)*.37).reshape(2, 3, 42, 42)).float()
-MAKE = {'dinov2': dinov2, 'resized': dinov2, 'clip': clip, 'clip-gelu': lambda w, size: clip(w, size, quick_gelu=False)}
+MAKE = {'dinov2': dinov2, 'resized': dinov2, 'clip': clip, 'clip-gelu': lambda w,
+        size: clip(w, size, quick_gelu=False)}
 
 
 @pytest.mark.parametrize('what', MAKE)
@@ -39,12 +41,14 @@ def test_the_features_are_timms(what):
     eye = MAKE[what](weights, 42)
     with torch.no_grad(): ours = eye.module(IMAGES)
     assert torch.allclose(ours, theirs, atol=2e-5*theirs.abs().max()), (ours-theirs).abs().max()
-    assert eye.name == {'dinov2': 'dinov2', 'resized': 'dinov2', 'clip': 'clip', 'clip-gelu': 'clip'}[what]+'.w128d2p14'+'-gelu'*(what == 'clip-gelu')+'@42'
+    assert (eye.name == {'dinov2': 'dinov2', 'resized': 'dinov2', 'clip': 'clip', 'clip-gelu': 'clip'}[what]
+            +'.w128d2p14'+'-gelu'*(what == 'clip-gelu')+'@42')
 
 
 def test_the_two_activations_of_clip_differ():
     weights, theirs = recorded('clip')
-    with torch.no_grad(): assert not torch.allclose(clip(weights, 42, quick_gelu=False).module(IMAGES), theirs, atol=1e-3)
+    with torch.no_grad():
+        assert not torch.allclose(clip(weights, 42, quick_gelu=False).module(IMAGES), theirs, atol=1e-3)
 
 
 def test_a_file_is_found_by_its_name(tmp_path, monkeypatch):
@@ -55,13 +59,16 @@ def test_a_file_is_found_by_its_name(tmp_path, monkeypatch):
     assert get_extractor('clip.w128d2p14@42').prepare.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
     assert get_extractor('clip.w128d2p14@42').prepare.std.flatten().tolist() == pytest.approx(CLIP_STD)
     save_file(recorded('dinov2')[0], tmp_path/'dinov2_vitb14.safetensors')
-    with pytest.raises(ValueError, match=r'holds dinov2.w128d2p14@224, not dinov2.vitb14@224'): get_extractor('dinov2')
+    with pytest.raises(ValueError, match=r'holds dinov2.w128d2p14@224, not dinov2.vitb14@224'):
+        get_extractor('dinov2')
 
 
 @pytest.mark.parametrize('name', ['dinov2', 'dinov2.vitl14@224', 'clip', 'clip.vitb16-gelu@224'])
 def test_absent_weights_are_named(name, tmp_path, monkeypatch):
     monkeypatch.setenv('TOKKIT_DATA', str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"wants its weights there as safetensors in timm's names") as e: get_extractor(name)
+    with pytest.raises(FileNotFoundError,
+                       match=r"wants its weights there as safetensors in timm's names") as e:
+        get_extractor(name)
     assert '\n' not in str(e.value) and str(tmp_path) in str(e.value) and name.split('.')[0] in str(e.value)
 
 
@@ -88,25 +95,31 @@ def test_a_damaged_file(tmp_path):
     with pytest.raises(ValueError, match='damaged or no safetensors file'): dinov2(tmp_path/'w.safetensors')
 
 
-@pytest.mark.parametrize('mode,pil', [('bilinear', Image.Resampling.BILINEAR), ('bicubic', Image.Resampling.BICUBIC)])
+@pytest.mark.parametrize('mode,pil',
+                         [('bilinear', Image.Resampling.BILINEAR), ('bicubic', Image.Resampling.BICUBIC)])
 @pytest.mark.parametrize('side,size', [(28, 42), (64, 42)])
 def test_resizing_is_pillows(mode, pil, side, size):
-    u = np.random.default_rng(0).integers(80, 176, (side, side, 3), dtype=np.uint8)   # no clipping between Pillow's two passes
+    # no clipping between Pillow's two passes
+    u = np.random.default_rng(0).integers(80, 176, (side, side, 3), dtype=np.uint8)
     theirs = torch.from_numpy(np.array(Image.fromarray(u).resize((size, size), pil))).permute(2, 0, 1)/255
     ours = _Prepare(size, (0., 0., 0.), (1., 1., 1.), mode)(torch.from_numpy(u).permute(2, 0, 1)[None]/255)[0]
     off = (ours-theirs).abs()
     assert off.mean() < .6/255 and off.max() < 2.5/255      # Pillow rounds to bytes, twice
 
 
-def seen(name='seen', **kw): return FeatureExtractor(name, nn.AdaptiveAvgPool2d(2), mean=(0.,)*3, std=(1.,)*3, **kw)
+def seen(name='seen', **kw):
+    return FeatureExtractor(name, nn.AdaptiveAvgPool2d(2), mean=(0.,)*3, std=(1.,)*3, **kw)
 
 GOOD = torch.zeros(3, 1, 4, 4)
 @pytest.mark.parametrize('x,words', [
     (GOOD+255, r'expected images in \[-1,1\], got numbers from 255 to 255'),
     (from_uint8(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))*100, 'got numbers from -100 to -100'),
     (GOOD/0, 'NaN'), (GOOD+float('inf'), 'NaN or infinity'), (GOOD.byte(), 'torch.uint8'),
-    (GOOD[0], r'\(b c h w\) in \[-1,1\], got \(1, 4, 4\)'), (GOOD.expand(-1, 2, -1, -1), 'with 1 or 3 channels'),
-    (GOOD[:0], 'at least one image'), ([GOOD, torch.zeros(1, 3, 4, 4)], r'of one shape \(c h w\), got \(1, 4, 4\) and then \(3, 4, 4\)'), ([], 'at least one image'),
+    (GOOD[0], r'\(b c h w\) in \[-1,1\], got \(1, 4, 4\)'),
+                                     (GOOD.expand(-1, 2, -1, -1), 'with 1 or 3 channels'),
+    (GOOD[:0], 'at least one image'), ([GOOD, torch.zeros(1, 3, 4, 4)], r'of one shape \(c h w\), got \(1, '
+                                                                        r'4, 4\) and then \(3, 4, 4\)'),
+                                     ([], 'at least one image'),
     ([GOOD, torch.zeros(1, 1, 5, 5)], r'of one shape'),
 ])
 def test_images_that_are_none(x, words):
@@ -115,7 +128,8 @@ def test_images_that_are_none(x, words):
 
 
 def test_one_bad_pixel_is_enough():
-    x = torch.zeros(100, 1, 4, 4); x[99, 0, 3, 3] = float('nan')
+    x = torch.zeros(100, 1, 4, 4)
+    x[99, 0, 3, 3] = float('nan')
     with pytest.raises(ValueError, match='NaN'): extract(seen(), x, 'cpu')
 
 
@@ -129,9 +143,13 @@ def test_a_list_of_batches_is_not_a_set():
     assert sum(map(len, chunks((x[:3], x[3:9]), 4))) == 9
 
 
-@pytest.mark.parametrize('module,got', [(nn.Flatten(0), r'got \(576,\)'), (type('Pair', (nn.Module,), dict(forward=lambda self, x: (x, x)))(), 'got tuple')])
+@pytest.mark.parametrize('module,got',
+                         [(nn.Flatten(0), r'got \(576,\)'),
+                          (type('Pair', (nn.Module,), dict(forward=lambda self, x: (x, x)))(), 'got tuple')])
 def test_what_is_no_features(module, got):
-    with pytest.raises(ValueError, match=rf'mine: expected features \(b d\) or maps \(b d h w\) for 3 images, {got}'): FeatureExtractor('mine', module, 8)(GOOD)
+    with pytest.raises(ValueError, match=r'mine: expected features \(b d\) or maps \(b d h w\) for 3 '
+                                         rf'images, {got}'):
+        FeatureExtractor('mine', module, 8)(GOOD)
 
 
 def net():
@@ -148,7 +166,8 @@ CHANGES = {
 }
 @pytest.mark.parametrize('what', CHANGES)
 def test_a_fingerprint_sees(what):
-    a, b = net(), net()
+    a = net()
+    b = net()
     assert fingerprint(a) == fingerprint(b)
     CHANGES[what](b)
     assert fingerprint(a) != fingerprint(b)
@@ -158,16 +177,24 @@ def test_a_fingerprint_sees_code_and_preprocessing_but_no_name():
     def own(forward, **held): return type('Own', (nn.Module,), dict(forward=forward, **held))()
     assert fingerprint(own(lambda self, x: x+1)) == fingerprint(own(lambda self, x: x+1))
     assert fingerprint(own(lambda self, x: x+1)) != fingerprint(own(lambda self, x: x+2))
-    assert fingerprint(own(lambda self, x: self.p, p=property(lambda self: 1))) != fingerprint(own(lambda self, x: self.p, p=property(lambda self: 2)))
-    assert fingerprint(own(lambda self, x: [y+1 for y in x])) != fingerprint(own(lambda self, x: [y+2 for y in x]))
-    prints = [seen(**kw).fingerprint for kw in ({}, dict(size=32), dict(size=64), dict(size=32, resize='bicubic'))]
+    assert (fingerprint(own(lambda self, x: self.p,
+                            p=property(lambda self: 1))) != fingerprint(own(lambda self, x: self.p,
+                                                                            p=property(lambda self: 2))))
+    assert (fingerprint(own(lambda self, x: [y+1 for y in x])) != fingerprint(own(lambda self,
+                                                                                  x: [y+2 for y in x])))
+    prints = [seen(**kw).fingerprint
+              for kw in ({}, dict(size=32), dict(size=64), dict(size=32, resize='bicubic'))]
     assert len(set(prints)) == 4 and seen('another name').fingerprint == prints[0]
 
 
 def test_a_fingerprint_is_the_same_in_every_process():
-    code = "from tokkit.features import efficientnet_lite0 as f; print(f(3, 32).fingerprint, f(3, 64).fingerprint)"
-    def said(seed): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ|{'PYTHONHASHSEED': seed}).stdout.split()
-    a, b = said('1'), said('7')
+    code = ("from tokkit.features import efficientnet_lite0 as f; print(f(3, 32).fingerprint, f(3, "
+            "64).fingerprint)")
+    def said(seed):
+        return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                              env=os.environ|{'PYTHONHASHSEED': seed}).stdout.split()
+    a = said('1')
+    b = said('7')
     assert a == b and a[0] != a[1]
 
 
@@ -198,8 +225,11 @@ print(*[fingerprint(Own(a)) for a in acts])
 
 def test_settings_of_any_kind_have_no_address():
     "Functions of every kind, objects and sets: alike in two processes whose memory and order of sets differ, and all of them told apart"
-    def said(seed): return subprocess.run([sys.executable, '-c', SETTINGS], capture_output=True, text=True, check=True, env=os.environ|{'PYTHONHASHSEED': seed}).stdout.split()
-    a, b = said('1'), said('7')
+    def said(seed):
+        return subprocess.run([sys.executable, '-c', SETTINGS], capture_output=True, text=True, check=True,
+                              env=os.environ|{'PYTHONHASHSEED': seed}).stdout.split()
+    a = said('1')
+    b = said('7')
     assert a == b and len(a) == len(set(a)) == 35
 
 
@@ -209,6 +239,7 @@ def test_a_layer_used_twice_is_not_one_used_once():
 
 
 def test_bicubic_does_not_leave_the_range():
-    u = torch.zeros(1, 1, 8, 8); u[..., 4:] = 1
+    u = torch.zeros(1, 1, 8, 8)
+    u[..., 4:] = 1
     x = _Prepare(24, (0.,), (1.,), 'bicubic')(u)
     assert x.min() == 0 and x.max() == 1

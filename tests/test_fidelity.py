@@ -23,8 +23,10 @@ def inside(points, centres, k):
 def test_precision_recall_by_brute_force(k):
     real, fake = sets()
     got = precision_recall(real, fake, k)
-    assert got.precision == pytest.approx(inside(fake, real, k).any(1).mean()) and got.recall == pytest.approx(inside(real, fake, k).any(1).mean())
-    assert precision_recall(real, real+1000) == (0., 0.) and precision_recall(torch.from_numpy(real), real) == (1., 1.)
+    assert (got.precision == pytest.approx(inside(fake, real, k).any(1).mean())
+            and got.recall == pytest.approx(inside(real, fake, k).any(1).mean()))
+    assert (precision_recall(real, real+1000) == (0., 0.)
+            and precision_recall(torch.from_numpy(real), real) == (1., 1.))
 
 
 @pytest.mark.parametrize('k', [1, 5, 10])
@@ -32,7 +34,8 @@ def test_density_coverage_by_brute_force(k):
     real, fake = sets()
     table = inside(fake, real, k)
     got = density_coverage(real, fake, k)
-    assert got.density == pytest.approx(table.sum()/(k*len(fake))) and got.coverage == pytest.approx(table.any(0).mean())
+    assert (got.density == pytest.approx(table.sum()/(k*len(fake)))
+            and got.coverage == pytest.approx(table.any(0).mean()))
 
 
 def test_far_from_the_origin():
@@ -51,7 +54,9 @@ def test_strips_change_nothing(monkeypatch):
 
 def test_expected_values_of_equal_distributions():
     "Whatever the features are: density 1, coverage by counting orders"
-    rng, n, k = np.random.default_rng(0), 200, 5
+    rng = np.random.default_rng(0)
+    n = 200
+    k = 5
     got = np.array([density_coverage(rng.normal(size=(n, 8)), rng.normal(size=(n, 8)), k) for _ in range(40)])
     want = 1-np.prod([(n-i)/(2*n-i) for i in range(1, k+1)])
     assert np.allclose(got.mean(0), [1, want], atol=.04)
@@ -62,12 +67,14 @@ def test_inception_score_closed_forms():
     assert inception_score(np.full((20, 4), .25), 2) == pytest.approx((1, 0, 0), abs=1e-9)
     p = np.array([[.9, .1], [.2, .8]])
     m = p.mean(0)
-    assert inception_score(p, 1).value == pytest.approx(np.exp((p*np.log(p/m)).sum(1).mean())) and inception_score(p, 1).se is None
+    assert (inception_score(p, 1).value == pytest.approx(np.exp((p*np.log(p/m)).sum(1).mean()))
+            and inception_score(p, 1).se is None)
 
 
 @pytest.mark.parametrize('splits', [1, 4, 10])
 def test_inception_score_matches_torchmetrics(splits, monkeypatch):
-    image = pytest.importorskip('torchmetrics.image.inception', reason="torchmetrics is not installed: pip install 'tokkit-lab[dev]'")
+    image = pytest.importorskip('torchmetrics.image.inception', reason="torchmetrics is not installed: pip "
+                                                                       "install 'tokkit-lab[dev]'")
     logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))*2
     theirs = image.InceptionScore(feature=torch.nn.Identity(), splits=splits)
     theirs.features = [logits]
@@ -76,7 +83,9 @@ def test_inception_score_matches_torchmetrics(splits, monkeypatch):
     mean, std = theirs.compute()
     got = inception_score(logits.softmax(1), splits)
     assert got.value == pytest.approx(float(mean), rel=1e-5)
-    if splits > 1: assert got.spread == pytest.approx(float(std), rel=1e-3) and got.se == pytest.approx(got.spread/splits**.5)
+    if splits > 1:
+        assert (got.spread == pytest.approx(float(std), rel=1e-3)
+                and got.se == pytest.approx(got.spread/splits**.5))
 
 
 def test_images_in_the_order_of_their_classes():

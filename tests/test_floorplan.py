@@ -7,7 +7,8 @@ import pytest
 from test_site import builder
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, PACKAGE = ROOT/'nbs', ROOT/'tokkit'
+NBS = ROOT/'nbs'
+PACKAGE = ROOT/'tokkit'
 HOUSE = list(builder().HOUSE)        # from the ground up
 
 
@@ -30,7 +31,8 @@ def number(module:str) -> str: return PAGES[module].split('/')[-1][:2]
 @cache
 def imported(module:str) -> set[str]:
     "What a module imports of tokkit, anywhere in it: modules, or whole folders"
-    found, package = set(), ['tokkit', *module.split('.')[:-1]]
+    found = set()
+    package = ['tokkit', *module.split('.')[:-1]]
     for node in ast.walk(ast.parse(file_of(module).read_text(encoding='utf-8'))):
         if isinstance(node, ast.ImportFrom):
             above = package[:len(package)-node.level+1] if node.level else []
@@ -47,10 +49,12 @@ def test_arrows_point_down(module):
     folder = module.split('.')[0]
     for other in imported(module):
         if other.split('.')[0] != folder:
-            assert floor(other) < floor(module), f"{module} imports {other}, which lies above it; from the ground up: {', '.join(HOUSE)}"
+            assert floor(other) < floor(module), (f"{module} imports {other}, which lies above it; from the "
+                                                  f"ground up: {', '.join(HOUSE)}")
         else:
             assert other in PAGES, f"{module} imports its own folder {other}: name the module"
-            assert number(other) < number(module), f"{module} ({number(module)}) imports {other} ({number(other)}) of the same folder"
+            assert number(other) < number(module), (f"{module} ({number(module)}) imports {other} "
+                                                    f"({number(other)}) of the same folder")
 
 
 @pytest.mark.parametrize('module', PAGES)
@@ -63,7 +67,8 @@ def test_notebook_mirrors_module(module):
 @pytest.mark.parametrize('module', PAGES)
 def test_one_idea(module):
     "Statements, not lines: nobody gains by packing"
-    count = sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(file_of(module).read_text(encoding='utf-8'))))
+    count = sum(isinstance(node, ast.stmt)
+                for node in ast.walk(ast.parse(file_of(module).read_text(encoding='utf-8'))))
     assert count <= 220, f"{module} has {count} statements (limit 220): which two ideas are in it?"
 
 
@@ -72,7 +77,8 @@ def test_folders(folder):
     "Each offers the public names of all its modules, in their order; no two modules share a name"
     modules = [m for m in PAGES if m.startswith(folder+'.')]
     assert len(modules) <= 12, f"{folder} holds {len(modules)} modules (limit 12)"
-    offered = re.findall(r'^from \.(\w+) import \*$', (PACKAGE/folder/'__init__.py').read_text(encoding='utf-8'), re.M)
+    offered = re.findall(r'^from \.(\w+) import \*$',
+                         (PACKAGE/folder/'__init__.py').read_text(encoding='utf-8'), re.M)
     assert [f'{folder}.{m}' for m in offered] == modules
     seen = {}
     for module in modules:
@@ -83,18 +89,22 @@ def test_folders(folder):
 
 def public_names(module:str) -> list[str]:
     for node in ast.parse(file_of(module).read_text(encoding='utf-8')).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__': return ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__':
+            return ast.literal_eval(node.value)
     return []
 
 
 def test_every_module_has_a_notebook():
-    there = {p.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.') for p in PACKAGE.rglob('*.py')
+    there = {p.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')
+             for p in PACKAGE.rglob('*.py')
              if p.name not in ('__init__.py', '_modidx.py', '__main__.py')}
-    assert there == set(PAGES), f"in tokkit/ but from no notebook, or the other way round: {sorted(there ^ set(PAGES))}"
+    assert there == set(PAGES), ("in tokkit/ but from no notebook, or the other way round: "
+                                 f"{sorted(there ^ set(PAGES))}")
 
 
 def test_every_folder_is_in_the_house():
-    there = {p.name for p in PACKAGE.iterdir() if (p/'__init__.py').is_file()} | {m for m in PAGES if '.' not in m}
+    there = ({p.name for p in PACKAGE.iterdir() if (p/'__init__.py').is_file()}
+             | {m for m in PAGES if '.' not in m})
     assert there == set(HOUSE)
 
 

@@ -3,7 +3,8 @@ import os
 
 from kill_demo import check
 
-SMALL = [word for k, v in dict(train_images=300, n=100, n_pfid=100, pairs=150, bootstrap=4).items() for word in ('-p', k, str(v))]
+SMALL = [word for k, v in dict(train_images=300, n=100, n_pfid=100, pairs=150, bootstrap=4).items()
+         for word in ('-p', k, str(v))]
 
 
 def test_killed_in_one_stage(tmp_path, capsys):

@@ -13,5 +13,6 @@ def test_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'Tokeniser'"): tokkit.Tokeniser
 
 def test_importing_tokkit_imports_no_torch():
-    done = subprocess.run([sys.executable, '-c', 'import sys, tokkit; print("torch" in sys.modules)'], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, '-c', 'import sys, tokkit; print("torch" in sys.modules)'],
+                          capture_output=True, text=True, check=True)
     assert done.stdout.strip() == 'False'

@@ -10,54 +10,66 @@ NBS = ROOT/'nbs'
 ALL = [str(p.relative_to(NBS)) for p in sorted(NBS.rglob('*.ipynb'))
        if not any(part.startswith(('_', '.')) for part in p.relative_to(NBS).parts)]
 CORE = [n for n in ALL if '#| default_exp' in (NBS/n).read_text(encoding='utf-8')]     # they export a module
-BARE = [n for n in ALL if n.startswith(('experiments/', 'benchmarks/'))]  # papermill sources: parameters, no outputs
+# papermill sources: parameters, no outputs
+BARE = [n for n in ALL if n.startswith(('experiments/', 'benchmarks/'))]
 
 
 @cache
 def cells(name:str) -> list[dict]: return json.loads((NBS/name).read_text(encoding='utf-8'))['cells']
 def source(cell:dict) -> str: return ''.join(cell['source'])
-def is_export(cell:dict) -> bool: return cell['cell_type'] == 'code' and bool(re.search(r'^#\|\s*exports?i?\b', source(cell), re.M))
+def is_export(cell:dict) -> bool:
+    return cell['cell_type'] == 'code' and bool(re.search(r'^#\|\s*exports?i?\b', source(cell), re.M))
 def text(name:str) -> str: return '\n'.join(map(source, cells(name)))
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_form(name):
     first = next(c for c in cells(name) if c['cell_type'] == 'markdown')
-    assert re.fullmatch(r'# \S.*\n\n> \S.*', source(first)), f"{name}: the first markdown cell must be `# name`, an empty line, `> one-line promise`, and nothing else, for the site drops the rest"
+    assert re.fullmatch(r'# \S.*\n\n> \S.*', source(first)), (f"{name}: the first markdown cell must be `# "
+                                                              "name`, an empty line, `> one-line promise`, "
+                                                              "and nothing else, for the site drops the rest")
     size = (NBS/name).stat().st_size
     assert size <= 300_000, f"{name} has {size/1000:.0f} kB (limit 300): fewer or smaller pictures"
-    shown = any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for c in cells(name) for o in c.get('outputs', []))
+    shown = any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for c in cells(name)
+                for o in c.get('outputs', []))
     widgets = json.loads((NBS/name).read_text(encoding='utf-8'))['metadata'].get('widgets')
-    assert shown or not widgets, f"{name}: a saved widget state that no output shows (progress bars?): delete metadata.widgets"
+    assert shown or not widgets, (f"{name}: a saved widget state that no output shows (progress bars?): "
+                                  "delete metadata.widgets")
     counted = [c['id'] for c in cells(name) if c.get('execution_count')]
     assert not counted, f"{name}: execution counts in {counted}; run nbdev_clean"
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_knows_no_machine(name):
-    found = re.findall(r'(?:/(?:tmp|home|root|work|mnt|Users)/|[A-Z]:\\\\Users)[^\s\'"]*', (NBS/name).read_text(encoding='utf-8'))
+    found = re.findall(r'(?:/(?:tmp|home|root|work|mnt|Users)/|[A-Z]:\\\\Users)[^\s\'"]*',
+                       (NBS/name).read_text(encoding='utf-8'))
     assert not found, f"{name} holds paths of some machine: {found[:3]}"
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_pictures_have_words(name):
     prose = '\n'.join(source(c) for c in cells(name) if c['cell_type'] == 'markdown')
-    mute = [m[0] for m in re.finditer(r'!\[([^\]]*)\]\([^)]*\)(\{[^}]*\})?', prose) if not m[1].strip() and 'alt=' not in (m[2] or '')]
+    mute = [m[0] for m in re.finditer(r'!\[([^\]]*)\]\([^)]*\)(\{[^}]*\})?', prose) if not m[1].strip()
+            and 'alt=' not in (m[2] or '')]
     assert not mute, f"{name}: pictures without alternative text: {mute}"
 
 
 @pytest.mark.parametrize('name', [n for n in ALL if n not in BARE])
 def test_pictures_are_small(name):
-    sizes = [len(''.join(o['data']['image/png']))*3/4/1000 for c in cells(name) for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
-    assert all(s <= 60 for s in sizes), f"{name}: a picture of {max(sizes):.0f} kB (limit 60): dpi 72, fewer images"
+    sizes = [len(''.join(o['data']['image/png']))*3/4/1000 for c in cells(name) for o in c.get('outputs', [])
+             if 'image/png' in o.get('data', {})]
+    assert all(s <= 60 for s in sizes), (f"{name}: a picture of {max(sizes):.0f} kB (limit 60): dpi 72, "
+                                         "fewer images")
     limit = 3 if name in CORE else 12
     assert len(sizes) <= limit, f"{name}: {len(sizes)} saved pictures (limit {limit})"
 
 
 @pytest.mark.parametrize('name', BARE)
 def test_experiments_are_bare(name):
-    assert any('parameters' in c['metadata'].get('tags', []) for c in cells(name)), f"{name}: no cell is tagged `parameters`"
-    assert not any(c.get('outputs') for c in cells(name)), f"{name}: saved outputs in a notebook that papermill runs; clear them"
+    assert any('parameters' in c['metadata'].get('tags', [])
+               for c in cells(name)), (f"{name}: no cell is tagged `parameters`")
+    assert not any(c.get('outputs') for c in cells(name)), (f"{name}: saved outputs in a notebook that "
+                                                            "papermill runs; clear them")
 
 
 @pytest.mark.parametrize('name', CORE)
@@ -65,15 +77,19 @@ def test_core_pages_teach(name):
     exported = [source(c) for c in cells(name) if is_export(c)]
     public = [o.name for s in exported for o in ast.parse(re.sub(r'^\s*[%!].*', '', s, flags=re.M)).body
               if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and not o.name.startswith('_')]
-    lessons = [c for c in cells(name) if c['cell_type'] == 'code' and not is_export(c) and re.search(r'\btest_\w+\(|\bassert\b', source(c))]
+    lessons = [c for c in cells(name) if c['cell_type'] == 'code' and not is_export(c)
+               and re.search(r'\btest_\w+\(|\bassert\b', source(c))]
     assert lessons or not public, f"{name}: no lesson cell for {public}"
     if not name.startswith('cli/'):
         loud = [s.splitlines()[0] for s in exported if re.search(r'(?<![\w.])print\(', s)]
         assert not loud, f"{name}: print( in exported code; return it, or show a bar"
-    mixed = [s for s in exported if re.search(r'^(from \S+ import|import) ', s, re.M) and re.search(r'^(def|class|@)', s, re.M)]
-    assert not mixed, f"{name}: imports stand in a cell of their own (the documentation runs import cells alone): {mixed[0][:80]!r}"
+    mixed = [s for s in exported if re.search(r'^(from \S+ import|import) ', s, re.M)
+             and re.search(r'^(def|class|@)', s, re.M)]
+    assert not mixed, (f"{name}: imports stand in a cell of their own (the documentation runs import cells "
+                       f"alone): {mixed[0][:80]!r}")
     last = [source(c) for c in cells(name) if c['cell_type'] == 'markdown'][-1]
-    assert '**Used by**' in last, f"{name}: ends without the line `**Used by** ... · **Related how-to** ... · **Related experiment** ...`"
+    assert '**Used by**' in last, (f"{name}: ends without the line `**Used by** ... · **Related how-to** ... "
+                                   "· **Related experiment** ...`")
 
 
 def test_lessons_are_many():

@@ -24,14 +24,17 @@ def close(got, want, tolerance=1e-5):
 def tokens(z): return rearrange(z, 'b d h w -> b (h w) d')
 
 
-@pytest.mark.parametrize('name', ['vq.safetensors', 'perturbation.safetensors', 'ema.safetensors', 'cfg_schedule.npz'])
+@pytest.mark.parametrize('name',
+                         ['vq.safetensors', 'perturbation.safetensors', 'ema.safetensors',
+                          'cfg_schedule.npz'])
 def test_golden_values_are_the_recorded_ones(name, fixtures):
     assert (GOLDEN/name).read_bytes() == (fixtures/name).read_bytes()
 
 
 @pytest.mark.parametrize('form', ['norm', 'raw'])
 def test_vector_quantizer(form):
-    r = {k.removeprefix(f'{form}.'):v for k,v in load_file(GOLDEN/'vq.safetensors').items() if k.startswith(form)}
+    r = {k.removeprefix(f'{form}.'):v for k,v in load_file(GOLDEN/'vq.safetensors').items()
+         if k.startswith(form)}
     vq = VectorQuantizer(16, 4, l2_norm=form == 'norm').train()
     vq.embedding.weight.data = r['embedding'].clone()
     for i in range(3):
@@ -39,12 +42,16 @@ def test_vector_quantizer(form):
         z = tokens(now['z']).clone().requires_grad_()
         q = vq(z)
         assert torch.equal(q.ids.flatten(), now['indices'])
-        close(q.zq.detach(), tokens(now['z_q'])); close(q.codebook_loss, now['vq_loss']); close(q.commitment_loss, now['commit_loss'])
+        close(q.zq.detach(), tokens(now['z_q']))
+        close(q.codebook_loss, now['vq_loss'])
+        close(q.commitment_loss, now['commit_loss'])
         close(vq.usage, now['ema_hits'])
-        assert 100*codebook_usage(vq.usage/50, margin=0)[0] == 100          # every code is counted, none twice
+        # every code is counted, none twice
+        assert 100*codebook_usage(vq.usage/50, margin=0)[0] == 100
         used = (vq.usage >= .08*50/16).float().mean()*100
         close(used, now['usage_percent'][0])
-        for loss,of,want in ((q.commitment_loss, z, tokens(now['grad_z_commit'])), (q.codebook_loss, vq.embedding.weight, now['grad_E_vq']),
+        for loss,of,want in ((q.commitment_loss, z, tokens(now['grad_z_commit'])),
+                             (q.codebook_loss, vq.embedding.weight, now['grad_E_vq']),
                              ((q.zq*tokens(now['w'])).sum(), z, tokens(now['grad_z_ste']))):
             close(torch.autograd.grad(loss, of, retain_graph=True)[0], want, 1e-4)
 
@@ -67,13 +74,15 @@ def test_perturbation_of_the_released_code(case, monkeypatch):
     assert torch.equal(clean.ids.flatten(), r['nearest'])
     monkeypatch.setattr(torch, 'rand', lambda *a, **k: r['rand'].view(5, 9))
     monkeypatch.setattr(torch, 'randint', lambda *a, **k: r['randint'].view(5, 9))
-    ids = perturb_codes(clean.ids, vq.codebook, config['alpha'], config['delta'], config['beta'], z=z, **OFFICIAL)
+    ids = perturb_codes(clean.ids, vq.codebook, config['alpha'], config['delta'], config['beta'], z=z,
+                        **OFFICIAL)
     chosen = torch.arange(5) < config['n_perturbed_images']
     assert torch.equal(ids, torch.where(chosen[:,None], r['picked'].view(5, 9), clean.ids))
     plug = LatentPerturbation(config['alpha'], config['beta'], config['delta'], **OFFICIAL)
     out = plug(z, clean, vq.codebook)
     close(out.zq.detach(), tokens(r['out']))
-    grad_z,grad_codes = torch.autograd.grad((out.zq*tokens(r['w'])).sum(), (raw, vq.embedding.weight), allow_unused=True)
+    grad_z,grad_codes = torch.autograd.grad((out.zq*tokens(r['w'])).sum(), (raw, vq.embedding.weight),
+                                            allow_unused=True)
     close(grad_z, tokens(r['grad_z']), 1e-4)
     assert grad_codes is None or not grad_codes.any()
 
@@ -89,7 +98,8 @@ def test_annealing():
     r = json.loads((GOLDEN/'annealing.json').read_text())
     full = LatentPerturbation(alpha=1., beta=.1, delta=100, annealing=Annealing(40, 120, .5))
     at = [full.at(e) for e in range(len(r['main.alpha']))]
-    assert np.allclose([p.alpha for p in at], r['main.alpha'], atol=1e-9) and [p.delta for p in at] == r['main.delta']
+    assert (np.allclose([p.alpha for p in at], r['main.alpha'], atol=1e-9)
+            and [p.delta for p in at] == r['main.delta'])
     assert np.allclose([Annealing(100, 100, .5)(e) for e in range(len(r['post.ratio']))], r['post.ratio'])
     assert np.allclose([Annealing()(e) for e in range(len(r['main.ratio']))], r['main.ratio'])
 

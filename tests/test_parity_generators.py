@@ -12,7 +12,8 @@ from tokkit.core import make_rng
 from tokkit.generators import Guidance, drop_labels
 
 
-def near(got, want, rel=1e-5): assert (got-want).abs().max() <= rel*want.abs().max(), (got-want).abs().max()/want.abs().max()
+def near(got, want, rel=1e-5):
+    assert (got-want).abs().max() <= rel*want.abs().max(), (got-want).abs().max()/want.abs().max()
 
 
 @pytest.fixture(scope='module')
@@ -24,8 +25,10 @@ def recorded(fixtures):
 @pytest.fixture(scope='module')
 def gen(recorded):
     c = recorded['config']
-    cfg = ARCfg(c['image_seq_len'], c['codebook_size'], c['condition_num_classes'], c['hidden_size'], c['layers'], c['heads'],
-                c['intermediate']/c['hidden_size'], order='random', modulated=True, qk_norm=True, target_aware=True)
+    cfg = ARCfg(c['image_seq_len'], c['codebook_size'], c['condition_num_classes'], c['hidden_size'],
+                c['layers'], c['heads'],
+                c['intermediate']/c['hidden_size'], order='random', modulated=True, qk_norm=True,
+                target_aware=True)
     state = {k[3:]: v for k, v in recorded.items() if k.startswith('sd.')}
     gen = load_official_generator(ARGenerator(cfg), state).eval()
     assert all(torch.equal(v, state[k]) for k, v in official_state(gen).items())
@@ -38,7 +41,8 @@ def labels_of(recorded): return recorded['in.class_id'], torch.full_like(recorde
 def test_training_logits(gen, recorded):
     "Random and raster order, with and without the label"
     y, none = labels_of(recorded)
-    order, ids = recorded['in.orders'], recorded['in.tokens']
+    order = recorded['in.orders']
+    ids = recorded['in.tokens']
     assert torch.equal(gen.cfg.codebook_size+1+y, recorded['in.condition_ids'])
     permuted = ids.gather(1, order)
     assert torch.equal(permuted, recorded['train.random.labels'])
@@ -50,7 +54,8 @@ def test_training_logits(gen, recorded):
 
 def test_loss_and_gradients(gen, recorded, monkeypatch):
     "The loss of the recorded orders, how often it is right, and the gradients"
-    y, order = recorded['in.class_id'], recorded['in.orders']
+    y = recorded['in.class_id']
+    order = recorded['in.orders']
     monkeypatch.setattr(ar, 'draw_orders', lambda b, n, ratio, rng: order)
     monkeypatch.setattr(ar, 'drop_labels', lambda labels, *_: labels)
     gen.zero_grad()
@@ -69,7 +74,8 @@ def test_loss_and_gradients(gen, recorded, monkeypatch):
 
 def test_labels_left_out(gen, recorded, monkeypatch):
     "The recorded draws leave out the recorded labels, and the null class is the recorded one"
-    draws, want = recorded['labeldrop.rand'], recorded['labeldrop.condition']
+    draws = recorded['labeldrop.rand']
+    want = recorded['labeldrop.condition']
     monkeypatch.setattr(torch, 'rand', lambda *a, **k: draws)
     y = torch.where(draws < .1, 0, want-gen.blank-1)
     assert torch.equal(drop_labels(y, .1, gen.classes)+gen.blank+1, want)
@@ -78,7 +84,9 @@ def test_labels_left_out(gen, recorded, monkeypatch):
 
 @pytest.mark.parametrize('t', [0, 5, 15])
 def test_prefixes(gen, recorded, t):
-    with torch.no_grad(): near(gen.logits(recorded['in.tokens'][:, :t], recorded['in.class_id']), recorded[f'sampling.prefix{t}.logits'])
+    with torch.no_grad():
+        near(gen.logits(recorded['in.tokens'][:, :t], recorded['in.class_id']),
+             recorded[f'sampling.prefix{t}.logits'])
 
 
 CASES = ['g0_kv', 'g0_nokv', 'g6_kv', 'g6_nokv', 'g16_kv', 'g6_kv_tf0.7', 'g6_kv_tf0.0', 'g6_kv_tf1.0']
@@ -87,7 +95,8 @@ CASES = ['g0_kv', 'g0_nokv', 'g6_kv', 'g6_nokv', 'g16_kv', 'g6_kv_tf0.7', 'g6_kv
 @pytest.mark.parametrize('case', CASES)
 def test_sampled_ids(gen, recorded, case, monkeypatch):
     "The recorded ids, exactly: by the sampler with its cache, and by the whole model without"
-    how, y = recorded['config']['gen'][case], recorded['in.class_id']
+    how = recorded['config']['gen'][case]
+    y = recorded['in.class_id']
     assert set(CASES) == set(recorded['config']['gen'])
     guidance = Guidance(how['guidance_scale'], how['pow'])
     keep = None if how['tf_prob'] is None else (recorded['in.tokens'], how['tf_prob'])
@@ -97,7 +106,8 @@ def test_sampled_ids(gen, recorded, case, monkeypatch):
         noise = sampler.row_noise
         monkeypatch.setattr(sampler, 'row_noise', lambda seeds, shape, stream, **k: (
             rand if stream == 'keep' else noise(seeds, shape, stream, **k)))
-    seen, want = [], recorded[f'gen.{case}.ids']
+    seen = []
+    want = recorded[f'gen.{case}.ids']
     ids = gen.sample(y, guidance, how['temperature'], keep=keep, rng=make_rng(0), callback=seen.append)
     assert torch.equal(ids, want)
     logits = torch.stack([s['logits'] for s in seen], 1)
@@ -106,7 +116,9 @@ def test_sampled_ids(gen, recorded, case, monkeypatch):
     whole = u+guidance.scales(16)[:, None]*(c-u)
     near(whole, recorded[f'gen.{case}.logits'], 2e-5)
     drawn = whole.argmax(-1)
-    assert torch.equal(drawn if keep is None else torch.where(recorded[f'gen.{case}.keep_mask'], recorded['in.tokens'], drawn), want)
+    assert torch.equal(drawn if keep is None
+                       else torch.where(recorded[f'gen.{case}.keep_mask'], recorded['in.tokens'], drawn),
+                       want)
 
 
 def test_guidance_table(fixtures):

@@ -36,7 +36,8 @@ def test_contrastive_loss(case, scale, fixtures):
     z_s, z_q = (r[k].clone().requires_grad_() for k in ('z_s', 'z_q'))
     loss = contrastive_loss(z_s, z_q, scale)
     close(loss, r['loss'])
-    for t, k in ((z_s, 'grad_z_s'), (z_q, 'grad_z_q')): close(torch.autograd.grad(loss, t, retain_graph=True)[0], r[k], 1e-4)
+    for t, k in ((z_s, 'grad_z_s'), (z_q, 'grad_z_q')):
+        close(torch.autograd.grad(loss, t, retain_graph=True)[0], r[k], 1e-4)
 
 
 def test_contrastive_loss_of_two_processes(fixtures, tmp_path):
@@ -45,18 +46,25 @@ def test_contrastive_loss_of_two_processes(fixtures, tmp_path):
     script = Path(__file__).parent/'losses_in_processes.py'
     env = dict(os.environ, OMP_NUM_THREADS='1')
     recorded = str(fixtures/'cliploss.safetensors')
-    ranks = [subprocess.Popen([sys.executable, script, recorded, str(tmp_path), str(i)], env=env) for i in range(2)]
+    ranks = [subprocess.Popen([sys.executable, script, recorded, str(tmp_path), str(i)], env=env)
+             for i in range(2)]
     assert [p.wait(timeout=120) for p in ranks] == [0, 0]
     got = [torch.load(tmp_path/f'{i}.pt', weights_only=True) for i in range(2)]
     for i, g in enumerate(got):
         want = part(r, f'ws2.rank{i}.')
-        close(g['loss'], want['loss']); close(g['loss'], r['s1.loss'])
-        close(g['grad_z_s'], want['grad_z_s'], 1e-4); close(g['grad_z_q'], want['grad_z_q'], 1e-4)
+        close(g['loss'], want['loss'])
+        close(g['loss'], r['s1.loss'])
+        close(g['grad_z_s'], want['grad_z_s'], 1e-4)
+        close(g['grad_z_q'], want['grad_z_q'], 1e-4)
     close(torch.cat([g['grad_z_q'] for g in got])/2, r['s1.grad_z_q'], 1e-4)
-    # what else is shared: the leash's means, and the weight if asked; both as one process with all of the batch would have them
-    one = LeCAM(.9); one(r['s1.z_q'], r['s1.z_s'])
+    # what else is shared: the leash's means, and the weight if asked; both as one process with all of the
+    # batch would have them
+    one = LeCAM(.9)
+    one(r['s1.z_q'], r['s1.z_s'])
     for g in got:
-        close(g['real'], one.real); close(g['fake'], one.fake); close(g['together'], got[0]['together'], 0)
+        close(g['real'], one.real)
+        close(g['fake'], one.fake)
+        close(g['together'], got[0]['together'], 0)
     w = torch.ones(16, requires_grad=True)
     close(got[0]['together'], adaptive_weight((r['s1.z_q']*w).square().mean(), (r['s1.z_s']*w).mean(), w))
     assert not torch.equal(got[0]['apart'], got[1]['apart'])
@@ -69,15 +77,19 @@ def test_semantic_loss_of_the_released_tokenizer(fixtures):
     vit.load_state_dict({from_timm(k): v for k, v in part(r, 'sd.semantic_model.').items()})
 
     semantic = SemanticLoss(8, VitTeacher(vit), scale=1.)
-    semantic.project.load_state_dict(dict(weight=r['sd.quant_conv.weight'].flatten(1), bias=r['sd.quant_conv.bias']))
+    semantic.project.load_state_dict(dict(weight=r['sd.quant_conv.weight'].flatten(1),
+                                          bias=r['sd.quant_conv.bias']))
     x = r['in.images']
     close(semantic.teacher.module.seen(x), r['out.sem_input'])
     close(semantic.features(x)[:, 0], r['out.sem_feature'])
     close(semantic.project(semantic.features(x))[:, 0], r['out.sem_z_s'].flatten(1))
     # the loss itself, of the decoder input of training: perturbed tokens where the image was selected
-    codebook, cfg = F.normalize(r['sd.quantize.embedding.weight'], dim=1), config(fixtures/'tok_dino_tiny.safetensors')
+    codebook = F.normalize(r['sd.quantize.embedding.weight'], dim=1)
+    cfg = config(fixtures/'tok_dino_tiny.safetensors')
     n = r['train.nearest_indices'].view(len(x), -1)
-    ids = n.clone(); first = int(len(x)*cfg['beta']); ids[:first] = r['train.perturbed_indices_all'].view(len(x), -1)[:first]
+    ids = n.clone()
+    first = int(len(x)*cfg['beta'])
+    ids[:first] = r['train.perturbed_indices_all'].view(len(x), -1)[:first]
     close(cfg['sem_loss_weight']*semantic(codebook[ids], x), r['train.sem_loss'])
 
 
@@ -87,7 +99,8 @@ def lpips_of(state): return LPIPS(state, SMALL_VGG)
 
 def test_lpips(fixtures):
     r = load_file(fixtures/'lpips_tiny.safetensors')
-    metric, in1 = lpips_of(part(r, 'sd.')).train(), r['in1'].clone().requires_grad_()
+    metric = lpips_of(part(r, 'sd.')).train()
+    in1 = r['in1'].clone().requires_grad_()
     d = metric(r['in0'], in1)
     close(d, r['out'].flatten())
     close(torch.autograd.grad(d.mean(), in1)[0], r['grad_in1'], 1e-4)
@@ -117,8 +130,10 @@ def dino_critic(dino):
     return critic.eval()
 
 def test_dino_enlarged(dino):
-    critic, x = dino_critic(dino), dino['up64.in'].clone().requires_grad_()
-    for got, i in zip(critic.activations(critic.view(x)), range(5), strict=True): close(got, dino[f'up64.act{i}'].float(), 2e-3)
+    critic = dino_critic(dino)
+    x = dino['up64.in'].clone().requires_grad_()
+    for got, i in zip(critic.activations(critic.view(x)), range(5), strict=True):
+        close(got, dino[f'up64.act{i}'].float(), 2e-3)
     scores = critic(x)
     close(scores, dino['up64.logits'])
     close(torch.autograd.grad((scores*dino['up64.w']).sum(), x)[0], dino['up64.grad_in'], 1e-4)
@@ -126,7 +141,8 @@ def test_dino_enlarged(dino):
 def test_dino_shrunk_or_as_it_is(dino):
     critic = dino_critic(dino)
     close(critic(dino['in256.uint8']/127.5-1), dino['area256.logits'])
-    close(critic(F.interpolate(dino['up64.in'], (224, 224), mode='bilinear', align_corners=False)), dino['id224.logits'])
+    close(critic(F.interpolate(dino['up64.in'], (224, 224), mode='bilinear', align_corners=False)),
+          dino['id224.logits'])
 
 def test_dino_crop(dino, monkeypatch):
     "With the recorded corner in place of a drawn one"
@@ -146,7 +162,8 @@ def test_dino_in_training(dino):
 def test_batch_norm_local(dino):
     norm = BatchNormLocal(4)
     norm.load_state_dict(dict(weight=dino['bnl.weight'], bias=dino['bnl.bias']))
-    close(norm(dino['bnl.in']), dino['bnl.out']); close(norm.eval()(dino['bnl.in']), dino['bnl.out'])
+    close(norm(dino['bnl.in']), dino['bnl.out'])
+    close(norm.eval()(dino['bnl.in']), dino['bnl.out'])
 
 
 # what a critic sees
@@ -154,8 +171,10 @@ def test_batch_norm_local(dino):
 @pytest.mark.parametrize('case', ['c0', 'c1', 'c2', 'c3', 'c4'])
 def test_diffaug(case, fixtures):
     path = fixtures/'diffaug.safetensors'
-    r, cfg = part(load_file(path), f'{case}.'), config(path)[case]
-    prob, cutout = abs(cfg['prob']), cfg['cutout']*(cfg['prob'] > 0)     # there, a negative probability means: without the cut
+    r = part(load_file(path), f'{case}.')
+    cfg = config(path)[case]
+    prob = abs(cfg['prob'])
+    cutout = cfg['cutout']*(cfg['prob'] > 0)  # there, a negative probability means: without the cut
     x = blur_fade(r['in'], cfg['warmup_blur_schedule'])
     close(diff_augment(x, r['rand3'] <= prob, r['rand01'], cutout), r['out'])
 
@@ -174,23 +193,32 @@ def objective(r, critic, see=lambda x: x):
     "Three steps of both sides; `see` is what happens to images before the critic"
     metric = lpips_of(part(r, 'lpips.sd.'))
     d_loss, g_loss = ADVERSARIAL['hinge']
-    lecam, last, x = LeCAM(), r['in.last_layer'].clone().requires_grad_(), r['in.images']
+    lecam = LeCAM()
+    last = r['in.last_layer'].clone().requires_grad_()
+    x = r['in.images']
     for step in (1, 2, 3):
-        want, weight = part(r, f'step{step}.'), critic_weight(step-1, 2)
+        want = part(r, f'step{step}.')
+        weight = critic_weight(step-1, 2)
         xh = torch.tanh(F.conv2d(r['in.feat'], last))
-        recon, perceptual = recon_loss(xh, x), metric(x, xh).mean()
+        recon = recon_loss(xh, x)
+        perceptual = metric(x, xh).mean()
         adversarial = g_loss(critic(see(xh)))
         balance = adaptive_weight(recon+perceptual, adversarial, last)
         total = recon+perceptual+weight*balance*adversarial+.11+.022+.3
-        for got, k in ((recon, 'rec_loss'), (perceptual, 'lpips'), (adversarial, 'adv'), (total, 'gen_total')): close(got, want[k])
+        for got, k in ((recon, 'rec_loss'), (perceptual, 'lpips'), (adversarial, 'adv'),
+                       (total, 'gen_total')):
+            close(got, want[k])
         close(balance, want['d_weight'], 1e-4)
         close(torch.autograd.grad(total, last)[0], want['grad_last_layer'], 1e-4)
-        fake, real = critic(see(xh.detach())), critic(see(x))
+        fake = critic(see(xh.detach()))
+        real = critic(see(x))
         leash = lecam(real, fake)
         loss = weight*(d_loss(real, fake)+.001*leash)
         close(loss, want['disc_total'])
-        close(lecam.real, want['lecam_ema_real'].float()); close(lecam.fake, want['lecam_ema_fake'].float())
-        for k, v in part(want, 'disc_grad.').items(): close(torch.autograd.grad(loss, critic.get_parameter(k))[0], v, 1e-4)
+        close(lecam.real, want['lecam_ema_real'].float())
+        close(lecam.fake, want['lecam_ema_fake'].float())
+        for k, v in part(want, 'disc_grad.').items():
+            close(torch.autograd.grad(loss, critic.get_parameter(k))[0], v, 1e-4)
 
 def test_objective_with_patchgan(fixtures):
     r = load_file(fixtures/'vqloss_patchgan.safetensors')
@@ -201,7 +229,8 @@ def test_objective_with_patchgan(fixtures):
 
 # names and shapes at full size
 
-def shapes(module): return {k: [list(v.shape), str(v.dtype).removeprefix('torch.')] for k, v in module.state_dict().items()}
+def shapes(module):
+    return {k: [list(v.shape), str(v.dtype).removeprefix('torch.')] for k, v in module.state_dict().items()}
 
 def test_names_and_shapes_at_full_size(fixtures):
     "The key map is the identity for critics and LPIPS; the DINO backbone is in timm's names"
@@ -212,6 +241,7 @@ def test_names_and_shapes_at_full_size(fixtures):
         assert shapes(PatchGAN(3)) == r['patchgan']
     assert shapes(LPIPS()) == r['lpips']
     backbone = {to_timm(k): v for k, v in shapes(critic.backbone.module).items()}
-    assert backbone == {k: v for k, v in r['dinodisc_backbone_not_in_checkpoint'].items() if k not in ('x_scale', 'x_shift')}
+    assert (backbone == {k: v for k, v in r['dinodisc_backbone_not_in_checkpoint'].items()
+                         if k not in ('x_scale', 'x_shift')})
     assert sum(p.numel() for p in critic.parameters()) == 7_386_245
     assert sum(p.numel() for p in PatchGAN(3).parameters()) == 2_765_633

@@ -12,7 +12,9 @@ from tokkit.perturbation import (ANNEALINGS, OFFICIAL, PERTURBATIONS, Annealing,
                                  perturbation, split_levels)
 from tokkit.tokenizers import Quantized, make_quantizer
 
-K,D,N = 40,5,30
+K = 40
+D = 5
+N = 30
 CODE_KINDS = ['nearest', 'uniform', 'frequency', 'adversarial']
 
 
@@ -20,16 +22,21 @@ def setting(seed):
     codebook = torch.randn(K, D, generator=make_rng(seed, 'codes'))
     return torch.randint(K, (12, N), generator=make_rng(seed, 'ids')), codebook
 
-doses = dict(alpha=st.floats(0, 1), beta=st.floats(0, 1), delta=st.integers(1, K-1), include_self=st.booleans(), seed=st.integers(0, 10**6),
+doses = dict(alpha=st.floats(0, 1), beta=st.floats(0, 1), delta=st.integers(1, K-1),
+             include_self=st.booleans(), seed=st.integers(0, 10**6),
              rate=st.sampled_from(['exact', 'bernoulli']))
 
 
 # --- the draws of version 0.1, which published results depend on
 
-RECORDED = dict(paper='7c4d8fc0db', beta='58d5cc9162', coin='cab26f63b2', others='5a01aab6c3', first='c58c702d6b', table='7c4d8fc0db', latent='ce426685ee',
+RECORDED = dict(paper='7c4d8fc0db', beta='58d5cc9162', coin='cab26f63b2', others='5a01aab6c3',
+                first='c58c702d6b', table='7c4d8fc0db', latent='ce426685ee',
                 latent_others='cae4384441', official='c35f8ce5a5')
-CASES = dict(paper={}, beta=dict(beta=.3), coin=dict(rate='bernoulli'), others=dict(include_self=False), first=dict(beta=.5, select='first'), table={},
-             latent=dict(neighbours='latent'), latent_others=dict(neighbours='latent', include_self=False, beta=.6), official=dict(OFFICIAL, beta=.5))
+CASES = dict(paper={}, beta=dict(beta=.3), coin=dict(rate='bernoulli'), others=dict(include_self=False),
+             first=dict(beta=.5, select='first'), table={},
+             latent=dict(neighbours='latent'),
+             latent_others=dict(neighbours='latent', include_self=False, beta=.6),
+             official=dict(OFFICIAL, beta=.5))
 
 def recorded_inputs():
     codebook = torch.randn(40, 5, generator=make_rng(7, 'codes'))
@@ -39,7 +46,8 @@ def recorded_inputs():
 @pytest.mark.parametrize('case', RECORDED)
 def test_recorded_draws_of_codes(case):
     ids, codebook, z = recorded_inputs()
-    out = perturb_codes(ids, codebook, .6, 6, **(dict(beta=1.)|CASES[case]), z=z, table=NeighbourTable() if case == 'table' else None, rng=make_rng(3))
+    out = perturb_codes(ids, codebook, .6, 6, **(dict(beta=1.)|CASES[case]), z=z, table=NeighbourTable()
+                        if case == 'table' else None, rng=make_rng(3))
     assert tensors_hash({'ids': out}) == RECORDED[case]
 
 @pytest.mark.parametrize('kind,beta,recorded', [
@@ -61,8 +69,11 @@ def test_recorded_draws_of_training(epoch, recorded):
 
 def test_recorded_draws_of_training_on_latents():
     *_, z = recorded_inputs()
-    p = LatentPerturbation(.8, .5, 10, Annealing(2, 6))(z, Quantized(z, None, torch.zeros(()), torch.zeros(())), None, epoch=5, rng=make_rng(3))
-    assert p.zq.flatten()[:1800:225].tolist() == pytest.approx([-.3591, -.7415, -1.6393, 1.9825, -1.6609, -.4873, -.1797, 1.2089], abs=1e-4)
+    p = LatentPerturbation(.8, .5, 10, Annealing(2, 6))(z,
+                                                        Quantized(z, None, torch.zeros(()), torch.zeros(())),
+                                                        None, epoch=5, rng=make_rng(3))
+    assert (p.zq.flatten()[:1800:225].tolist() == pytest.approx([-.3591, -.7415, -1.6393, 1.9825, -1.6609,
+                                                                 -.4873, -.1797, 1.2089], abs=1e-4))
 
 
 # --- codes
@@ -71,11 +82,15 @@ def test_recorded_draws_of_training_on_latents():
 @settings(max_examples=25)
 def test_members_rate_and_proportion(alpha, beta, delta, include_self, seed, rate):
     ids,codebook = setting(seed)
-    out = perturb_codes(ids, codebook, alpha, delta, beta, rate=rate, include_self=include_self, rng=make_rng(seed))
-    again = perturb_codes(ids, codebook, alpha, delta, beta, rate=rate, include_self=include_self, rng=make_rng(seed), table=NeighbourTable())
-    assert torch.equal(out, again)                                              # same seed, same draw, with a table or without
+    out = perturb_codes(ids, codebook, alpha, delta, beta, rate=rate, include_self=include_self,
+                        rng=make_rng(seed))
+    again = perturb_codes(ids, codebook, alpha, delta, beta, rate=rate, include_self=include_self,
+                          rng=make_rng(seed), table=NeighbourTable())
+    # same seed, same draw, with a table or without
+    assert torch.equal(out, again)
     moved = out != ids
-    brute = torch.cdist(codebook, codebook).fill_diagonal_(-1).argsort(1)[:, int(not include_self):][:, :delta]
+    brute = torch.cdist(codebook, codebook).fill_diagonal_(-1).argsort(1)[:, int(not include_self):][:,
+                                                                                                     :delta]
     assert (brute[ids] == out[...,None]).any(-1)[moved].all()                   # only among the nearest
     assert abs(int(moved.any(1).sum()) - 12*beta) <= 1 or moved.any(1).sum() < 12*beta
     if rate == 'exact': assert (moved.sum(1) <= round(alpha*N)).all()
@@ -83,16 +98,19 @@ def test_members_rate_and_proportion(alpha, beta, delta, include_self, seed, rat
     if alpha == 0 or beta == 0: assert torch.equal(out, ids)
 
 
-@given(kind=st.sampled_from(CODE_KINDS), where=st.sampled_from(['tokens', 'blocks']), world=st.sampled_from([1, 2, 3, 4]),
+@given(kind=st.sampled_from(CODE_KINDS), where=st.sampled_from(['tokens', 'blocks']),
+       world=st.sampled_from([1, 2, 3, 4]),
        neighbours=st.sampled_from(['code', 'latent']), **doses)
 @settings(max_examples=50)
 def test_every_kind_of_code(kind, where, world, neighbours, alpha, beta, delta, include_self, seed, rate):
     "Identity at no dose, exact counts, members, seeds, shards"
     ids,codebook = setting(seed)
-    z,g = codebook[ids]+.2*torch.randn(12, N, D, generator=make_rng(seed, 'z')), torch.randn(12, N, D, generator=make_rng(seed, 'g'))
+    z = codebook[ids]+.2*torch.randn(12, N, D, generator=make_rng(seed, 'z'))
+    g = torch.randn(12, N, D, generator=make_rng(seed, 'g'))
     how = dict(kind=kind, where=where, rate=rate, neighbours=neighbours, include_self=include_self)
     draw = lambda rows=slice(None), shard=(0, 1), alpha=alpha, beta=beta, s=seed: perturb_codes(
-        ids[rows], codebook, alpha, delta, beta, **how, z=z[rows], gradient=g[rows], rng=make_rng(s), shard=shard)
+        ids[rows], codebook, alpha, delta, beta, **how, z=z[rows], gradient=g[rows], rng=make_rng(s),
+                                                                                                shard=shard)
     out = draw()
     assert torch.equal(out, draw())
     assert torch.equal(draw(alpha=0), ids) and torch.equal(draw(beta=0), ids)
@@ -102,11 +120,13 @@ def test_every_kind_of_code(kind, where, world, neighbours, alpha, beta, delta, 
     full = round(alpha*N)
     if rate == 'exact' or where == 'blocks':
         assert (moved.sum(1) <= full).all() and moved.any(1).sum() in range(int(12*beta)+2)
-        if not include_self and neighbours == 'code':                       # every redraw changes something, so counts are exact
+        # every redraw changes something, so counts are exact
+        if not include_self and neighbours == 'code':
             assert set(moved.sum(1).tolist()) <= {0, full}
             if full: assert int(12*beta) <= moved.any(1).sum() <= int(12*beta)+1
     if kind in ('nearest', 'adversarial'):
-        near = code_neighbours(ids, codebook, delta, include_self) if neighbours == 'code' else nearest_codes(z, codebook, min(delta+1, K))
+        near = (code_neighbours(ids, codebook, delta, include_self) if neighbours == 'code'
+                else nearest_codes(z, codebook, min(delta+1, K)))
         assert (near == out[...,None]).any(-1)[moved].all()
 
 
@@ -144,16 +164,19 @@ def test_adversarial_is_the_worst_of_its_neighbours(delta, seed):
     assert torch.allclose((g*codebook[out]).sum(-1), gains.max(-1).values, atol=1e-5)
 
 
-@given(m=st.integers(1, 60), k=st.integers(1, 50), copies=st.booleans(), chunk=st.sampled_from([1, 100, 2**20]), seed=st.integers(0, 10**6))
+@given(m=st.integers(1, 60), k=st.integers(1, 50), copies=st.booleans(),
+       chunk=st.sampled_from([1, 100, 2**20]), seed=st.integers(0, 10**6))
 @settings(max_examples=25)
 def test_rank_without_sorting(m, k, copies, chunk, seed):
     "The partition finds what sorting finds, also among equal codes"
     rng = make_rng(seed)
     codebook = torch.randn(k, 3, generator=rng)
     if copies: codebook = codebook.round()
-    v,rank = torch.randn(m, 3, generator=rng),torch.randint(k, (m,), generator=rng)
+    v = torch.randn(m, 3, generator=rng)
+    rank = torch.randint(k, (m,), generator=rng)
     if copies: v = v.round()
-    assert torch.equal(nth_nearest(v, codebook, rank, chunk), nearest_codes(v, codebook, k).gather(1, rank[:,None])[:,0])
+    assert torch.equal(nth_nearest(v, codebook, rank, chunk),
+                       nearest_codes(v, codebook, k).gather(1, rank[:,None])[:,0])
 
 
 @given(rows=st.integers(1, 12), columns=st.integers(1, 12), alpha=st.floats(0, 1), seed=st.integers(0, 10**6))
@@ -170,12 +193,14 @@ def test_blocks_of_every_size():
     "Exact counts do not hang on rounding"
     for rows,columns in ((1, 9), (3, 7), (7, 3), (8, 8), (13, 5)):
         for count in range(rows*columns+1):
-            assert (choose_blocks(4, [(rows, columns)], count/(rows*columns), make_rng(count)).sum(1) == count).all(), (rows, columns, count)
+            assert (choose_blocks(4, [(rows, columns)], count/(rows*columns),
+                                  make_rng(count)).sum(1) == count).all(), (rows, columns, count)
 
 
 @pytest.mark.parametrize('include_self,expected', [(True, .75*.8), (False, .8)])
 def test_measured_rate(include_self, expected):
-    ids = torch.randint(K, (4000, 10), generator=make_rng(1)); _,codebook = setting(2)
+    ids = torch.randint(K, (4000, 10), generator=make_rng(1))
+    _,codebook = setting(2)
     for rate in ('exact', 'bernoulli'):
         out = perturb_codes(ids, codebook, .8, 4, include_self=include_self, rate=rate, rng=make_rng(3))
         assert effective_rate(ids, out) == pytest.approx(expected, abs=.01)
@@ -187,7 +212,8 @@ def test_proportion_is_right_on_average_even_below_one_image():
 
 
 def test_images_are_not_always_the_first():
-    assert torch.stack([choose_images(8, .25, rng=make_rng(0, i)) for i in range(200)]).double().mean(0).min() > .1
+    assert (torch.stack([choose_images(8, .25, rng=make_rng(0, i))
+                         for i in range(200)]).double().mean(0).min() > .1)
 
 
 def test_rate_of_an_image_is_exact():
@@ -196,12 +222,16 @@ def test_rate_of_an_image_is_exact():
 
 # --- latents
 
-@given(strength=st.floats(0, 1), beta=st.floats(0, 1), kind=st.sampled_from(['gaussian', 'interpolate', 'adversarial']),
-       draw=st.sampled_from(['fixed', 'uniform']), world=st.sampled_from([1, 2, 5]), seed=st.integers(0, 10**6))
+@given(strength=st.floats(0, 1), beta=st.floats(0, 1),
+       kind=st.sampled_from(['gaussian', 'interpolate', 'adversarial']),
+       draw=st.sampled_from(['fixed', 'uniform']), world=st.sampled_from([1, 2, 5]),
+       seed=st.integers(0, 10**6))
 @settings(max_examples=25)
 def test_latent_noise(strength, beta, kind, draw, world, seed):
     z,g = (torch.randn(10, 6, 4, generator=make_rng(seed, name)) for name in 'zg')
-    noise = lambda rows=slice(None), strength=strength, **kw: perturb_latents(z[rows], strength, kind, beta, draw=draw, gradient=g[rows], rng=make_rng(seed), **kw)
+    noise = lambda rows=slice(None), strength=strength, **kw: perturb_latents(z[rows], strength, kind, beta,
+                                                                              draw=draw, gradient=g[rows],
+                                                                              rng=make_rng(seed), **kw)
     out = noise()
     assert torch.equal(out, noise()) and torch.equal(noise(strength=0.), z)
     assert int((out != z).any(2).any(1).sum()) <= int(10*beta)+1
@@ -221,7 +251,8 @@ def test_forms_of_the_two_papers():
     assert spread.mean() == pytest.approx(.4, abs=.01) and spread.max() < .8*1.3 and spread.min() < .05
 
 
-@given(alpha=st.floats(0, 1), beta=st.floats(0, 1), where=st.sampled_from(['tokens', 'blocks']), seed=st.integers(0, 10**6))
+@given(alpha=st.floats(0, 1), beta=st.floats(0, 1), where=st.sampled_from(['tokens', 'blocks']),
+       seed=st.integers(0, 10**6))
 @settings(max_examples=20)
 def test_dropped_tokens(alpha, beta, where, seed):
     z = torch.randn(6, 16, 4, generator=make_rng(seed, 'z'), requires_grad=True)
@@ -229,15 +260,18 @@ def test_dropped_tokens(alpha, beta, where, seed):
     gone = (out-7).abs().amax(2) < 1e-5
     assert set(gone.sum(1).tolist()) <= {0, round(alpha*16)} and torch.equal(out[~gone], z[~gone])
     if round(alpha*16): assert int(6*beta) <= gone.any(1).sum() <= int(6*beta)+1
-    parts = [drop_tokens(z[2*r:2*r+2], alpha, 7., beta, where=where, rng=make_rng(seed), shard=(r, 3)) for r in range(3)]
+    parts = [drop_tokens(z[2*r:2*r+2], alpha, 7., beta, where=where, rng=make_rng(seed), shard=(r, 3))
+             for r in range(3)]
     assert torch.equal(torch.cat(parts), out)
-    out.sum().backward(); assert z.grad.eq(1).all()
+    out.sum().backward()
+    assert z.grad.eq(1).all()
 
 
 # --- every kind with every quantizer
 
 def quantizers():
-    small = dict(vq={}, pq={}, rq=dict(levels=3), msrq=dict(scales=(1, 2, 4)), lfq={}, bsq={}, fsq={}, kl={}, none={})
+    small = dict(vq={}, pq={}, rq=dict(levels=3), msrq=dict(scales=(1, 2, 4)), lfq={}, bsq={}, fsq={}, kl={},
+                 none={})
     return {name: small.get(name, {}) for name in tokkit.tokenizers.quantizer_registry.QUANTIZERS}
 
 def quantized(name, seed=0):
@@ -258,20 +292,27 @@ def test_every_kind_with_every_quantizer(name, kind):
     why = damage.why_not(quantizer)
     if why:
         assert '\n' not in why and (quantizer.codebook_size is None or name == 'msrq')
-        with pytest.raises(ValueError, match='continuous latents|one scale'): damage(z, q, quantizer, rng=make_rng(2), gradient=g)
+        with pytest.raises(ValueError, match='continuous latents|one scale'):
+            damage(z, q, quantizer, rng=make_rng(2), gradient=g)
         return
     p = damage(z, q, quantizer, rng=make_rng(2), gradient=g)
     assert p.zq.shape == q.zq.shape and torch.isfinite(p.zq).all() and 0 < p.rate <= 1
-    hurt = (p.zq != q.zq).flatten(1).any(1) if q.ids is None or torch.equal(p.ids, q.ids) else (p.ids != q.ids).flatten(1).any(1)
+    hurt = ((p.zq != q.zq).flatten(1).any(1) if q.ids is None or torch.equal(p.ids, q.ids)
+            else (p.ids != q.ids).flatten(1).any(1))
     assert 1 <= hurt.sum() <= 3 and torch.allclose(p.zq[~hurt], q.zq[~hurt], atol=1e-6)
     if q.ids is not None:
         assert p.ids.shape == q.ids.shape
-        if kind not in ('drop', 'gaussian', 'interpolate', 'rae'): assert torch.allclose(p.zq, quantizer.codes(p.ids), atol=1e-5)
+        if kind not in ('drop', 'gaussian', 'interpolate', 'rae'):
+            assert torch.allclose(p.zq, quantizer.codes(p.ids), atol=1e-5)
     learned = [w for w in quantizer.parameters() if w.requires_grad]
-    mine,*theirs = torch.autograd.grad((p.zq*weight).sum(), [z, *learned], allow_unused=True, retain_graph=True)
+    mine,*theirs = torch.autograd.grad((p.zq*weight).sum(), [z, *learned], allow_unused=True,
+                                       retain_graph=True)
     assert all(t is None or not t.any() for t in theirs) and mine.abs().sum() > 0
-    if kind not in ('interpolate',): assert torch.allclose(mine, torch.autograd.grad((q.zq*weight).sum(), z, retain_graph=True)[0], atol=1e-5)
-    halves = [damage(z[s], q._replace(zq=q.zq[s], ids=None if q.ids is None else q.ids[s]), quantizer, rng=make_rng(2), gradient=None if g is None else g[s],
+    if kind not in ('interpolate',):
+        assert torch.allclose(mine, torch.autograd.grad((q.zq*weight).sum(), z, retain_graph=True)[0],
+                              atol=1e-5)
+    halves = [damage(z[s], q._replace(zq=q.zq[s], ids=None if q.ids is None else q.ids[s]), quantizer,
+                     rng=make_rng(2), gradient=None if g is None else g[s],
                      shard=(r, 2)).zq for r,s in enumerate((slice(3), slice(3, 6)))]
     assert torch.allclose(torch.cat(halves), p.zq, atol=1e-6)
     nothing = perturbation(kind, alpha=0., beta=0., delta=6)(z, q, quantizer, rng=make_rng(2), gradient=g)
@@ -284,7 +325,9 @@ def test_neighbours_of_every_quantizer(name):
     quantizer,z,q = quantized(name)
     out = perturb_codes(q.ids, quantizer, 1., 5, include_self=False, rng=make_rng(0))
     assert ((quantizer.neighbours(q.ids, 5, False) == out[...,None]).any(-1)).all()
-    assert torch.equal(out, perturb_codes(q.ids, quantizer, 1., 5, include_self=False, rng=make_rng(0), table=NeighbourTable()))
+    assert torch.equal(out,
+                       perturb_codes(q.ids, quantizer, 1., 5, include_self=False, rng=make_rng(0),
+                                     table=NeighbourTable()))
     for level,ids in split_levels(quantizer, q.ids): assert level.vectors.shape[0] == 64 and ids.max() < 64
     assert multi_scale(quantizer) == (name == 'msrq')
 
@@ -292,7 +335,8 @@ def test_neighbours_of_every_quantizer(name):
 @pytest.mark.parametrize('name', ['vq', 'pq', 'rq', 'lfq', 'bsq', 'fsq'])
 def test_around_latents_rank_0_is_the_code_itself(name):
     quantizer,z,q = quantized(name)
-    assert torch.equal(perturb_codes(q.ids, quantizer, 1., 1, neighbours='latent', z=z, rng=make_rng(0)), q.ids)
+    assert torch.equal(perturb_codes(q.ids, quantizer, 1., 1, neighbours='latent', z=z, rng=make_rng(0)),
+                       q.ids)
 
 
 # --- annealing
@@ -303,8 +347,11 @@ def test_annealing_stays_in_bounds(epoch, name, epochs):
 
 def test_any_curve():
     p = LatentPerturbation(1., 1., 10, annealing=lambda e: .5**e, strength=.8)
-    assert [(p.at(e).alpha, p.at(e).delta, p.at(e).strength) for e in (0, 1, 4)] == [(1, 10, .8), (.5, 5, .4), (.0625, 1, .05)]
-    with pytest.raises(ValueError, match=r'annealing must be in \[0, 1\], got 2'): LatentPerturbation(annealing=lambda e: 2.).at(3)
+    assert ([(p.at(e).alpha, p.at(e).delta, p.at(e).strength) for e in (0, 1, 4)] == [(1, 10, .8),
+                                                                                      (.5, 5, .4),
+                                                                                      (.0625, 1, .05)])
+    with pytest.raises(ValueError, match=r'annealing must be in \[0, 1\], got 2'):
+        LatentPerturbation(annealing=lambda e: 2.).at(3)
 
 
 # --- bad input
@@ -312,30 +359,38 @@ def test_any_curve():
 @pytest.mark.parametrize('bad', [0, K+1, -1, True])
 def test_strength_out_of_range(bad):
     ids,codebook = setting(0)
-    with pytest.raises(ValueError, match=f'delta must be a whole number in 1..{K} for {K} codes, got'): perturb_codes(ids, codebook, .5, bad)
+    with pytest.raises(ValueError, match=f'delta must be a whole number in 1..{K} for {K} codes, got'):
+        perturb_codes(ids, codebook, .5, bad)
 
 
 def test_strength_beyond_a_level():
     quantizer,z,q = quantized('rq')
-    with pytest.raises(ValueError, match='delta must be a whole number in 1..64 for 64 codes, got 65'): LatentPerturbation(delta=65)(z, q, quantizer)
+    with pytest.raises(ValueError, match='delta must be a whole number in 1..64 for 64 codes, got 65'):
+        LatentPerturbation(delta=65)(z, q, quantizer)
 
 
 def test_whole_codebook_needs_self():
     ids,codebook = setting(0)
     assert code_neighbours(ids[0], codebook, K).shape == (N, K)
-    with pytest.raises(ValueError, match=f'1..{K-1} .without the code itself.'): perturb_codes(ids, codebook, .5, K, include_self=False)
+    with pytest.raises(ValueError, match=f'1..{K-1} .without the code itself.'):
+        perturb_codes(ids, codebook, .5, K, include_self=False)
 
 
-@pytest.mark.parametrize('name,value', [('alpha', 1.01), ('alpha', -.1), ('beta', 2.), ('alpha', float('nan'))])
+@pytest.mark.parametrize('name,value',
+                         [('alpha', 1.01), ('alpha', -.1), ('beta', 2.), ('alpha', float('nan'))])
 def test_fractions_out_of_range(name, value):
     ids,codebook = setting(0)
     with pytest.raises(ValueError, match=rf'{name} must be in \[0, 1\], got'):
         perturb_codes(ids, codebook, **(dict(alpha=.5, delta=4)|{name:value}))
 
 
-@pytest.mark.parametrize('wrong,says', [(dict(kind='far'), 'kind must be one of nearest, uniform'), (dict(where='edges'), "where must be 'tokens' or 'blocks'"),
-    (dict(rate='poisson'), "rate must be 'exact' or 'bernoulli'"), (dict(select='last'), "select must be 'random' or 'first'"),
-    (dict(neighbours='image'), "neighbours must be 'code' or 'latent'"), (dict(neighbours='latent'), 'pass them as z'),
+@pytest.mark.parametrize('wrong,says',
+                         [(dict(kind='far'), 'kind must be one of nearest, uniform'),
+                          (dict(where='edges'), "where must be 'tokens' or 'blocks'"),
+    (dict(rate='poisson'), "rate must be 'exact' or 'bernoulli'"),
+                          (dict(select='last'), "select must be 'random' or 'first'"),
+    (dict(neighbours='image'), "neighbours must be 'code' or 'latent'"),
+                          (dict(neighbours='latent'), 'pass them as z'),
     (dict(kind='adversarial'), 'pass its gradient')])
 def test_unknown_choices(wrong, says):
     ids,codebook = setting(0)
@@ -346,7 +401,8 @@ def test_unknown_rows_and_settings():
     with pytest.raises(ValueError, match='there are nearest, official'): perturbation('none')
     with pytest.raises(ValueError, match="no setting 'dose'"): perturbation('drop', dose=1)
     with pytest.raises(ValueError, match='kind must be one of'): LatentPerturbation(kind='noise')
-    with pytest.raises(ValueError, match=r'strength must be in \[0, 1\]'): LatentPerturbation(kind='interpolate', strength=2.)
+    with pytest.raises(ValueError, match=r'strength must be in \[0, 1\]'):
+        LatentPerturbation(kind='interpolate', strength=2.)
 
 
 def test_equal_codes_still_count_themselves_first():

@@ -38,14 +38,20 @@ def kept(tok): return {k: v.clone() for k, v in tok.state_dict().items() if not 
 @pytest.mark.parametrize('how', ['plain', 'lora', 'consistency', 'moments', 'unpaired'])
 def test_frozen_means_frozen(preset, how, images):
     tok = small(preset)
-    before, decoder = kept(tok), [v.clone() for k, v in tok.state_dict().items() if k.startswith('decoder.')]
-    if how == 'unpaired': healed, _ = heal_unpaired(tok, encode_all(tok, images).flip(0), images, BRIEF, device='cpu')
-    else: healed, _ = posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, device='cpu', **({} if how == 'plain' else {how: 2}))
+    before = kept(tok)
+    decoder = [v.clone() for k, v in tok.state_dict().items() if k.startswith('decoder.')]
+    if how == 'unpaired':
+        healed, _ = heal_unpaired(tok, encode_all(tok, images).flip(0), images, BRIEF, device='cpu')
+    else:
+        healed, _ = posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, device='cpu',
+                                      **({} if how == 'plain' else {how: 2}))
     for t in (tok, healed):
         assert list(kept(t)) == list(before) and all(torch.equal(v, before[k]) for k, v in kept(t).items())
     after = [v for k, v in healed.state_dict().items() if k.startswith('decoder.')]
     assert any(not torch.equal(a, b) for a, b in zip(after, decoder)), 'the decoder did not learn'
-    assert all(torch.equal(v, d) for v, d in zip([v for k, v in tok.state_dict().items() if k.startswith('decoder.')], decoder)), 'the given tokenizer moved'
+    assert all(torch.equal(v, d) for v,
+               d in zip([v for k, v in tok.state_dict().items() if k.startswith('decoder.')],
+                        decoder)), ('the given tokenizer moved')
     assert not healed.training and all(p.requires_grad for p in healed.decoder.parameters())
 
 
@@ -59,15 +65,18 @@ def test_official_list_of_what_learns(fixtures):
 def test_official_trains_exactly_its_list(images):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    healed, _ = posttrain_decoder(tok, latent_pairs(gen, tok, images, .5, 'tokens'), BRIEF, device='cpu', freeze='official')
+    healed, _ = posttrain_decoder(tok, latent_pairs(gen, tok, images, .5, 'tokens'), BRIEF, device='cpu',
+                                  freeze='official')
     moved = {n for n, p in healed.named_parameters() if not torch.equal(p, dict(tok.named_parameters())[n])}
-    assert moved <= set(official_trainable(tok)) and {'quantizer.embedding.weight', 'encoder.out.weight'} <= moved
+    assert (moved <= set(official_trainable(tok))
+            and {'quantizer.embedding.weight', 'encoder.out.weight'} <= moved)
 
 
 def test_all_kept_is_plain_training(images):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    a, b = (posttrain_decoder(tok, p, BRIEF, device='cpu')[0] for p in (latent_pairs(gen, tok, images, 1., 'tokens'), clean_pairs(tok, images)))
+    a, b = (posttrain_decoder(tok, p, BRIEF, device='cpu')[0]
+            for p in (latent_pairs(gen, tok, images, 1., 'tokens'), clean_pairs(tok, images)))
     assert a.fingerprint == b.fingerprint
 
 
@@ -79,7 +88,8 @@ def test_nothing_kept_is_refused(images):
     ('tiny', lambda s: MaskedGenerator(MaskedCfg(codebook_size=512, width=32, depth=1))),
     ('tiny-kl', lambda s: FlowGenerator(FlowCfg(dim=s.shape[1], width=32, depth=1)))])
 def test_pairs_of_other_generators(preset, make, images, tmp_path):
-    tok = small(preset); gen = make(tok.spec).eval()
+    tok = small(preset)
+    gen = make(tok.spec).eval()
     little, much = (latent_pairs(gen, tok, images, s, 'tokens', steps=3) for s in (.2, .9))
     assert little.about['drawn_differ'] > much.about['drawn_differ'] > 0
     stored = latent_pairs(gen, tok, images, .9, 'tokens', steps=3, folder=tmp_path/'pairs')
@@ -88,7 +98,8 @@ def test_pairs_of_other_generators(preset, make, images, tmp_path):
 
 def test_bfloat16_halves_continuous_pairs(images, tmp_path):
     tok = small('tiny-kl')
-    write_pairs(tmp_path/'a', None, tok, images); write_pairs(tmp_path/'b', None, tok, images, latents='bfloat16')
+    write_pairs(tmp_path/'a', None, tok, images)
+    write_pairs(tmp_path/'b', None, tok, images, latents='bfloat16')
     a, b = (open_pairs(tmp_path/k, images, tok) for k in 'ab')
     assert b.parts[0].dtype == torch.bfloat16 and torch.allclose(a.latents, b.latents, rtol=.01)
     sizes = [sum(f.stat().st_size for f in (tmp_path/k).glob('*.safetensors')) for k in 'ab']
@@ -98,78 +109,106 @@ def test_bfloat16_halves_continuous_pairs(images, tmp_path):
 @pytest.mark.parametrize('preset', ['tiny-pq', 'tiny-kl'])
 def test_what_does_not_fit_is_named(preset, images):
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    with pytest.raises(ValueError, match=r'the generator draws ids \(49,\) of 512 codes, the tokenizer decodes'): check_fit(gen, small(preset))
+    with pytest.raises(ValueError, match=r'the generator draws ids \(49,\) of 512 codes, the tokenizer '
+                                         r'decodes'):
+        check_fit(gen, small(preset))
 
 
 def test_a_scale_that_does_not_fit_is_named(images):
-    tok = small('tiny-kl'); tok.spec = replace(tok.spec, std=2.)
-    with pytest.raises(ValueError, match='standard deviation of 0.5, the tokenizer'): check_fit(FlowGenerator(FlowCfg(dim=8, width=32, depth=1, std=.5)), tok)
+    tok = small('tiny-kl')
+    tok.spec = replace(tok.spec, std=2.)
+    with pytest.raises(ValueError, match='standard deviation of 0.5, the tokenizer'):
+        check_fit(FlowGenerator(FlowCfg(dim=8, width=32, depth=1, std=.5)), tok)
 
 
 def test_store_of_other_checkpoints_is_refused(images, tmp_path):
-    tok = small('tiny'); gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    tok = small('tiny')
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
     write_pairs(tmp_path, gen, tok, images, .5, 'tokens')
     other = small('tiny', seed=1)
     with pytest.raises(ValueError, match='was made with tokenizer'): open_pairs(tmp_path, images, other)
-    with pytest.raises(ValueError, match='holds pairs with tokenizer'): write_pairs(tmp_path, gen, other, images, .5, 'tokens')
+    with pytest.raises(ValueError, match='holds pairs with tokenizer'):
+        write_pairs(tmp_path, gen, other, images, .5, 'tokens')
     with torch.no_grad(): next(gen.parameters()).add_(1)
     with pytest.raises(ValueError, match='was made with generator'): open_pairs(tmp_path, images, tok, gen)
 
 
 def test_a_full_disk_leaves_what_is_whole(images, tmp_path, monkeypatch):
-    tok, writes = small('tiny'), []
+    tok = small('tiny')
+    writes = []
     import tokkit.posttraining.pair_store as pairs
     def full(*args, **kwargs):
         writes.append(1)
         if len(writes) == 3: raise OSError(28, 'No space left on device')
         return save(*args, **kwargs)
-    save = pairs.save_file; monkeypatch.setattr(pairs, 'save_file', full)
-    with pytest.raises(OSError, match=r'No space left.*2 of 5 parts are whole and stay: make room and call again'): write_pairs(tmp_path, None, tok, images, part=10)
+    save = pairs.save_file
+    monkeypatch.setattr(pairs, 'save_file', full)
+    with pytest.raises(OSError, match=r'No space left.*2 of 5 parts are whole and stay: make room and call '
+                                      r'again'):
+        write_pairs(tmp_path, None, tok, images, part=10)
     monkeypatch.setattr(pairs, 'save_file', save)
-    assert write_pairs(tmp_path, None, tok, images, part=10) == 0 and torch.equal(open_pairs(tmp_path, images).latents, encode_all(tok, images))
+    assert (write_pairs(tmp_path, None, tok, images, part=10) == 0
+            and torch.equal(open_pairs(tmp_path, images).latents, encode_all(tok, images)))
 
 def test_latents_of_another_tokenizer_are_refused(images):
-    how, tok, kl = ImageTraining(epochs=1, batch=10, perceptual=0), small('tiny'), small('tiny-kl')
+    how = ImageTraining(epochs=1, batch=10, perceptual=0)
+    tok = small('tiny')
+    kl = small('tiny-kl')
     few = images.subset(20)
-    for other, says in ((kl, 'decodes ids .* of 512 codes, got continuous latents'), (small('tiny-16'), 'decodes ids .*, got ids')):
-        with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'): posttrain_decoder(tok, clean_pairs(other, few), how, device='cpu')
-        with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'): heal_unpaired(tok, encode_all(other, few), few, how, device='cpu', moments=0)
-    with pytest.raises(ValueError, match='decodes continuous latents .* got ids'): posttrain_decoder(kl, clean_pairs(tok, few), how, device='cpu')
-    with pytest.raises(ValueError, match='ids must be in 0..511 for 512 codes.*of another tokenizer'): posttrain_decoder(tok, clean_pairs(small('tiny', codebook_size=4096), few), how, device='cpu')
+    for other, says in ((kl, 'decodes ids .* of 512 codes, got continuous latents'),
+                        (small('tiny-16'), 'decodes ids .*, got ids')):
+        with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'):
+            posttrain_decoder(tok, clean_pairs(other, few), how, device='cpu')
+        with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'):
+            heal_unpaired(tok, encode_all(other, few), few, how, device='cpu', moments=0)
+    with pytest.raises(ValueError, match='decodes continuous latents .* got ids'):
+        posttrain_decoder(kl, clean_pairs(tok, few), how, device='cpu')
+    with pytest.raises(ValueError, match='ids must be in 0..511 for 512 codes.*of another tokenizer'):
+        posttrain_decoder(tok, clean_pairs(small('tiny', codebook_size=4096), few), how, device='cpu')
     with pytest.raises(ValueError, match=r'makes images \(3, 28, 28\), got images \(1, 28, 28\)'):
         posttrain_decoder(small('tiny', channels=3), clean_pairs(tok, few), how, device='cpu')
 
 def test_settings_of_the_quantizer_are_compared():
-    with pytest.raises(ValueError, match='first in quantizer'): check_same(small('tiny-lfq'), small('tiny-bsq'))
+    with pytest.raises(ValueError, match='first in quantizer'):
+        check_same(small('tiny-lfq'), small('tiny-bsq'))
 
 def test_moments_of_pairs(images, tmp_path):
     "Pictures of the pairs come nearer to the images by their moments; a killed training goes on with the same running moments, and under the same loss alone"
-    tok, look = small('tiny'), MomentLoss().fit(images)
+    tok = small('tiny')
+    look = MomentLoss().fit(images)
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    pairs, how = latent_pairs(gen, tok, images, .7, 'tokens'), replace(BRIEF, epochs=4)
+    pairs = latent_pairs(gen, tok, images, .7, 'tokens')
+    how = replace(BRIEF, epochs=4)
     def far(t): return copy.deepcopy(look).forget().eval()(decode_all(t, pairs.latents)).item()
-    def play(work, preview=None, **more): return posttrain_decoder(tok, pairs, how, work, preview, 'cpu', moments=1., **dict(loss=look) | more)
+    def play(work, preview=None, **more):
+        return posttrain_decoder(tok, pairs, how, work, preview, 'cpu', moments=1., **dict(loss=look) | more)
     def stop(learner):
         if learner.epoch: raise KeyboardInterrupt
     healed, history = play(tmp_path/'whole')
     assert far(healed) < .9*far(posttrain_decoder(tok, pairs, how, device='cpu')[0])
     assert history.moments.iloc[-1] < history.moments.iloc[0] and not look.steps
     with pytest.raises(KeyboardInterrupt): play(tmp_path/'killed', stop)
-    with pytest.raises(ValueError, match='training with other settings'): play(tmp_path/'killed', loss=MomentLoss().fit(images.subset(20)))
-    assert play(tmp_path/'killed')[0].fingerprint == healed.fingerprint == play(None, loss=None)[0].fingerprint
+    with pytest.raises(ValueError, match='training with other settings'):
+        play(tmp_path/'killed', loss=MomentLoss().fit(images.subset(20)))
+    assert (play(tmp_path/'killed')[0].fingerprint == healed.fingerprint == play(None,
+                                                                                 loss=None)[0].fingerprint)
 
 def test_official_knows_no_moments(images):
     tok = small('tiny')
-    with pytest.raises(ValueError, match='no consistency and no moments'): posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, freeze='official', moments=1.)
+    with pytest.raises(ValueError, match='no consistency and no moments'):
+        posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, freeze='official', moments=1.)
 
 def test_another_probe_is_not_gone_on_with(tmp_path, images):
     "A training that was ended under one judge is refused under another, whose numbers would be compared with the first's"
-    tok, how = small('tiny'), ImageTraining(epochs=2, batch=25, perceptual=0, lr=5e-3)
-    a, b = (Probe(torch.randint(512, (40, 49), generator=torch.Generator().manual_seed(s)), images, bootstrap=2) for s in (1, 2))
+    tok = small('tiny')
+    how = ImageTraining(epochs=2, batch=25, perceptual=0, lr=5e-3)
+    a, b = (Probe(torch.randint(512, (40, 49), generator=torch.Generator().manual_seed(s)), images,
+                  bootstrap=2) for s in (1, 2))
     assert a.hash != b.hash and a.hash == replace(a).hash and a.hash != replace(a, seed=1).hash
     def stop(learner):
         if learner.epoch: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, stop, device='cpu', probe=a)
+    with pytest.raises(KeyboardInterrupt):
+        posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, stop, device='cpu', probe=a)
     with pytest.raises(ValueError, match='training with other settings; delete it'):
         posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, device='cpu', probe=b)
     assert len(posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, device='cpu', probe=a)[1]) > 1
@@ -182,10 +221,14 @@ def test_each_sigma_once():
     with pytest.raises(ValueError, match='each sigma once'): row_sigmas(10, [.5, .5, .9])
 
 def test_a_wrong_option_leaves_the_folder_free(tmp_path, images):
-    tok, gen = small('tiny'), ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    with pytest.raises(ValueError, match='temperature'): latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=0.)
-    assert not list(tmp_path.iterdir()) and len(latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=1.)) == 20
-    with pytest.raises(ValueError, match='asked for is'): latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=0.)
+    tok = small('tiny')
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    with pytest.raises(ValueError, match='temperature'):
+        latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=0.)
+    assert (not list(tmp_path.iterdir())
+            and len(latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=1.)) == 20)
+    with pytest.raises(ValueError, match='asked for is'):
+        latent_pairs(gen, tok, images.subset(20), folder=tmp_path, temperature=0.)
     assert len(list(tmp_path.iterdir())) == 2, "what is whole stays"
 
 def damaged_store(folder, images):
@@ -193,35 +236,48 @@ def damaged_store(folder, images):
     write_pairs(folder, None, small('tiny'), images.subset(30), part=20)
     return folder/'part-00001.safetensors'
 
-@pytest.mark.parametrize('says, metadata', [('does not say what it holds', m) for m in (None, dict(a='1'), dict(about='x'), dict(about='{}'))])
+@pytest.mark.parametrize('says, metadata',
+                         [('does not say what it holds', m)
+                          for m in (None, dict(a='1'), dict(about='x'), dict(about='{}'))])
 def test_a_part_of_another_version_is_named(tmp_path, images, says, metadata):
     from safetensors.torch import load_file, save_file
     part = damaged_store(tmp_path, images)
     save_file(load_file(part), part, metadata)
-    with pytest.raises(ValueError, match=f'part-00001.safetensors {says}.*call write_pairs again'): open_pairs(tmp_path, images.subset(30))
+    with pytest.raises(ValueError, match=f'part-00001.safetensors {says}.*call write_pairs again'):
+        open_pairs(tmp_path, images.subset(30))
 
 def test_a_part_of_another_place_is_named(tmp_path, images):
     part = damaged_store(tmp_path, images)
     part.write_bytes((tmp_path/'part-00000.safetensors').read_bytes())
-    with pytest.raises(ValueError, match='part-00001.safetensors is a file of another place or of other pairs; call write_pairs again'): open_pairs(tmp_path, images.subset(30))
+    with pytest.raises(ValueError, match='part-00001.safetensors is a file of another place or of other '
+                                         'pairs; call write_pairs again'):
+        open_pairs(tmp_path, images.subset(30))
 
-@pytest.mark.parametrize('text, lacks', [('[]', 'Expected object, got array'), ('{"n": 30, "part": 20}', 'Object missing required field images')])
+@pytest.mark.parametrize('text, lacks',
+                         [('[]', 'Expected object, got array'),
+                          ('{"n": 30, "part": 20}', 'Object missing required field images')])
 def test_a_recipe_of_another_version_is_named(tmp_path, images, text, lacks):
-    damaged_store(tmp_path, images); (tmp_path/'pairs.json').write_text(text)
-    with pytest.raises(ValueError, match=f'pairs.json does not hold what it should: {lacks}.*; delete'): open_pairs(tmp_path, images.subset(30))
-    with pytest.raises(ValueError, match=f'pairs.json does not hold what it should: {lacks}.*; delete'): damaged_store(tmp_path, images)
+    damaged_store(tmp_path, images)
+    (tmp_path/'pairs.json').write_text(text)
+    with pytest.raises(ValueError, match=f'pairs.json does not hold what it should: {lacks}.*; delete'):
+        open_pairs(tmp_path, images.subset(30))
+    with pytest.raises(ValueError, match=f'pairs.json does not hold what it should: {lacks}.*; delete'):
+        damaged_store(tmp_path, images)
 
 def test_rows_from_the_end(tmp_path, images):
-    damaged_store(tmp_path, images); pairs = open_pairs(tmp_path, images.subset(30))
+    damaged_store(tmp_path, images)
+    pairs = open_pairs(tmp_path, images.subset(30))
     assert all(a.equal(b) for a, b in zip(pairs[-2], pairs[28]))
     with pytest.raises(IndexError): pairs[30]
 
-@pytest.mark.parametrize('name, options', [('tiny', {}), ('tiny', dict(quantizer_options=dict(update='ema')))])
+@pytest.mark.parametrize('name, options',
+                         [('tiny', {}), ('tiny', dict(quantizer_options=dict(update='ema')))])
 def test_healing_leaves_a_tokenizer_in_training_mode_as_it_is(images, name, options):
     tok = make_tokenizer(name, width=32, depth=1, **options)
     before = copy.deepcopy(tok.state_dict())
     how = ImageTraining(epochs=1, batch=10, perceptual=0)
-    healed, _ = heal_unpaired(tok, torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0)), images.subset(20), how, device='cpu', moments=0)
+    healed, _ = heal_unpaired(tok, torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0)),
+                              images.subset(20), how, device='cpu', moments=0)
     assert tok.training and all(v.equal(before[k]) for k, v in tok.state_dict().items())
     assert all(v.equal(before[k]) for k, v in healed.state_dict().items() if not k.startswith('decoder.'))
 
@@ -244,17 +300,22 @@ print(pairs.hash, healed.fingerprint)
 
 def test_killed_and_taken_up_again(tmp_path):
     "SIGKILL once while pairs are made and once while the decoder learns: the same bits as without"
-    def start(name): return subprocess.Popen([sys.executable, '-c', KILLED, str(tmp_path/name)], stdout=subprocess.PIPE, text=True)
+    def start(name):
+        return subprocess.Popen([sys.executable, '-c', KILLED, str(tmp_path/name)], stdout=subprocess.PIPE,
+                                text=True)
     def kill_when(process, there):
         while process.poll() is None and not there(): time.sleep(.005)
-        process.send_signal(signal.SIGKILL); process.wait()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
         return process.returncode == -9
     for name in ('whole', 'killed'): (tmp_path/name).mkdir()
-    process = start('whole'); whole = process.communicate(timeout=300)[0]
+    process = start('whole')
+    whole = process.communicate(timeout=300)[0]
     parts = lambda: len(list((tmp_path/'killed'/'pairs').glob('part-*')))
     assert kill_when(start('killed'), lambda: parts() >= 3) and 3 <= parts() < 10
     assert kill_when(start('killed'), (tmp_path/'killed'/'checkpoint.pt').exists)
-    process = start('killed'); again = process.communicate(timeout=300)[0]
+    process = start('killed')
+    again = process.communicate(timeout=300)[0]
     assert whole and again == whole
 
 
@@ -269,17 +330,22 @@ def test_probe_keeps_the_best_and_says_when_it_went_astray(images):
     latents = encode_all(tok, images)
     probe = Probe(latents.clone(), fashion_mnist('test', 50), bootstrap=5)
     with pytest.warns(UserWarning, match='went astray .*the best weights before that are kept, of epoch'):
-        back, history = posttrain_decoder(tok, Spoilt(latents, images), replace(BRIEF, epochs=30), device='cpu', probe=probe, patience=99)
+        back, history = posttrain_decoder(tok, Spoilt(latents, images), replace(BRIEF, epochs=30),
+                                          device='cpu', probe=probe, patience=99)
     assert history.epoch.iloc[0] == -1 and probe(back).value == history.probe.min()
-    assert history.epoch.tolist() == [-1, 0, 1] and history.recon.notna().tolist() == [False, True, True], "finished epochs keep their losses"
+    assert history.epoch.tolist() == [-1, 0, 1] and history.recon.notna().tolist() == [False, True,
+                                                                                       True], ("finished epochs keep their losses")
 
 
 def test_lora_without_linear_layers_is_refused():
-    with pytest.raises(ValueError, match='lora needs a decoder with linear layers'): check_options(make_tokenizer('tiny-cnn'), lora=2)
+    with pytest.raises(ValueError, match='lora needs a decoder with linear layers'):
+        check_options(make_tokenizer('tiny-cnn'), lora=2)
 
 
 def test_probe_stops_in_time(images):
-    tok, values = small('tiny'), iter([10., 8., 9., 9., 9., 7., 7.])
+    tok = small('tiny')
+    values = iter([10., 8., 9., 9., 9., 7., 7.])
     def probe(t): return Card('gFID', next(values), .1, 50, 'own', 'none')
-    healed, history = posttrain_decoder(tok, clean_pairs(tok, images), replace(BRIEF, epochs=6), device='cpu', probe=probe, patience=1)
+    healed, history = posttrain_decoder(tok, clean_pairs(tok, images), replace(BRIEF, epochs=6), device='cpu',
+                                        probe=probe, patience=1)
     assert history.probe.tolist() == [10., 8., 9., 9.] and healed.fingerprint != tok.fingerprint

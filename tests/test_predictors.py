@@ -26,8 +26,10 @@ PUBLISHED = {
 def test_the_papers_tables(case):
     generator, target, metric = case
     rows = paper_rows()
-    found = rank_agreement(rows[rows.generator == generator], metric, target, 'K', draws=200).set_index(['scope', 'coefficient']).value
-    assert np.allclose([found['pooled', 'Pearson'], found['pooled', 'Spearman']], PUBLISHED[case], atol=.006)    # one is .4446 and published as .45
+    found = rank_agreement(rows[rows.generator == generator], metric, target, 'K',
+                           draws=200).set_index(['scope', 'coefficient']).value
+    # one is .4446 and published as .45
+    assert np.allclose([found['pooled', 'Pearson'], found['pooled', 'Spearman']], PUBLISHED[case], atol=.006)
     assert found.between(-1, 1).all() and len(found) == 6
 
 
@@ -43,10 +45,13 @@ def test_scipy_agrees(ties):
 
 def test_within_groups_by_brute_force():
     rng = np.random.default_rng(4)
-    x, y, g = rng.normal(size=9), rng.normal(size=9), np.array([0, 0, 1, 1, 1, 2, 2, 2, 2])
+    x = rng.normal(size=9)
+    y = rng.normal(size=9)
+    g = np.array([0, 0, 1, 1, 1, 2, 2, 2, 2])
     c = coefficients(x[None], y[None], g)
     centred = [np.concatenate([v[g == k]-v[g == k].mean() for k in range(3)]) for v in (x, y)]
-    ranks = [np.concatenate([stats.rankdata(v[g == k])-((g == k).sum()+1)/2 for k in range(3)]) for v in (x, y)]
+    ranks = [np.concatenate([stats.rankdata(v[g == k])-((g == k).sum()+1)/2 for k in range(3)])
+             for v in (x, y)]
     pairs = [np.sign((x[i]-x[j])*(y[i]-y[j])) for i in range(9) for j in range(i) if g[i] == g[j]]
     assert np.isclose(c['Pearson'].item(), stats.pearsonr(*centred)[0])
     assert np.isclose(c['Spearman'].item(), stats.pearsonr(*ranks)[0])
@@ -55,7 +60,8 @@ def test_within_groups_by_brute_force():
 
 def test_many_samples_at_once_are_the_same_one_by_one():
     rng = np.random.default_rng(5)
-    x, y = rng.normal(size=(2, 3000, 40))                         # so many pairs that they are counted in parts
+    # so many pairs that they are counted in parts
+    x, y = rng.normal(size=(2, 3000, 40))
     whole = coefficients(x, y)['Kendall']
     assert np.allclose(whole[[0, 1500, 2999]], [stats.kendalltau(x[i], y[i])[0] for i in (0, 1500, 2999)])
 
@@ -66,7 +72,8 @@ def test_constant_values_have_no_agreement():
 
 
 def test_leaving_one_out_by_hand():
-    rows = paper_rows(); rows = rows[rows.generator == 'LlamaGen-B']
+    rows = paper_rows()
+    rows = rows[rows.generator == 'LlamaGen-B']
     r = rank_agreement(rows, 'pFID', draws=50).set_index('coefficient').loc['Kendall']
     w = unit_values(rows, ['pFID', 'gFID']).value
     alone = {t: stats.kendalltau(w.pFID.drop(t), w.gFID.drop(t))[0] for t in w.index}
@@ -75,18 +82,22 @@ def test_leaving_one_out_by_hand():
 
 
 def test_intervals_cover():
-    rng, truth = np.random.default_rng(6), .7
+    rng = np.random.default_rng(6)
+    truth = .7
     cover = 0
     for i in range(60):
-        x = rng.normal(size=25); y = truth*x+(1-truth**2)**.5*rng.normal(size=25)
+        x = rng.normal(size=25)
+        y = truth*x+(1-truth**2)**.5*rng.normal(size=25)
         r = rank_agreement(dict(pFID=x, gFID=y), 'pFID', draws=300, seed=i).iloc[0]
         cover += r.low <= truth <= r.high
-    assert cover >= 50, cover                                     # 57 of 60 promised; a percentile bootstrap of 25 points gives a little less
+    # 57 of 60 promised; a percentile bootstrap of 25 points gives a little less
+    assert cover >= 50, cover
 
 
 def test_errors_widen_and_repetitions_average():
     x = np.arange(10.)
-    tidy = pd.DataFrame([dict(tokenizer=i, metric=m, seed=s, value=v+.1*s, se=e) for i, v in enumerate(x) for s in range(3) for m, e in (('pFID', 2.), ('gFID', .1))])
+    tidy = pd.DataFrame([dict(tokenizer=i, metric=m, seed=s, value=v+.1*s, se=e) for i, v in enumerate(x)
+                         for s in range(3) for m, e in (('pFID', 2.), ('gFID', .1))])
     sure = tidy.assign(se=0.)
     wide, narrow = (rank_agreement(t, 'pFID').set_index('coefficient').loc['Spearman'] for t in (tidy, sure))
     assert wide.value == narrow.value == 1 and wide.low < narrow.low
@@ -98,11 +109,14 @@ def test_better_only_with_an_interval():
     rng = np.random.default_rng(7)
     wrong = 0
     for i in range(40):
-        g = rng.normal(size=16); a, b = g+rng.normal(size=(2, 16))
-        found = compare_agreement(dict(pFID=a, rFID=b, gFID=g), draws=300, seed=i).set_index('coefficient').loc['Spearman']
+        g = rng.normal(size=16)
+        a, b = g+rng.normal(size=(2, 16))
+        found = compare_agreement(dict(pFID=a, rFID=b, gFID=g), draws=300,
+                                  seed=i).set_index('coefficient').loc['Spearman']
         assert (found.better != '') == (found.low > 0 or found.high < 0)
         wrong += found.better != ''
-    assert wrong <= 6, wrong                                      # equally good predictors: two in forty expected
+    # equally good predictors: two in forty expected
+    assert wrong <= 6, wrong
     assert set(compare_agreement(dict(pFID=g, rFID=-g, gFID=g)).better) == {'pFID'}
     assert set(compare_agreement(dict(pFID=-g, rFID=g, gFID=g)).better) == {'rFID'}
 
@@ -116,19 +130,23 @@ def test_better_only_with_an_interval():
     (7, 'expected a table'),
 ])
 def test_bad_tables(table, why):
-    with pytest.raises(ValueError, match=why) as e: rank_agreement(table, 'pFID', group='K' if isinstance(table, dict) and 'K' in table else None)
+    with pytest.raises(ValueError, match=why) as e:
+        rank_agreement(table, 'pFID', group='K' if isinstance(table, dict) and 'K' in table else None)
     assert '\n' not in str(e.value)
 
 
 def test_settings_are_not_averaged():
     rows = paper_rows()
-    with pytest.raises(ValueError, match='rows with different generator would be averaged'): rank_agreement(rows, 'pFID')
+    with pytest.raises(ValueError, match='rows with different generator would be averaged'):
+        rank_agreement(rows, 'pFID')
     moving = rows[rows.generator == 'LlamaGen-B'].copy()
     moving.loc[moving.index[moving.metric == 'pFID'][:1], 'K'] = 1
     with pytest.raises(ValueError, match='one tokenizer has several values of K'):
         rank_agreement(moving, 'pFID', group='K')
-    again = pd.DataFrame([dict(tokenizer=t, metric='rFID', value=v, seed=0, tokenizer_seed=s) for s in (0, 1) for t, v in zip('abcd', range(4))])
-    with pytest.raises(ValueError, match='rows with different tokenizer_seed would be averaged'): pool(again, ['tokenizer', 'metric'])
+    again = pd.DataFrame([dict(tokenizer=t, metric='rFID', value=v, seed=0, tokenizer_seed=s) for s in (0, 1)
+                          for t, v in zip('abcd', range(4))])
+    with pytest.raises(ValueError, match='rows with different tokenizer_seed would be averaged'):
+        pool(again, ['tokenizer', 'metric'])
     assert pool(again, ['tokenizer', 'tokenizer_seed', 'metric']).repeats.eq(1).all()
     assert COEFFICIENTS == ('Pearson', 'Spearman', 'Kendall')
 
@@ -140,7 +158,8 @@ def test_the_study_is_wide_enough():
     points = grid_points(spec['grid'])
     names = {p['tokenizer'] for p in points}
     assert len(names) >= 12 and len(points) == len({tuple(sorted(p.items())) for p in points})
-    for what in (lambda n: n.split('-')[0], lambda n: n.split('-')[1], lambda n: n.split('-')[2:]):      # quantizer, K, words
+    # quantizer, K, words
+    for what in (lambda n: n.split('-')[0], lambda n: n.split('-')[1], lambda n: n.split('-')[2:]):
         assert len({str(what(n)) for n in names}) >= 3
     for name in names:
         assert {p['seed'] for p in points if p['tokenizer'] == name and p['generator'] == 'ar'} == {0, 1, 2}
@@ -149,14 +168,21 @@ def test_the_study_is_wide_enough():
 
 def test_the_study_runs(tmp_path):
     "Two seeds of a generator share their tokenizer, and every number that the result page reads is a row"
-    command = [Path(sys.executable).parent/'tokkit', 'sweep', EXPERIMENT, '-g', 'seed=0,1', '-p', 'preset', 'smoke', '-p', 'tokenizer', 'lfq-512-perturbed', '--workers', '1', '--threads', '1']
+    command = [Path(sys.executable).parent/'tokkit', 'sweep', EXPERIMENT, '-g', 'seed=0,1', '-p', 'preset',
+               'smoke', '-p', 'tokenizer', 'lfq-512-perturbed', '--workers', '1', '--threads', '1']
     env = dict(os.environ, TOKKIT_RUNS=str(tmp_path/'runs'), TOKKIT_DEVICE='cpu')
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600,
+                          stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     table = collect(tmp_path/'runs')
-    assert {'metric', 'value', 'se', 'n', 'extractor', 'seed', 'run_id', 'tokenizer', 'quantizer', 'K', 'perturbation', 'loss', 'generator', 'guidance'} <= set(table)
-    assert {'rFID', 'pFID', 'iFID', 'calibrated pFID', 'gFID', 'calibrated alpha', 'pFID cell'} <= set(table.metric)
+    assert ({'metric', 'value', 'se', 'n', 'extractor', 'seed', 'run_id', 'tokenizer', 'quantizer', 'K',
+             'perturbation', 'loss', 'generator', 'guidance'} <= set(table))
+    assert ({'rFID', 'pFID', 'iFID', 'calibrated pFID', 'gFID', 'calibrated alpha',
+             'pFID cell'} <= set(table.metric))
     values = table.pivot_table(index=['metric', 'guidance'], columns='seed', values='value')
-    for m in ('rFID', 'pFID', 'iFID'): assert values.loc[m][0].item() == values.loc[m][1].item()         # measured once
-    assert (values.loc['gFID'][0] != values.loc['gFID'][1]).all()                                       # another generator
-    assert len([p for p in (tmp_path/'runs'/'tokenizer').glob('*perturbed*') if not p.name.startswith('.')]) == 1
+    # measured once
+    for m in ('rFID', 'pFID', 'iFID'): assert values.loc[m][0].item() == values.loc[m][1].item()
+    # another generator
+    assert (values.loc['gFID'][0] != values.loc['gFID'][1]).all()
+    assert (len([p for p in (tmp_path/'runs'/'tokenizer').glob('*perturbed*')
+                 if not p.name.startswith('.')]) == 1)

@@ -7,14 +7,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def made() -> tuple[str, dict[str,bytes]]:
     spec = importlib.util.spec_from_file_location('make_readme', ROOT/'tools'/'make_readme.py')
-    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module.readme()
 
 
 def test_in_sync():
     text, pictures = made()
-    assert (ROOT/'README.md').read_text(encoding='utf-8') == text, "README.md is not what nbs/index.ipynb says: python tools/make_readme.py"
-    for name, data in pictures.items(): assert (ROOT/name).read_bytes() == data, f"{name} is out of date: python tools/make_readme.py"
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == text, ("README.md is not what nbs/index.ipynb "
+                                                                    "says: python tools/make_readme.py")
+    for name, data in pictures.items():
+        assert (ROOT/name).read_bytes() == data, f"{name} is out of date: python tools/make_readme.py"
 
 
 def test_links_lead_somewhere():

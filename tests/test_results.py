@@ -38,5 +38,7 @@ def test_axes_of_numbers_are_numeric(page, drawn):
     for figure in drawn(page):
         for ax in figure.axes:
             for axis in (ax.xaxis, ax.yaxis):
-                words = list(axis.units._mapping) if isinstance(axis.get_converter(), StrCategoryConverter) else []
-                assert not words or not all(map(is_number, words)), f"{page}: {axis.get_label_text()!r} is an axis of words: {words}"
+                words = (list(axis.units._mapping) if isinstance(axis.get_converter(), StrCategoryConverter)
+                         else [])
+                assert not words or not all(map(is_number, words)), (f"{page}: {axis.get_label_text()!r} is "
+                                                                     f"an axis of words: {words}")

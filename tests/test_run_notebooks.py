@@ -8,19 +8,25 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 SECONDS = 600  # a page that takes longer does not belong among the pages that a reader runs
 PAGES = [str(p.relative_to(NBS)) for p in sorted(NBS.rglob('*.ipynb'))
-         if not (p.parent/'.notest').exists() and not any(part.startswith(('_', '.')) for part in p.relative_to(NBS).parts)]
+         if not (p.parent/'.notest').exists()
+         and not any(part.startswith(('_', '.')) for part in p.relative_to(NBS).parts)]
 
 
 @pytest.mark.parametrize('name', PAGES)
 def test_runs(name, tmp_path):
-    env = dict(os.environ, OMP_NUM_THREADS='1', TOKKIT_RUNS=str(tmp_path/'runs'), PYTHONPATH=str(ROOT), IPYTHONDIR=str(tmp_path/'ipython'))
+    env = dict(os.environ, OMP_NUM_THREADS='1', TOKKIT_RUNS=str(tmp_path/'runs'), PYTHONPATH=str(ROOT),
+               IPYTHONDIR=str(tmp_path/'ipython'))
     code = f"from nbdev.test import nbdev_test; nbdev_test.__wrapped__({str(NBS/name)!r}, n_workers=0)"
     # its own session, so that a notebook that hangs is ended together with whatever it started
     with open(tmp_path/'log', 'w+') as log:
-        child = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
+        child = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=env, stdout=log,
+                                 stderr=subprocess.STDOUT,
                                  stdin=subprocess.DEVNULL, start_new_session=True)
         try: status = child.wait(SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL); child.wait(); status = f"stopped after {SECONDS} s"
-        log.seek(0); said = log.read()
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            status = f"stopped after {SECONDS} s"
+        log.seek(0)
+        said = log.read()
     assert status == 0 and 'Success' in said, f"{name}: {status}\n{said[-4000:]}"

@@ -10,7 +10,8 @@ NBS = ROOT/'nbs'
 
 def builder():
     spec = importlib.util.spec_from_file_location('build_site', ROOT/'tools'/'build_site.py')
-    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -18,7 +19,8 @@ def builder():
 def site(tmp_path_factory) -> Path:
     "The built site; once for this module"
     out = tmp_path_factory.mktemp('site')/'_docs'
-    done = subprocess.run([sys.executable, ROOT/'tools'/'build_site.py', out], cwd=ROOT, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, ROOT/'tools'/'build_site.py', out], cwd=ROOT, capture_output=True,
+                          text=True, timeout=900, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     (out.parent/'said').write_text(done.stdout, encoding='utf-8')
     return out
@@ -33,15 +35,18 @@ def test_builds_without_complaint(site):
 @pytest.fixture
 def opened(site, browser):
     "Open a page and collect whatever goes wrong in it"
-    trouble, page = [], browser.new_page(viewport=dict(width=1300, height=900))
+    trouble = []
+    page = browser.new_page(viewport=dict(width=1300, height=900))
     page.on('requestfailed', lambda r: trouble.append(f'failed: {r.url}'))
     page.on('response', lambda r: trouble.append(f'{r.status}: {r.url}') if r.status >= 400 else None)
-    page.on('request', lambda r: trouble.append(f'leaves the site: {r.url}') if r.url.startswith('http') else None)
+    page.on('request', lambda r: trouble.append(f'leaves the site: {r.url}') if r.url.startswith('http')
+            else None)
     page.on('console', lambda m: trouble.append(f'console: {m.text}') if m.type == 'error' else None)
     page.on('pageerror', lambda e: trouble.append(f'script: {e}'))
 
     def go(name:str):
-        page.goto((site/name).as_uri()); page.wait_for_load_state('load')
+        page.goto((site/name).as_uri())
+        page.wait_for_load_state('load')
         return page
     yield go
     page.close()
@@ -53,7 +58,8 @@ def html_name(notebook:Path) -> str:
     return str(notebook.relative_to(NBS).with_name(re.sub(r'^\d+[a-zA-Z]?_', '', notebook.stem)+'.html'))
 
 
-PAGES = [html_name(p) for p in sorted(NBS.rglob('*.ipynb')) if not any(part.startswith(('_', '.')) for part in p.relative_to(NBS).parts)]
+PAGES = [html_name(p) for p in sorted(NBS.rglob('*.ipynb'))
+         if not any(part.startswith(('_', '.')) for part in p.relative_to(NBS).parts)]
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -64,9 +70,11 @@ def test_opens(name, opened):
     assert all(w > 0 for w in widths), f"{name}: {widths.count(0)} of {len(widths)} pictures are broken"
     text = page.locator('main').inner_text()
     assert '$\\' not in text or not shutil.which('npm'), f"{name}: TeX shows as text"
-    failed = page.eval_on_selector_all('.katex-error, .katex [style*="color:#cc0000"]', 'es => es.map(e => e.title || e.innerText)')
+    failed = page.eval_on_selector_all('.katex-error, .katex [style*="color:#cc0000"]',
+                                       'es => es.map(e => e.title || e.innerText)')
     assert not failed, f"{name}: a formula that KaTeX cannot read: {failed}"
-    assert '#|' not in text and '@fig-' not in text and '@eq-' not in text, f"{name}: a directive or a reference shows as text"
+    assert '#|' not in text and '@fig-' not in text and '@eq-' not in text, (f"{name}: a directive or a "
+                                                                             "reference shows as text")
 
 
 def test_formulas(opened):
@@ -87,8 +95,10 @@ def test_search(opened):
 
 
 def test_links_between_names(site):
-    main = {p.stem: p.read_text(encoding='utf-8').split('<main')[1].split('</main>')[0] for p in site.rglob('*.html')}
-    assert any('href="../core/checks.html#' in text for text in main.values()), "no page links to a name of the core page"
+    main = {p.stem: p.read_text(encoding='utf-8').split('<main')[1].split('</main>')[0]
+            for p in site.rglob('*.html')}
+    assert any('href="../core/checks.html#' in text
+               for text in main.values()), ("no page links to a name of the core page")
     away = [name for name, text in main.items() if builder().home() in text]
     assert not away, f"{away} link to the published site instead of to the page beside them"
 
@@ -100,8 +110,10 @@ def test_navigation_is_written():
 
 def test_references_are_numbered():
     number = builder().number_references
-    text = number(['$$a = b$$ {#eq-one}\n\nSee @eq-one and @fig-dose.', '#| label: fig-dose\n#| fig-cap: "Dose"\nplot()'])
-    assert '\\tag{1}$$' in text[0] and '[Equation 1](#eq-one)' in text[0] and '[Figure 1](#fig-dose)' in text[0]
+    text = number(['$$a = b$$ {#eq-one}\n\nSee @eq-one and @fig-dose.',
+                   '#| label: fig-dose\n#| fig-cap: "Dose"\nplot()'])
+    assert ('\\tag{1}$$' in text[0] and '[Equation 1](#eq-one)' in text[0]
+            and '[Figure 1](#fig-dose)' in text[0])
     assert 'fig-cap: "Figure 1: Dose"' in text[1]
     assert number(['mail@fig-tree.org']) == ['mail@fig-tree.org']
 
@@ -113,13 +125,18 @@ def test_saved_widgets_live_without_a_kernel(tmp_path, browser):
     from PIL import Image
 
     def still(shade:int) -> ipywidgets.Image:
-        buffer = io.BytesIO(); Image.new('L', (8+shade, 8), shade).save(buffer, 'png')
+        buffer = io.BytesIO()
+        Image.new('L', (8+shade, 8), shade).save(buffer, 'png')
         return ipywidgets.Image(value=buffer.getvalue(), format='png')
-    slider, stack = ipywidgets.IntSlider(max=2), ipywidgets.Stack([still(s) for s in (0, 60, 120)], selected_index=0)
+    slider = ipywidgets.IntSlider(max=2)
+    stack = ipywidgets.Stack([still(s) for s in (0, 60, 120)], selected_index=0)
     ipywidgets.jslink((slider, 'value'), (stack, 'selected_index'))
     saved = embed_data(views=[ipywidgets.VBox([slider, stack])])
-    view = nbformat.v4.new_output('display_data', {'application/vnd.jupyter.widget-view+json': saved['view_specs'][0], 'text/plain': 'VBox()'})
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# live\n\n> A saved widget'), nbformat.v4.new_code_cell('show()', outputs=[view])],
+    view = nbformat.v4.new_output('display_data',
+                                  {'application/vnd.jupyter.widget-view+json': saved['view_specs'][0],
+                                   'text/plain': 'VBox()'})
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# live\n\n> A saved widget'),
+                                         nbformat.v4.new_code_cell('show()', outputs=[view])],
                                   metadata={'widgets': {'application/vnd.jupyter.widget-state+json': saved['manager_state']}})
     (tmp_path/'nbs').mkdir()
     for name in ('_quarto.yml', 'styles.css'): shutil.copy(NBS/name, tmp_path/'nbs')
@@ -128,9 +145,13 @@ def test_saved_widgets_live_without_a_kernel(tmp_path, browser):
     page = browser.new_page()
     page.goto((tmp_path/'out'/'index.html').as_uri())
     page.wait_for_selector('.noUi-handle')
-    def width(): return page.evaluate("Math.max(...[...document.querySelectorAll('.widget-image')].filter(e => e.offsetParent).map(e => e.naturalWidth))")
+    def width():
+        return page.evaluate("Math.max(...[...document.querySelectorAll('.widget-image')].filter(e => "
+                             "e.offsetParent).map(e => e.naturalWidth))")
     page.wait_for_function("[...document.querySelectorAll('.widget-image')].some(e => e.naturalWidth == 8)")
     assert width() == 8
-    page.locator('.noUi-handle').focus(); page.keyboard.press('ArrowRight')
-    page.wait_for_function("[...document.querySelectorAll('.widget-image')].some(e => e.offsetParent && e.naturalWidth == 68)")
+    page.locator('.noUi-handle').focus()
+    page.keyboard.press('ArrowRight')
+    page.wait_for_function("[...document.querySelectorAll('.widget-image')].some(e => e.offsetParent && "
+                           "e.naturalWidth == 68)")
     page.close()

@@ -9,7 +9,8 @@ def demo(out:Path, seconds:int, *more:str) -> subprocess.CompletedProcess:
     "Run the command as a user does, in a process of its own"
     command = [Path(sys.executable).parent/'tokkit', 'demo', '--preset', 'smoke', '--out', out, *more]
     env = dict(os.environ, OMP_NUM_THREADS='1', TOKKIT_DEVICE='cpu')
-    done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=seconds,
+                          stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 
@@ -25,7 +26,8 @@ def test_demo_leaves_its_report(finished):
     out, done = finished
     reports = {p.name for p in out.rglob('report.*') if p.stat().st_size > 1000}
     assert reports == {'report.ipynb', 'report.html'}
-    for metric in ('rFID', 'pFID', 'gFID'): assert metric in done.stdout, f"the table on the terminal lacks {metric}"
+    for metric in ('rFID', 'pFID', 'gFID'):
+        assert metric in done.stdout, f"the table on the terminal lacks {metric}"
     assert 'Traceback' not in done.stdout+done.stderr
     assert not list(out.rglob('*.tmp')), "temporary files were left behind"
 
@@ -33,7 +35,8 @@ def test_demo_leaves_its_report(finished):
 def test_report_draws_its_formulas(finished, browser):
     "In the file itself: no TeX is left, and nothing is asked for"
     out, _ = finished
-    asked, page = [], browser.new_page()
+    asked = []
+    page = browser.new_page()
     page.on('request', lambda r: asked.append(r.url) if not r.url.startswith(('file:', 'data:')) else None)
     page.goto(next(out.rglob('report.html')).as_uri())
     text = page.locator('body').inner_text()
@@ -48,7 +51,8 @@ def test_demo_reuses_what_is_finished(finished):
     assert before, "no checkpoint was kept"
     start = time.monotonic()
     demo(out, 300)
-    assert {p: p.stat().st_mtime_ns for p in out.rglob('*.safetensors')} == before, "a finished stage was made again"
+    assert {p: p.stat().st_mtime_ns
+            for p in out.rglob('*.safetensors')} == before, ("a finished stage was made again")
     assert time.monotonic()-start < 120, "a second call must reuse the finished stages"
 
 
@@ -56,7 +60,9 @@ def test_demo_reuses_what_is_finished(finished):
 def test_demo_with_another_generator(generator, tmp_path):
     "The same story with tokens that are filled in, and with continuous latents"
     small = dict(train_images=300, n=100, n_pfid=100, pairs=100, bootstrap=4)
-    done = demo(tmp_path/'out', 600, '--generator', generator, *[w for k,v in small.items() for w in ('-p', k, str(v))])
-    for metric in ('rFID', 'pFID', 'gFID'): assert metric in done.stdout, f"the table on the terminal lacks {metric}"
+    done = demo(tmp_path/'out', 600, '--generator', generator,
+                *[w for k,v in small.items() for w in ('-p', k, str(v))])
+    for metric in ('rFID', 'pFID', 'gFID'):
+        assert metric in done.stdout, f"the table on the terminal lacks {metric}"
     config = json.loads(next((tmp_path/'out'/'generator').glob('*/config.json')).read_text())
     assert config['kind'] == f'{generator.capitalize()}Generator'

@@ -9,8 +9,10 @@ from tokkit.core import tensors_hash
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, make_tokenizer
 
 GOLDEN = {  # preset: hashes of the weights of seeds 0 and 1. Published results were made with these weights
-    'tiny': ('a47ec38143', '4456bd5fe8'), 'tiny-16': ('e1d9605dc8', '00b9c15294'), 'tiny-rgb': ('178cb7bea6', '20b88a9381'),
-    'tiny-1d': ('45fdb0080d', 'c54a5fdba7'), 'tiny-kl0': ('1ac433e2a6', '28be4561b2'), 'tiny-cnn': ('83df357a7a', '93ec4311fb'),
+    'tiny': ('a47ec38143', '4456bd5fe8'), 'tiny-16': ('e1d9605dc8', '00b9c15294'),
+          'tiny-rgb': ('178cb7bea6', '20b88a9381'),
+    'tiny-1d': ('45fdb0080d', 'c54a5fdba7'), 'tiny-kl0': ('1ac433e2a6', '28be4561b2'),
+          'tiny-cnn': ('83df357a7a', '93ec4311fb'),
     'small': ('4fef5670d6', '996583e363'),
 }
 
@@ -23,14 +25,16 @@ def test_weights_of_a_preset_never_change(name):
 def test_fingerprint_knows_configuration_weights_and_the_measured_scale():
     tok = make_tokenizer('tiny')
     two = make_tokenizer('tiny', heads=2)
-    assert tensors_hash(two.state_dict()) == tensors_hash(tok.state_dict()) and two.fingerprint != tok.fingerprint
+    assert (tensors_hash(two.state_dict()) == tensors_hash(tok.state_dict())
+            and two.fingerprint != tok.fingerprint)
     assert make_tokenizer('tiny', seed=1).fingerprint != tok.fingerprint
     before = tok.fingerprint
     fit_spec(tok, images(tok.cfg))
     assert tok.fingerprint != before and tok.spec.std != 1
 
 
-def images(cfg, n=2): return torch.rand(n, cfg.channels, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))*2-1
+def images(cfg, n=2):
+    return torch.rand(n, cfg.channels, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))*2-1
 
 
 SMALL = [name for name, cfg in TOKENIZERS.items() if cfg.size <= 64]
@@ -40,7 +44,8 @@ SMALL = [name for name, cfg in TOKENIZERS.items() if cfg.size <= 64]
 @torch.no_grad()
 def test_verbs_agree(name):
     tok = make_tokenizer(name).eval()
-    x, spec = images(tok.cfg), tok.spec
+    x = images(tok.cfg)
+    spec = tok.spec
     q = tok.quantize(tok.encode(x))
     assert q.zq.shape == (2, *spec.shape)
     assert tok.reconstruct(x).shape == x.shape
@@ -58,7 +63,8 @@ def test_gradients_reach_every_weight(name):
     x = images(tok.cfg, 4)
     q = tok.quantize(tok.encode(x))
     ((tok.decode(q.zq)-x).square().mean()+q.loss).backward()
-    unreached = [k for k, p in tok.named_parameters() if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all())]
+    unreached = [k for k, p in tok.named_parameters() if p.requires_grad
+                 and (p.grad is None or not torch.isfinite(p.grad).all())]
     assert not unreached
     assert tok.last_layer.grad.abs().sum() > 0 and any(tok.last_layer is p for p in tok.decoder.parameters())
 
@@ -67,18 +73,21 @@ def test_gradients_reach_every_weight(name):
 def test_files(name, tmp_path):
     tok = make_tokenizer(name)
     back = Tokenizer.load(tok.save(tmp_path/'tok'))
-    assert back.fingerprint == tok.fingerprint and back.spec == tok.spec and back.cfg == tok.cfg and not back.training
+    assert (back.fingerprint == tok.fingerprint and back.spec == tok.spec and back.cfg == tok.cfg
+            and not back.training)
 
 
 def test_files_of_earlier_versions_load(tmp_path):
     tok = make_tokenizer('tiny-1d')
     tok.save(tmp_path)
     config = json.loads((tmp_path/'config.json').read_text())
-    for field in ('quantizer', 'quantizer_options', 'positions', 'class_token', 'layer_scale', 'multipliers', 'z_channels'):
+    for field in ('quantizer', 'quantizer_options', 'positions', 'class_token', 'layer_scale', 'multipliers',
+                  'z_channels'):
         del config['cfg'][field]
     del config['spec']['ids_shape']
     (tmp_path/'config.json').write_text(json.dumps(config))
-    save_file(load_file(tmp_path/'model.safetensors'), tmp_path/'model.safetensors')       # they carried no copy of it
+    # they carried no copy of it
+    save_file(load_file(tmp_path/'model.safetensors'), tmp_path/'model.safetensors')
     with pytest.warns(UserWarning, match='was written by an earlier version'): back = Tokenizer.load(tmp_path)
     assert back.fingerprint == tok.fingerprint and back.spec == tok.spec and back.cfg == tok.cfg
 
@@ -95,7 +104,8 @@ def test_files_of_earlier_versions_load(tmp_path):
     (dict(kind='cnn', latents=4), 'a cnn needs a patch that is a power of 2'),
     (dict(kind='taming'), '5 multipliers need patch 16 and latents 0, got patch 4'),
     (dict(latents=-1), 'latents must be a whole number in 0..65536, got -1'),
-    *((dict(quantizer=q, codebook_size=0), f'{q} needs a codebook_size') for q in ('pq', 'rq', 'msrq', 'lfq', 'bsq', 'fsq')),
+    *((dict(quantizer=q, codebook_size=0), f'{q} needs a codebook_size')
+      for q in ('pq', 'rq', 'msrq', 'lfq', 'bsq', 'fsq')),
     *(({name: 0}, f'{name} must be a whole number in 1..') for name in
       ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')),
     (dict(quantizer='lfq', codebook_size=500), 'signs make a power of 2 of codes, got 500'),
@@ -112,20 +122,25 @@ def test_quantizers_that_choose_their_channels_say_so_in_the_configuration(quant
     assert tok.fingerprint == make_tokenizer('tiny', quantizer=quantizer, code_dim=dim).fingerprint
     tok.save(tmp_path)
     config = json.loads((tmp_path/'config.json').read_text())
-    config['cfg']['code_dim'] = 16                                                  # as files of earlier versions say
+    # as files of earlier versions say
+    config['cfg']['code_dim'] = 16
     (tmp_path/'config.json').write_text(json.dumps(config))
     save_file(load_file(tmp_path/'model.safetensors'), tmp_path/'model.safetensors')
-    with pytest.warns(UserWarning, match='was written by an earlier version'): assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+    with pytest.warns(UserWarning, match='was written by an earlier version'):
+        assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
 @pytest.mark.parametrize('name', ['tiny', 'tiny-kl', 'tiny-kl0'])
 def test_fit_spec_measures_in_eval_mode_in_batches_and_puts_the_modes_back(name):
     tok = make_tokenizer(name, width=16, depth=1)
-    x, before = images(tok.cfg, 260), tensors_hash(tok.state_dict())
-    tok.train(); tok.encoder.eval()
+    x = images(tok.cfg, 260)
+    before = tensors_hash(tok.state_dict())
+    tok.train()
+    tok.encoder.eval()
     modes = [m.training for m in tok.modules()]
     spec = fit_spec(tok, x)
-    assert [m.training for m in tok.modules()] == modes and tensors_hash(tok.state_dict()) == before and fit_spec(tok, x) == spec
+    assert ([m.training for m in tok.modules()] == modes and tensors_hash(tok.state_dict()) == before
+            and fit_spec(tok, x) == spec)
     with torch.no_grad(): zq = tok.eval().quantize(tok.encode(x)).zq
     assert abs(spec.mean-zq.mean()) < 1e-5 and abs(spec.std-zq.std()) < 1e-5
     tok.train()
@@ -145,7 +160,8 @@ def test_images_of_another_shape():
 
 
 def test_weights_do_not_depend_on_the_global_generator():
-    torch.manual_seed(1); one = make_tokenizer('tiny-robustok').fingerprint
+    torch.manual_seed(1)
+    one = make_tokenizer('tiny-robustok').fingerprint
     before = torch.get_rng_state()
     assert make_tokenizer('tiny-robustok').fingerprint == one and torch.equal(torch.get_rng_state(), before)
 
@@ -161,5 +177,7 @@ def test_drop_path_grows_with_depth_and_rests_in_evaluation():
     for part in (tok.encoder, tok.decoder): assert [b.drop_path.rate for b in part.vit.blocks] == [0, .25, .5]
     x = images(tok.cfg)
     with torch.no_grad():
-        assert not torch.equal(tok.train().encode(x), tok.encode(x)) and torch.equal(tok.eval().encode(x), tok.encode(x))
-    assert [b.drop_path.rate for b in make_tokenizer('tiny', depth=1, drop_path=.5).encoder.body.blocks] == [.5]
+        assert (not torch.equal(tok.train().encode(x), tok.encode(x))
+                and torch.equal(tok.eval().encode(x), tok.encode(x)))
+    assert ([b.drop_path.rate
+             for b in make_tokenizer('tiny', depth=1, drop_path=.5).encoder.body.blocks] == [.5])

@@ -19,8 +19,10 @@ TERMS = dict(reconstruction='recon', perceptual='perceptual', semantic='semantic
 def losses(folder, processes=1, **changes):
     "Losses of a small training in as many processes"
     folder.mkdir()
-    launcher = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--standalone'] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(SCRIPT), str(folder/'losses.json'), json.dumps(changes)], capture_output=True, text=True, timeout=300)
+    launcher = (['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--standalone']
+                if processes > 1 else [])
+    done = subprocess.run([sys.executable, *launcher, str(SCRIPT), str(folder/'losses.json'),
+                           json.dumps(changes)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder/'losses.json').read_text())
 
@@ -28,26 +30,32 @@ def train(work=None, images=None, perturbation=LatentPerturbation(.7, .5, 20), *
     "A tokenizer after a short training, and its losses"
     tok = make_tokenizer('tiny-16', width=16, depth=1)
     cfg = ImageTraining(**dict(epochs=2, batch=32, lr=1e-3, perceptual=0, revive=0) | changes)
-    history = train_tokenizer(tok, fashion_mnist('train', 128) if images is None else images, cfg, perturbation, work, device='cpu')
+    history = train_tokenizer(tok, fashion_mnist('train', 128) if images is None else images, cfg,
+                              perturbation, work, device='cpu')
     return tok, history
 
 
 def test_two_processes_train_as_one(tmp_path):
     "The same global batch, the same draws, the same losses: pixels, contrast over all images, the game and its balance"
-    one, two = losses(tmp_path/'one', semantic=.1), losses(tmp_path/'two', 2, semantic=.1)
-    assert set(one) == set(two) >= {'loss', 'recon', 'semantic', 'adversarial', 'critic', 'replaced', 'quantizer'}
+    one = losses(tmp_path/'one', semantic=.1)
+    two = losses(tmp_path/'two', 2, semantic=.1)
+    assert (set(one) == set(two) >= {'loss', 'recon', 'semantic', 'adversarial', 'critic', 'replaced',
+                                     'quantizer'})
     for name in one: assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
 
 
 def test_parts_of_a_batch(tmp_path):
     "Without a game: a critic's spectral norm iterates, and its balance is struck, once a part"
-    whole, parts = losses(tmp_path/'whole', adversarial=0), losses(tmp_path/'parts', adversarial=0, accumulate=4)
-    for name in whole.keys()-{'usage'}: assert parts[name] == pytest.approx(whole[name], rel=2e-4, abs=1e-6), name
+    whole = losses(tmp_path/'whole', adversarial=0)
+    parts = losses(tmp_path/'parts', adversarial=0, accumulate=4)
+    for name in whole.keys()-{'usage'}:
+        assert parts[name] == pytest.approx(whole[name], rel=2e-4, abs=1e-6), name
 
 
 def test_compiled(tmp_path):
     "Traced by torch.compile: the same training up to rounding"
-    plain, traced = losses(tmp_path/'plain', adversarial=0, epochs=1), losses(tmp_path/'traced', adversarial=0, epochs=1, compile='aot_eager')
+    plain = losses(tmp_path/'plain', adversarial=0, epochs=1)
+    traced = losses(tmp_path/'traced', adversarial=0, epochs=1, compile='aot_eager')
     assert traced['loss'] == pytest.approx(plain['loss'], rel=1e-4)
 
 def test_nothing_compiled_is_left_behind():
@@ -73,13 +81,17 @@ def test_a_weight_of_zero_leaves_the_term_out(term):
 def test_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path):
     x, y = fashion_mnist('train', 128)[:]
     x[5, 0, 3, 3] = float('nan')
-    with pytest.raises(FloatingPointError, match=r'the loss is nan at step \d+ .* its batch is kept in') as error:
+    with pytest.raises(FloatingPointError,
+                       match=r'the loss is nan at step \d+ .* its batch is kept in') as error:
         train(tmp_path, TensorPairs(x, y))
     kept = load_file(next(tmp_path.glob('nonfinite-*.safetensors')))
-    assert 'nonfinite' in str(error.value) and kept['batch.0'].shape == (32, 1, 28, 28) and kept['batch.0'].isnan().sum() == 1
+    assert ('nonfinite' in str(error.value) and kept['batch.0'].shape == (32, 1, 28, 28)
+            and kept['batch.0'].isnan().sum() == 1)
 
 
-@pytest.mark.parametrize('changes', [dict(), dict(semantic=.1), dict(adversarial=.1, adversarial_start=.2, critic_augment=1., critic_blur=.5)])
+@pytest.mark.parametrize('changes',
+                         [dict(), dict(semantic=.1),
+                          dict(adversarial=.1, adversarial_start=.2, critic_augment=1., critic_blur=.5)])
 def test_killed_and_resumed(tmp_path, changes):
     "Killed in the second epoch and taken up again: the same weights, bit for bit"
     def play(work, kill=False):
@@ -87,7 +99,9 @@ def test_killed_and_resumed(tmp_path, changes):
         def die(learner):
             if kill and learner.epoch == 1: raise KeyboardInterrupt
         cfg = ImageTraining(epochs=3, batch=32, perceptual=0, revive=2, **changes)
-        try: train_tokenizer(tok, fashion_mnist('train', 96), cfg, LatentPerturbation(1., .5, 11, Annealing(1, 2)), work, die, 'cpu')
+        try:
+            train_tokenizer(tok, fashion_mnist('train', 96), cfg,
+                            LatentPerturbation(1., .5, 11, Annealing(1, 2)), work, die, 'cpu')
         except KeyboardInterrupt: pass
         return tok.fingerprint
     whole = play(tmp_path/'whole')

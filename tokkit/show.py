@@ -36,7 +36,8 @@ class Picture(Figure):
 
 def _pixels(x:Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w 3"]:
     "Images in [-1,1] as RGB bytes, each value the nearest of 256 levels"
-    if x.ndim != 4 or x.shape[1] not in (1,3): raise ValueError(f"expected images (b c h w) with 1 or 3 channels, got {tuple(x.shape)}")
+    if x.ndim != 4 or x.shape[1] not in (1,3):
+        raise ValueError(f"expected images (b c h w) with 1 or 3 channels, got {tuple(x.shape)}")
     x = x.detach().float().cpu().clamp(-1, 1).nan_to_num(1.)
     return ((x*127.5+128).clamp_max(255).to(torch.uint8)).permute(0,2,3,1).expand(-1,-1,-1,3).numpy()
 
@@ -47,7 +48,8 @@ def _line(scale:float) -> float:
     "Height of a line of text in tile widths, when a tile is `scale` inches wide"
     return .19/scale
 
-def _canvas(columns:int, height:float, scale:float, left:float = 0., right:float = 0.) -> tuple[Picture, Axes]:
+def _canvas(columns:int, height:float, scale:float, left:float = 0., right:float = 0.) -> tuple[Picture,
+                                                                                                Axes]:
     "A figure `columns` tiles wide and `height` tile widths high with room left and right, and axes whose unit is a tile width"
     width = left+columns*(1+_GAP)-_GAP+right
     fig = Picture(figsize=(width*scale, height*scale), dpi=72, facecolor='white')
@@ -61,7 +63,8 @@ def _frame(ax:Axes, columns:int, height:float, left:float = 0., right:float = 0.
 
 def _tile(ax:Axes, pixels:UInt8[np.ndarray, "h w 3"], column:int, top:float, title:str|None = None):
     "Draw one image, its upper left corner in `column` and `top` below the upper edge"
-    left, height = column*(1+_GAP), pixels.shape[0]/pixels.shape[1]
+    left = column*(1+_GAP)
+    height = pixels.shape[0]/pixels.shape[1]
     ax.imshow(pixels, extent=(left, left+1, top+height, top), interpolation='nearest')
     if title is not None: ax.text(left+.5, top-.03, title, ha='center', va='bottom', fontsize=8)
 
@@ -73,7 +76,8 @@ def show_images(
     scale:float = .78,                    # width of an image, inches
 ) -> Figure:                              # shown by the notebook, or saved with `save_figure`
     "A grid of images"
-    pixels, columns = _pixels(x), min(columns or 8, len(x))
+    pixels = _pixels(x)
+    columns = min(columns or 8, len(x))
     if titles is not None and len(titles) != len(x):
         raise ValueError(f"show_images: {len(x)} images need as many titles, got {len(titles)}")
     text = 0. if titles is None else _line(scale)
@@ -94,11 +98,14 @@ def show_rows(
     "Images in titled rows"
     if not rows: raise ValueError("show_rows: expected a dict of title -> images, got an empty one")
     pixels = {str(k):_pixels(v) for k,v in rows.items()}
-    columns, left = max(map(len, pixels.values())), max(len(k) for k in pixels)*.068/scale+.1
-    tops = np.cumsum([0. if titles is None else _line(scale)]+[p.shape[1]/p.shape[2]+_GAP for p in pixels.values()])
+    columns = max(map(len, pixels.values()))
+    left = max(len(k) for k in pixels)*.068/scale+.1
+    tops = np.cumsum([0. if titles is None else _line(scale)]
+                     +[p.shape[1]/p.shape[2]+_GAP for p in pixels.values()])
     fig, ax = _canvas(columns, tops[-1]-_GAP, scale, left)
     for r, (name, images) in enumerate(pixels.items()):
-        for i, image in enumerate(images): _tile(ax, image, i, tops[r], str(titles[i]) if titles is not None and r == 0 else None)
+        for i, image in enumerate(images):
+            _tile(ax, image, i, tops[r], str(titles[i]) if titles is not None and r == 0 else None)
         ax.text(-.08, (tops[r]+tops[r+1]-_GAP)/2, name, ha='right', va='center', fontsize=8)
     _frame(ax, columns, tops[-1]-_GAP, left)
     return fig
@@ -107,23 +114,30 @@ def show_rows(
 def show_diff(
     x:Float[Tensor, "b c h w"],    # images in [-1,1]
     xh:Float[Tensor, "b c h w"],   # their reconstructions
-    limit:float|None = None,       # difference that gets the brightest colour; None takes the largest there is
+    # difference that gets the brightest colour; None takes the largest there is
+    limit:float|None = None,
     scale:float = .78,             # width of an image, inches
 ) -> Figure:
     "Images, reconstructions and where they differ"
-    if x.shape != xh.shape: raise ValueError(f"show_diff: x is {tuple(x.shape)} and xh is {tuple(xh.shape)}; expected one shape")
+    if x.shape != xh.shape:
+        raise ValueError(f"show_diff: x is {tuple(x.shape)} and xh is {tuple(xh.shape)}; expected one shape")
     difference = (x.float()-xh.float()).abs().mean(1).detach().cpu()
     colours = ScalarMappable(Normalize(0, limit or max(float(difference.max()), 1e-6)), 'magma')
     heat = np.stack([colours.to_rgba(d, bytes=True)[...,:3] for d in difference.numpy()])     # (b h w 3)
-    step, left, right = x.shape[-2]/x.shape[-1]+_GAP, 9*.068/scale, .62/scale
+    step = x.shape[-2]/x.shape[-1]+_GAP
+    left = 9*.068/scale
+    right = .62/scale
     fig, ax = _canvas(len(x), 3*step-_GAP, scale, left, right)
     for r, (name, images) in enumerate({'x': _pixels(x), 'xh': _pixels(xh), '|x - xh|': heat}.items()):
         for i, image in enumerate(images): _tile(ax, image, i, r*step)
         ax.text(-.08, r*step+(step-_GAP)/2, name, ha='right', va='center', fontsize=8)
     _frame(ax, len(x), 3*step-_GAP, left, right)
     width = left+len(x)*(1+_GAP)-_GAP+right
-    bar = fig.colorbar(colours, cax=fig.add_axes((1-(right-.1)/width, .03, .1/scale/width, (step-_GAP)/(3*step-_GAP)-.06)))
-    bar.ax.tick_params(labelsize=7, length=2); bar.ax.locator_params(nbins=3)
+    bar = fig.colorbar(colours,
+                       cax=fig.add_axes((1-(right-.1)/width, .03, .1/scale/width,
+                                         (step-_GAP)/(3*step-_GAP)-.06)))
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.ax.locator_params(nbins=3)
     return fig
 
 # %% ../nbs/show.ipynb #c93a7771
@@ -133,11 +147,13 @@ def latent_rgb(
 ) -> Float[Tensor, "b 3 h w"]: # images in [-1,1]
     "The first three principal components of latents as an RGB image"
     b, n, d = z.shape
-    if grid[0]*grid[1] != n: raise ValueError(f"latent_rgb: grid {tuple(grid)} holds {grid[0]*grid[1]} tokens, z has {n}")
+    if grid[0]*grid[1] != n:
+        raise ValueError(f"latent_rgb: grid {tuple(grid)} holds {grid[0]*grid[1]} tokens, z has {n}")
     flat = z.detach().double().cpu().flatten(0, 1)
     flat = flat-flat.mean(0)                                                    # (b*n d)
     axes = torch.linalg.eigh(flat.T@flat).eigenvectors.flip(1)[:,:3]            # (d 3) largest variance first
-    axes = axes*axes.gather(0, axes.abs().argmax(0)[None]).sign()               # sign is arbitrary: largest entry positive
+    # sign is arbitrary: largest entry positive
+    axes = axes*axes.gather(0, axes.abs().argmax(0)[None]).sign()
     rgb = torch.nn.functional.pad(flat@axes, (0, max(0, 3-d)))                  # (b*n 3)
     rgb = rgb/rgb.abs().quantile(.98, 0).clamp_min(1e-12)
     return rgb.clamp(-1, 1).float().view(b, *grid, 3).permute(0,3,1,2)
@@ -146,7 +162,8 @@ def latent_rgb(
 def _code_colours(ids:np.ndarray) -> UInt8[np.ndarray, "*shape 3"]:
     "A colour for each code id; neighbouring ids get hues far apart"
     hue = ids*.6180339887498949%1
-    return (hsv_to_rgb(np.stack([hue, .35+.4*(ids*7%5)/4, .95-.35*(ids*11%3)/2], -1))*255).round().astype(np.uint8)
+    return (hsv_to_rgb(np.stack([hue, .35+.4*(ids*7%5)/4, .95-.35*(ids*11%3)/2],
+                                -1))*255).round().astype(np.uint8)
 
 def show_tokens(
     ids:Integer[Tensor, "b n"],                # code ids
@@ -158,16 +175,21 @@ def show_tokens(
     "Token maps: one colour a code, replaced tokens outlined"
     ids, (rows, columns) = ids.detach().cpu(), grid
     if ids.ndim != 2 or ids.shape[1] != rows*columns:
-        raise ValueError(f"show_tokens: grid {tuple(grid)} needs ids (b {rows*columns}), got {tuple(ids.shape)}")
+        raise ValueError(f"show_tokens: grid {tuple(grid)} needs ids (b {rows*columns}), got "
+                         f"{tuple(ids.shape)}")
     if changed is not None and changed.shape != ids.shape:
-        raise ValueError(f"show_tokens: changed must be {tuple(ids.shape)} like ids, got {tuple(changed.shape)}")
-    text, unit = 0. if titles is None else _line(scale), 1/columns
+        raise ValueError(f"show_tokens: changed must be {tuple(ids.shape)} like ids, got "
+                         f"{tuple(changed.shape)}")
+    text = 0. if titles is None else _line(scale)
+    unit = 1/columns
     fig, ax = _canvas(len(ids), text+rows*unit, scale)
     for i, colours in enumerate(_code_colours(ids.numpy()).reshape(-1, rows, columns, 3)):
         _tile(ax, colours, i, text, None if titles is None else str(titles[i]))
-    boxes = [] if changed is None else [Rectangle((i*(1+_GAP)+(t%columns+.1)*unit, text+(t//columns+.1)*unit), .8*unit, .8*unit)
+    boxes = [] if changed is None else [Rectangle((i*(1+_GAP)+(t%columns+.1)*unit, text+(t//columns+.1)*unit),
+                                                  .8*unit, .8*unit)
                                         for i,t in changed.cpu().nonzero().tolist()]
-    ax.add_collection(PatchCollection(boxes, facecolor='none', edgecolor='black', linewidth=72*scale*unit*.13))
+    ax.add_collection(PatchCollection(boxes, facecolor='none', edgecolor='black',
+                                      linewidth=72*scale*unit*.13))
     _frame(ax, len(ids), text+rows*unit)
     return fig
 
@@ -175,19 +197,25 @@ def show_tokens(
 def text_preview(
     x:Float[Tensor, "b c h w"],   # images in [-1,1]; the first eight are drawn
     width:int = 14,               # characters an image is wide
-    color:bool|None = None,       # 24-bit ANSI colour, or a ramp of grey characters; None asks the terminal and $NO_COLOR
+    # 24-bit ANSI colour, or a ramp of grey characters; None asks the terminal and $NO_COLOR
+    color:bool|None = None,
 ) -> str:                         # lines joined by newlines
     "A row of images as text"
     if color is None: color = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
     x, high = x[:8].float(), max(1, round(width*x.shape[-2]/x.shape[-1]/2))*2
-    small = _pixels(torch.nn.functional.interpolate(x, size=(high, width), mode='area'))        # (b high width 3)
-    top, low = small[:,::2], small[:,1::2]
+    # (b high width 3)
+    small = _pixels(torch.nn.functional.interpolate(x, size=(high, width), mode='area'))
+    top = small[:,::2]
+    low = small[:,1::2]
     if color:
         def cell(a, b): return f"\x1b[38;2;{a[0]};{a[1]};{a[2]}m\x1b[48;2;{b[0]};{b[1]};{b[2]}m\u2580"
-        lines = [' '.join(''.join(map(cell, a, b))+'\x1b[0m' for a,b in zip(top[:,r], low[:,r])) for r in range(high//2)]
+        lines = [' '.join(''.join(map(cell, a, b))+'\x1b[0m' for a,b in zip(top[:,r], low[:,r]))
+                 for r in range(high//2)]
     else:
-        grey = (top.astype(int)+low).mean(-1)/2                                                  # (b high/2 width)
-        lines = [' '.join(''.join(_RAMP[int(g*len(_RAMP)/256)] for g in a) for a in grey[:,r]) for r in range(high//2)]
+        # (b high/2 width)
+        grey = (top.astype(int)+low).mean(-1)/2
+        lines = [' '.join(''.join(_RAMP[int(g*len(_RAMP)/256)] for g in a) for a in grey[:,r])
+                 for r in range(high//2)]
     return '\n'.join(lines)
 
 _RAMP = ' .:-=+*#%@' # dark to bright
@@ -199,11 +227,13 @@ def to_pil_grid(
     gap:int = 2,                  # white pixels between images
 ) -> Image.Image:
     "Images side by side as one image, pixel for pixel"
-    pixels, columns = _pixels(x), min(columns or 8, len(x))
+    pixels = _pixels(x)
+    columns = min(columns or 8, len(x))
     b, h, w, _ = pixels.shape
     sheet = np.full((math.ceil(b/columns)*(h+gap)-gap, columns*(w+gap)-gap, 3), 255, np.uint8)
     for i, image in enumerate(pixels):
-        top, left = i//columns*(h+gap), i%columns*(w+gap)
+        top = i//columns*(h+gap)
+        left = i%columns*(w+gap)
         sheet[top:top+h, left:left+w] = image
     return Image.fromarray(sheet)
 
@@ -217,8 +247,10 @@ def save_figure(
     dpi:float|None = None,    # dots an inch; None is the figure's own
 ) -> Path:
     "Save a figure with bytes that depend on the figure alone"
-    path = Path(path); kind = path.suffix.lower().lstrip('.')
-    if kind not in _NO_DATE: raise ValueError(f"save_figure: expected a .png, .svg or .pdf name, got {path.name!r}")
+    path = Path(path)
+    kind = path.suffix.lower().lstrip('.')
+    if kind not in _NO_DATE:
+        raise ValueError(f"save_figure: expected a .png, .svg or .pdf name, got {path.name!r}")
     with atomic_path(path) as p, rc_context({'svg.hashsalt': 'tokkit'}):
         fig.savefig(p, format=kind, dpi=dpi or fig.dpi, metadata=_NO_DATE[kind])
     return path

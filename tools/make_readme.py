@@ -20,7 +20,9 @@ def readme(index:Path=ROOT/'nbs'/'index.ipynb') -> tuple[str, dict[str,bytes]]:
     if nb.cells and nb.cells[0].cell_type == 'raw': del nb.cells[0]  # front matter
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     nb.cells = [c for c in nb.cells if c.source.strip() or c.get('outputs')]
-    text, extra = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir=PICTURES, unique_key='picture'))
+    text, extra = MarkdownExporter().from_notebook_node(nb,
+                                                        resources=dict(output_files_dir=PICTURES,
+                                                                       unique_key='picture'))
 
     def from_root(m):
         away = re.match(r'[a-z]+:|#|/', m[2]) or m[2].startswith(PICTURES)

@@ -14,7 +14,8 @@ def make_images(folder:Path, n:int, side:int = 28, seed:int = 0) -> Path:
     draw = np.random.default_rng(seed)
     for i in range(n):
         (folder/f'class{i%2}').mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder/f'class{i%2}'/f'{i:03d}.png')
+        Image.fromarray(draw.integers(0, 255, (side, side, 3),
+                                      dtype=np.uint8)).save(folder/f'class{i%2}'/f'{i:03d}.png')
     return folder
 
 
@@ -55,7 +56,9 @@ def says(error, call, *words):
 
 def start(*words, **env) -> subprocess.Popen:
     "The command in a process of its own"
-    return subprocess.Popen([*SHELL, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | dict(TOKKIT_QUIET='1', TOKKIT_DEVICE='cpu', OMP_NUM_THREADS='1') | env)
+    return subprocess.Popen([*SHELL, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True,
+                            env=os.environ | dict(TOKKIT_QUIET='1', TOKKIT_DEVICE='cpu', OMP_NUM_THREADS='1')
+                            | env)
 
 

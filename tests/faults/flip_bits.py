@@ -13,8 +13,10 @@ from pathlib import Path
 
 def call(*words) -> tuple[int,str,str]:
     from tokkit.cli import main
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(w) for w in words])
+    out = io.StringIO()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(w) for w in words])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -28,33 +30,54 @@ def results(root:Path) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', type=Path); parser.add_argument('flips', type=int); parser.add_argument('--seed', type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('flips', type=int)
+    parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     os.environ |= dict(TOKKIT_QUIET='1', TOKKIT_DEVICE='cpu')
-    rng, what, bad, start = random.Random(args.seed), Counter(), [], time.time()
+    rng = random.Random(args.seed)
+    what = Counter()
+    bad = []
+    start = time.time()
     with tempfile.TemporaryDirectory() as d:
-        root = Path(d)/'runs'; shutil.copytree(args.folder, root)
+        root = Path(d)/'runs'
+        shutil.copytree(args.folder, root)
         demo = 'demo', '--preset', 'smoke', '--out', root
-        code, table, _ = call(*demo); table_of_runs = results(root); metrics = (root/'demo'/'metrics.json').read_bytes()
+        code, table, _ = call(*demo)
+        table_of_runs = results(root)
+        metrics = (root/'demo'/'metrics.json').read_bytes()
         assert code == 0
         for i in range(args.flips):
             kind = rng.choice(sorted(p for p in root.iterdir() if p.is_dir()))
             path = rng.choice(sorted(p for p in kind.rglob('*') if p.is_file() and p.stat().st_size))
-            before = path.read_bytes(); bits = bytearray(before); at = rng.randrange(len(bits)); bits[at] ^= 1 << rng.randrange(8); path.write_bytes(bits)
+            before = path.read_bytes()
+            bits = bytearray(before)
+            at = rng.randrange(len(bits))
+            bits[at] ^= 1 << rng.randrange(8)
+            path.write_bytes(bits)
             name = path.relative_to(root).as_posix()
             found = call('verify', root)[0] == 1
             left_out = 'damaged' in call('results', root)[2]
             code, said, err = call(*demo)
-            same = code == 0 and numbers(said, root) == numbers(table, root) and (root/'demo'/'metrics.json').read_bytes() == metrics and results(root) == table_of_runs
+            same = (code == 0 and numbers(said, root) == numbers(table, root)
+                    and (root/'demo'/'metrics.json').read_bytes() == metrics
+                    and results(root) == table_of_runs)
             noticed = 'is damaged' in err
             for p in root.rglob('*.damaged'): shutil.rmtree(p) if p.is_dir() else p.unlink()
-            harmless = path.read_bytes() == before                             # made again, or written anew by the same command
-            how = 'noticed and made again' if noticed else 'written anew' if harmless and kind.name == 'demo' else 'unnoticed'
+            # made again, or written anew by the same command
+            harmless = path.read_bytes() == before
+            how = ('noticed and made again' if noticed else 'written anew' if harmless
+                   and kind.name == 'demo' else 'unnoticed')
             what[f'{how} ({kind.name})'] += 1
-            if not same or how == 'unnoticed' or (kind.name != 'demo' and not found) or call('verify', root)[0]: bad.append((i, name, at, how, same, found, left_out, code, err[-300:]))
-            if not same or path.read_bytes() != before and path.suffix == '.safetensors': path.write_bytes(before)
-            print(i, name, how, 'same numbers' if same else 'OTHER NUMBERS', f'{time.time()-start:.0f} s', flush=True)
+            if not same or how == 'unnoticed' or (kind.name != 'demo' and not found) or call('verify',
+                                                                                             root)[0]:
+                bad.append((i, name, at, how, same, found, left_out, code, err[-300:]))
+            if not same or path.read_bytes() != before and path.suffix == '.safetensors':
+                path.write_bytes(before)
+            print(i, name, how, 'same numbers' if same else 'OTHER NUMBERS', f'{time.time()-start:.0f} s',
+                  flush=True)
     for b in bad: print('BAD', *b, sep=' | ')
     print(f'{args.flips} flips, seed {args.seed}: {len(bad)} bad; {dict(what)}; {time.time()-start:.0f} s')
     return int(bool(bad))

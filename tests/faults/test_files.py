@@ -13,11 +13,14 @@ from tokkit.core import read_json, write_json
 from tokkit.tokenizers import Tokenizer
 
 SEED = int(os.environ.get('TOKKIT_FAULT_SEED', '0'))
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+few = settings(max_examples=25, deadline=None,
+               suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
-words = st.sampled_from(['cfg', 'spec', 'weights', 'kind', 'rows', 'cards', 'params', 'sha256', 'key', 'n', 'part', 'grid', 'notebook', 'cells', 'source', 'metadata', 'tags', '', 'a'])
+words = st.sampled_from(['cfg', 'spec', 'weights', 'kind', 'rows', 'cards', 'params', 'sha256', 'key', 'n',
+                         'part', 'grid', 'notebook', 'cells', 'source', 'metadata', 'tags', '', 'a'])
 plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=5),
-                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words | st.text(max_size=3), inner, max_size=4), max_leaves=12)
+                     lambda inner: st.lists(inner, max_size=3)
+                     | st.dictionaries(words | st.text(max_size=3), inner, max_size=4), max_leaves=12)
 
 def refused(call, *more):
     "`call` succeeds, or raises one line of an error that the command line expects"
@@ -27,7 +30,8 @@ def refused(call, *more):
 def places(o, at=()):
     "Where values stand in nested plain data"
     yield at
-    for k,v in (o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, list) else ()): yield from places(v, (*at, k))
+    for k,v in (o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, list) else ()):
+        yield from places(v, (*at, k))
 
 def mutated(draw, o):
     "The same data with one value replaced, removed, or put in twice"
@@ -52,26 +56,36 @@ def made(own, tmp_path_factory) -> dict[str,tuple]:
     from tokkit.runs import Run, collect, run_experiment
     from tokkit.data import TokenCache
     home = tmp_path_factory.mktemp('made')
-    tok, images = shutil.copytree(own/'tokenizer', home/'tokenizer'), ImageFolder(own/'images', 28).load(8)
+    tok = shutil.copytree(own/'tokenizer', home/'tokenizer')
+    images = ImageFolder(own/'images', 28).load(8)
     gen = shutil.copytree(own/'generator', home/'generator')
     write_pairs(home/'pairs', load_generator(gen), Tokenizer.load(tok), images, part=4)
     run = run_experiment(TINY, {}, home/'runs')
-    cache = TokenCache.build(home/'cache', fashion_mnist('test', 8), lambda x: to_uint8(x).flatten(1)[:,::49].long()).folder
+    cache = TokenCache.build(home/'cache', fashion_mnist('test', 8),
+                             lambda x: to_uint8(x).flatten(1)[:,::49].long()).folder
     write_json(home/'cards.json', [rfid(Tokenizer.load(tok), images, bootstrap=0).to_dict()])
     def cards(): return [Card.from_dict(d) for d in read_json(home/'cards.json', list[dict])]
-    return {'tokenizer': (tok/'config.json', lambda: Tokenizer.load(tok)), 'generator': (gen/'config.json', lambda: load_generator(gen)),
-            'pairs': (home/'pairs'/'pairs.json', lambda: open_pairs(home/'pairs', images)), 'cards': (home/'cards.json', cards),
-            'metrics': (run/'metrics.json', lambda: (Run(run, 'tiny').frame(), Run(run, 'tiny').cards)), 'params': (run/'params.json', lambda: Run(run, 'tiny').params),
-            'table': (run/'metrics.json', lambda: collect(home/'runs')), 'seal': (run/'.tokkit', lambda: collect(home/'runs')),
-            'cache': (cache/'cache.json', lambda: TokenCache.open(cache, verify=False)), 'sealed cache': (cache/'cache.json', lambda: TokenCache.open(cache))}
+    return {'tokenizer': (tok/'config.json', lambda: Tokenizer.load(tok)),
+            'generator': (gen/'config.json', lambda: load_generator(gen)),
+            'pairs': (home/'pairs'/'pairs.json', lambda: open_pairs(home/'pairs', images)),
+            'cards': (home/'cards.json', cards),
+            'metrics': (run/'metrics.json', lambda: (Run(run, 'tiny').frame(), Run(run, 'tiny').cards)),
+            'params': (run/'params.json', lambda: Run(run, 'tiny').params),
+            'table': (run/'metrics.json', lambda: collect(home/'runs')),
+            'seal': (run/'.tokkit', lambda: collect(home/'runs')),
+            'cache': (cache/'cache.json', lambda: TokenCache.open(cache, verify=False)),
+            'sealed cache': (cache/'cache.json', lambda: TokenCache.open(cache))}
 
-KINDS = ['tokenizer', 'generator', 'pairs', 'cards', 'metrics', 'params', 'table', 'seal', 'cache', 'sealed cache']
+KINDS = ['tokenizer', 'generator', 'pairs', 'cards', 'metrics', 'params', 'table', 'seal', 'cache',
+         'sealed cache']
 
 def read_instead(made, kind, content):
     "Read a file of a kind with other content, which is made from its own, and put its own back"
     path, read = made[kind]
     before = path.read_bytes()
-    try: path.write_bytes(content(before)); refused(read)
+    try:
+        path.write_bytes(content(before))
+        refused(read)
     finally: path.write_bytes(before)
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -87,7 +101,9 @@ def test_one_value_changed(made, kind, data):
     read_instead(made, kind, lambda before: json.dumps(mutated(data.draw, json.loads(before))).encode())
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('text', [b'', b'\0', b'{', b'[]', b'null', b'5', b'"x"', b'\xff\xfe', b'{"a": 1e999}', b'{"a": NaN}', b'['*100_000, b'{"a":'*50_000, b'9'*5000], ids=range(13))
+@pytest.mark.parametrize('text',
+                         [b'', b'\0', b'{', b'[]', b'null', b'5', b'"x"', b'\xff\xfe', b'{"a": 1e999}',
+                          b'{"a": NaN}', b'['*100_000, b'{"a":'*50_000, b'9'*5000], ids=range(13))
 def test_no_json(made, kind, text):
     read_instead(made, kind, lambda before: text)
 
@@ -105,7 +121,8 @@ def test_any_sweep(tmp_path, tokkit, spec):
 def test_a_sweep_with_one_value_changed(tmp_path, data):
     from tokkit.cli import read_sweep
     from tokkit.runs import grid_runs
-    good = dict(notebook=str(TINY), grid=[dict(seed=[1,2], alpha=.5), dict(seed=3)], params=dict(mode='ok'), workers=2, devices=['cpu'], threads=1, minutes=1.)
+    good = dict(notebook=str(TINY), grid=[dict(seed=[1,2], alpha=.5), dict(seed=3)], params=dict(mode='ok'),
+                workers=2, devices=['cpu'], threads=1, minutes=1.)
     (tmp_path/'s.yaml').write_text(yaml.safe_dump(mutated(data.draw, good)))
     def read():
         spec = read_sweep(tmp_path/'s.yaml')
@@ -123,7 +140,9 @@ def test_sweeps_that_are_none(tmp_path, tokkit, text, says):
     assert code == 2 and says in err and err.count('\n') == 1, err
 
 def test_a_sweep_without_end(tmp_path, tokkit):
-    (tmp_path/'s.yaml').write_text(yaml.safe_dump(dict(notebook=str(TINY), grid={k: list(range(100)) for k in ('seed', 'alpha', 'name', 'mode')})))
+    (tmp_path/'s.yaml').write_text(yaml.safe_dump(dict(notebook=str(TINY),
+                                                       grid={k: list(range(100))
+                                                             for k in ('seed', 'alpha', 'name', 'mode')})))
     code, _, err = tokkit('sweep', tmp_path/'s.yaml')
     assert code == 2 and '100,000,000 points' in err
     (tmp_path/'s.yaml').write_text('#'*2**21)
@@ -136,9 +155,13 @@ def test_a_notebook_with_one_value_changed(tmp_path, data):
     (tmp_path/'x.ipynb').write_text(json.dumps(mutated(data.draw, json.loads(TINY.read_text()))))
     refused(lambda: (notebook_params(tmp_path/'x.ipynb'), run_id(tmp_path/'x.ipynb')))
 
-@pytest.mark.parametrize('source', ['alpha = (', 'alpha = {[1]: 2}', 'alpha = f()', 'alpha = '+'-'*10_000+'1', 'alpha = '+'('*500+'1'+')'*500, 'alpha = 1\0', 'alpha =', 'def f(:', 'alpha = [1]*10**9', 'x'*100_000+' = y'], ids=range(10))
+@pytest.mark.parametrize('source',
+                         ['alpha = (', 'alpha = {[1]: 2}', 'alpha = f()', 'alpha = '+'-'*10_000+'1',
+                          'alpha = '+'('*500+'1'+')'*500, 'alpha = 1\0', 'alpha =', 'def f(:',
+                          'alpha = [1]*10**9', 'x'*100_000+' = y'], ids=range(10))
 def test_a_parameters_cell_that_is_none(tmp_path, tokkit, source):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, metadata=dict(tags=['parameters']))])
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source,
+                                                                   metadata=dict(tags=['parameters']))])
     nbformat.write(nb, tmp_path/'x.ipynb')
     code, _, err = tokkit('run', tmp_path/'x.ipynb', '--out', tmp_path/'runs')
     assert code == 2 and err.count('\n') == 1 and 'x.ipynb' in err, err
@@ -157,16 +180,20 @@ def demo_root(tmp_path_factory):
     from tokkit.demo import Demo, demo_cfg, stages
     root = tmp_path_factory.mktemp('flips')
     def values():
-        d = Demo(demo_cfg('smoke', train_images=128, n=64, n_pfid=64, pairs=64, bootstrap=2, width=32, depth=1, base_epochs=0), root, 'cpu')
-        wanted = [f for name,f in stages(d).items() if 'perturbed' not in name and 'decoder' not in name and 'cards' not in name]
-        return [f() for f in wanted] and d.pairs('plain', 'after') and [c.to_dict() for c in d.cards('plain', 'before')]
+        d = Demo(demo_cfg('smoke', train_images=128, n=64, n_pfid=64, pairs=64, bootstrap=2, width=32,
+                          depth=1, base_epochs=0), root, 'cpu')
+        wanted = [f for name,f in stages(d).items() if 'perturbed' not in name and 'decoder' not in name
+                  and 'cards' not in name]
+        return ([f() for f in wanted] and d.pairs('plain', 'after')
+                and [c.to_dict() for c in d.cards('plain', 'before')])
     return root, values, values()
 
 def flip_one(rng:random.Random, root:Path) -> tuple[Path,bytes]:
     "Flip one random bit of one random file below `root`, each kind of artifact equally likely; the file, and what was in it"
     kind = rng.choice(sorted(p for p in root.iterdir() if p.is_dir()))
     path = rng.choice(sorted(p for p in kind.rglob('*') if p.is_file() and '.damaged' not in str(p)))
-    before = path.read_bytes(); bits = bytearray(before)
+    before = path.read_bytes()
+    bits = bytearray(before)
     bits[rng.randrange(len(bits))] ^= 1 << rng.randrange(8)
     path.write_bytes(bits)
     return path, before
@@ -177,7 +204,8 @@ def test_flipped_bits_change_no_number(demo_root):
     for i in range(8):
         path, content = flip_one(rng, root)
         with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter('always'); now = values()
+            warnings.simplefilter('always')
+            now = values()
         said = [str(w.message) for w in told if 'is damaged' in str(w.message)]
         assert now == before, f'seed {SEED}, flip {i}: {path.relative_to(root)} changed a number'
         assert said, f'seed {SEED}, flip {i}: nobody noticed the bit in {path.relative_to(root)}'

@@ -19,16 +19,19 @@ from tokkit.tokenizers import Tokenizer, make_tokenizer
 def weigh(tmp_path):
     "A notebook whose number is the sum of the bytes of the images in a folder"
     v4 = nbformat.v4
-    nb = v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), cells=[
+    nb = v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', display_name='python3',
+                                                       language='python')), cells=[
         v4.new_code_cell("data = 'fashion_mnist' # folder of images", metadata=dict(tags=['parameters'])),
         v4.new_code_cell("from pathlib import Path\nfrom tokkit.runs import Run\nrun = Run.here('weigh')"),
-        v4.new_code_cell("run.finish(dict(metric='bytes', value=sum(sum(p.read_bytes()) for p in sorted(Path(data).rglob('*.png')))))")])
+        v4.new_code_cell("run.finish(dict(metric='bytes', value=sum(sum(p.read_bytes()) for p in "
+                         "sorted(Path(data).rglob('*.png')))))")])
     nbformat.write(nb, tmp_path/'weigh.ipynb')
     return tmp_path/'weigh.ipynb'
 
 def test_1_changed_images_are_another_run(weigh, tmp_path, monkeypatch):
     from tokkit.runs import Run, run_experiment
-    def value(folder): return Run(run_experiment(weigh, dict(data=folder), tmp_path/'runs'), 'weigh').frame().value[0]
+    def value(folder):
+        return Run(run_experiment(weigh, dict(data=folder), tmp_path/'runs'), 'weigh').frame().value[0]
     for name in ('a', 'b'): make_images(tmp_path/name/'images', 4, seed=ord(name))
     monkeypatch.chdir(tmp_path/'a')
     first = value('images')
@@ -38,7 +41,8 @@ def test_1_changed_images_are_another_run(weigh, tmp_path, monkeypatch):
     assert other != first
     one = next((tmp_path/'b'/'images').rglob('*.png'))
     dates = os.stat(one)
-    one.write_bytes(one.read_bytes()[:-1]+b'\0'); os.utime(one, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+    one.write_bytes(one.read_bytes()[:-1]+b'\0')
+    os.utime(one, ns=(dates.st_atime_ns, dates.st_mtime_ns))
     assert value('images') not in (first, other)                      # of the same size and date
 
 def test_1_a_reused_run_says_so(weigh, tmp_path, tokkit, monkeypatch):
@@ -51,9 +55,12 @@ def test_1_a_reused_run_says_so(weigh, tmp_path, tokkit, monkeypatch):
 def test_1_data_that_change_meanwhile_are_no_run(tmp_path):
     from tokkit.runs import RunError, run_experiment
     make_images(tmp_path/'images', 2)
-    v4, one = nbformat.v4, tmp_path/'images'/'class0'/'000.png'
-    nb = v4.new_notebook(cells=[v4.new_code_cell("data = ''", metadata=dict(tags=['parameters'])), v4.new_code_cell(
-        f"from pathlib import Path\nfrom tokkit.runs import Run\nPath({str(one)!r}).write_bytes(b'other')\nRun.here('x').finish(dict(metric='m', value=1))")])
+    v4 = nbformat.v4
+    one = tmp_path/'images'/'class0'/'000.png'
+    nb = v4.new_notebook(cells=[v4.new_code_cell("data = ''", metadata=dict(tags=['parameters'])),
+                                v4.new_code_cell(
+        "from pathlib import Path\nfrom tokkit.runs import "
+        f"Run\nPath({str(one)!r}).write_bytes(b'other')\nRun.here('x').finish(dict(metric='m', value=1))")])
     nb.metadata.kernelspec = dict(name='python3', display_name='python3', language='python')
     nbformat.write(nb, tmp_path/'x.ipynb')
     with pytest.raises(RunError, match='data of run x/.* changed while it was at work'):
@@ -63,8 +70,10 @@ def test_1_data_that_change_meanwhile_are_no_run(tmp_path):
 # 2. the site takes no folder that holds anything else
 def test_2_docs_into_a_folder_of_somebody(tmp_path, root):
     (tmp_path/'thesis.tex').write_text('three years')
-    done = subprocess.run([sys.executable, root/'tools'/'build_site.py', tmp_path], capture_output=True, text=True, cwd=root)
-    assert done.returncode and f'{tmp_path} holds' in done.stderr and 'tokkit did not put there' in done.stderr and 'Traceback' not in done.stderr
+    done = subprocess.run([sys.executable, root/'tools'/'build_site.py', tmp_path], capture_output=True,
+                          text=True, cwd=root)
+    assert (done.returncode and f'{tmp_path} holds' in done.stderr
+            and 'tokkit did not put there' in done.stderr and 'Traceback' not in done.stderr)
     assert (tmp_path/'thesis.tex').read_text() == 'three years' and len(list(tmp_path.iterdir())) == 1
 
 def test_2_a_site_is_replaced_whole_or_not_at_all(tmp_path):
@@ -72,14 +81,20 @@ def test_2_a_site_is_replaced_whole_or_not_at_all(tmp_path):
     site = tmp_path/'site'
     for text in ('first', 'second'):
         with replaced_dir(site) as new: (new/'index.html').write_text(text)
-    with pytest.raises(OSError), replaced_dir(site) as new: (new/'index.html').write_text('third'); raise OSError('disk')
+    with pytest.raises(OSError), replaced_dir(site) as new:
+        (new/'index.html').write_text('third')
+        raise OSError('disk')
     assert (site/'index.html').read_text() == 'second' and list(tmp_path.iterdir()) == [site]
     (site/'CNAME').write_text('mine')
     says(FileExistsError, lambda: replaced_dir(site).__enter__(), 'holds CNAME that tokkit did not put there')
-    (site/'CNAME').unlink(); (site/'index.html').write_text('edited')
-    says(FileExistsError, lambda: replaced_dir(site).__enter__(), 'was changed by hand: index.html has changed')
-    (site/'index.html').write_text('second'); (tmp_path/'file').write_text('mine')
-    says(NotADirectoryError, lambda: replaced_dir(tmp_path/'file').__enter__(), 'is a file; give the name of a folder')
+    (site/'CNAME').unlink()
+    (site/'index.html').write_text('edited')
+    says(FileExistsError, lambda: replaced_dir(site).__enter__(),
+         'was changed by hand: index.html has changed')
+    (site/'index.html').write_text('second')
+    (tmp_path/'file').write_text('mine')
+    says(NotADirectoryError, lambda: replaced_dir(tmp_path/'file').__enter__(),
+         'is a file; give the name of a folder')
     assert (tmp_path/'file').read_text() == 'mine'
     (tmp_path/'link').symlink_to(site)
     with replaced_dir(tmp_path/'link') as new: (new/'index.html').write_text('fourth')
@@ -89,24 +104,33 @@ def test_2_a_site_is_replaced_whole_or_not_at_all(tmp_path):
 # 3. cleaning touches what tokkit made, and nothing else
 def test_3_clean_leaves_what_is_not_ours(tmp_path, tokkit):
     from tokkit.core import mark
-    outside, home = tmp_path/'outside', tmp_path/'runs'
+    outside = tmp_path/'outside'
+    home = tmp_path/'runs'
     for name in ('.work-thesis', 'draft.failed', '.a.lock'): (outside/name).mkdir(parents=True)
-    foreign = ['mine/.venv.lock', 'mine/.poetry.1-2.tmp', 'mine/.work-thesis/a', 'mine/chapter.failed/b', 'mine/study/params.json', 'mine/.x.99-170000000000000.tokkit-tmp/c']
-    for name in foreign: (home/name).parent.mkdir(parents=True, exist_ok=True); (home/name).write_text('{}')
-    (home/'link').symlink_to(outside); (home/'mine'/'link.failed').symlink_to(outside/'draft.failed')
-    mark(home/'tiny'/'seed1-0a.failed'); mark(outside/'draft.failed')
+    foreign = ['mine/.venv.lock', 'mine/.poetry.1-2.tmp', 'mine/.work-thesis/a', 'mine/chapter.failed/b',
+               'mine/study/params.json', 'mine/.x.99-170000000000000.tokkit-tmp/c']
+    for name in foreign:
+        (home/name).parent.mkdir(parents=True, exist_ok=True)
+        (home/name).write_text('{}')
+    (home/'link').symlink_to(outside)
+    (home/'mine'/'link.failed').symlink_to(outside/'draft.failed')
+    mark(home/'tiny'/'seed1-0a.failed')
+    mark(outside/'draft.failed')
     code, out, err = tokkit('clean', home)
-    assert code == 0 and 'seed1-0a.failed' in out and 'nothing is deleted yet' in err and (home/'tiny'/'seed1-0a.failed').exists()
+    assert (code == 0 and 'seed1-0a.failed' in out and 'nothing is deleted yet' in err
+            and (home/'tiny'/'seed1-0a.failed').exists())
     assert tokkit('clean', home, '--all', '--yes')[0] == 0
     assert not (home/'tiny'/'seed1-0a.failed').exists()
-    assert all((home/name).exists() for name in foreign) and len(list(outside.iterdir())) == 3 and (home/'mine'/'link.failed').is_symlink()
+    assert (all((home/name).exists() for name in foreign) and len(list(outside.iterdir())) == 3
+            and (home/'mine'/'link.failed').is_symlink())
 
 def test_3_notes_in_a_run_are_kept(tmp_path, tokkit):
     from tokkit.runs import run_experiment
     folder = run_experiment(TINY, {}, tmp_path)
     (folder/'notes.md').write_text('mine')
     code, out, err = tokkit('clean', tmp_path, '--all', '--yes')
-    assert f'left alone: {folder}: it holds notes.md, which tokkit did not put there' in err and (folder/'notes.md').exists()
+    assert (f'left alone: {folder}: it holds notes.md, which tokkit did not put there' in err
+            and (folder/'notes.md').exists())
 
 def test_3_one_at_work_protects_what_it_may_read(tmp_path, tokkit):
     from tokkit.core import locked
@@ -117,29 +141,38 @@ def test_3_one_at_work_protects_what_it_may_read(tmp_path, tokkit):
 
 def test_3_a_name_that_begins_alike_is_another(tmp_path):
     from tokkit.core import clear_unfinished, mark
-    mark(tmp_path/'.healed.v2.99999999-170000000000.tokkit-tmp'); mark(tmp_path/'.healed.99999999-170000000000.tokkit-tmp')
+    mark(tmp_path/'.healed.v2.99999999-170000000000.tokkit-tmp')
+    mark(tmp_path/'.healed.99999999-170000000000.tokkit-tmp')
     clear_unfinished(tmp_path/'healed')
     assert [p.name for p in tmp_path.iterdir()] == ['.healed.v2.99999999-170000000000.tokkit-tmp']
 
 def test_3_a_result_is_kept_where_its_place_was_taken(tmp_path):
     from tokkit.core import atomic_dir
-    with pytest.raises(FileExistsError, match='the result is kept as healed.kept'), atomic_dir(tmp_path/'healed') as p:
-        (p/'model').write_text('weights'); (tmp_path/'healed').mkdir(); (tmp_path/'healed'/'mine').write_text('mine')
+    with pytest.raises(FileExistsError,
+                       match='the result is kept as healed.kept'), atomic_dir(tmp_path/'healed') as p:
+        (p/'model').write_text('weights')
+        (tmp_path/'healed').mkdir()
+        (tmp_path/'healed'/'mine').write_text('mine')
     assert (tmp_path/'healed.kept'/'model').read_text() == 'weights' and (tmp_path/'healed'/'mine').exists()
 
 def test_3_a_link_in_a_folder_of_ours_goes_what_it_points_to_stays(tmp_path, tokkit):
     from tokkit.core import mark
-    (tmp_path/'outside').mkdir(); (tmp_path/'outside'/'data').write_text('mine')
-    mark(tmp_path/'runs'/'tiny'/'.work-1'); (tmp_path/'runs'/'tiny'/'.work-1'/'data').symlink_to(tmp_path/'outside')
+    (tmp_path/'outside').mkdir()
+    (tmp_path/'outside'/'data').write_text('mine')
+    mark(tmp_path/'runs'/'tiny'/'.work-1')
+    (tmp_path/'runs'/'tiny'/'.work-1'/'data').symlink_to(tmp_path/'outside')
     tokkit('clean', tmp_path/'runs', '--yes')
-    assert not (tmp_path/'runs'/'tiny'/'.work-1').exists() and (tmp_path/'outside'/'data').read_text() == 'mine'
+    assert (not (tmp_path/'runs'/'tiny'/'.work-1').exists()
+            and (tmp_path/'outside'/'data').read_text() == 'mine')
 
 
 # 4. and 5. one post-training at a time, and cleaning waits for it
 @pytest.fixture
 def healing(own, tmp_path):
     "The words of a post-training into runs/healed/one, which takes some seconds"
-    def words(*more): return ['posttrain', '--tokenizer', own/'tokenizer', '--generator', own/'generator', '--data', own/'images',
+    def words(*more):
+        return ['posttrain', '--tokenizer', own/'tokenizer', '--generator', own/'generator', '--data',
+                own/'images',
                               '--out', tmp_path/'runs'/'healed'/'one', '--epochs', '40', *more]
     return words
 
@@ -153,7 +186,8 @@ def test_4_5_posttrain_is_alone(healing, tmp_path, tokkit):
         before = sorted(p.name for p in folder.iterdir())
         code, out, err = tokkit('clean', tmp_path/'runs', '--all', '--yes')
         assert code == 0 and f'left alone: healed: process {first.pid} is at work' in err and out == ''
-        assert set(before) <= {p.name for p in folder.iterdir()} | {'one'} and first.poll() is None, "too quick to be a test: more epochs"
+        assert set(before) <= {p.name
+                               for p in folder.iterdir()} | {'one'} and first.poll() is None, ("too quick to be a test: more epochs")
         said = first.communicate(timeout=240)
         assert first.returncode == 0, said[1]
     finally: first.kill()
@@ -163,14 +197,17 @@ def test_4_5_posttrain_is_alone(healing, tmp_path, tokkit):
 # 6. a flipped bit, and files that were exchanged
 def flip(path:Path, at:float = .5):
     "Change one bit in a file"
-    bits = bytearray(path.read_bytes()); bits[int(len(bits)*at)] ^= 4; path.write_bytes(bits)
+    bits = bytearray(path.read_bytes())
+    bits[int(len(bits)*at)] ^= 4
+    path.write_bytes(bits)
 
 def trained(own, work, epochs=3, stop_after=None):
     "A tokenizer's decoder, trained for some epochs in a working folder; what comes out of it"
     from tokkit.posttraining import clean_pairs
     from tokkit.posttraining import posttrain_decoder
     from tokkit.training import ImageTraining
-    tok = Tokenizer.load(own/'tokenizer'); images = ImageFolder(own/'images', 28).load(32)
+    tok = Tokenizer.load(own/'tokenizer')
+    images = ImageFolder(own/'images', 28).load(32)
     def preview(learner):
         if learner.epoch == stop_after: raise KeyboardInterrupt
     how = ImageTraining(epochs=epochs, batch=16, lr=1e-3, perceptual=0.)
@@ -181,13 +218,15 @@ def test_6_a_flipped_bit_in_a_checkpoint(own, tmp_path, at):
     whole = trained(own, tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): trained(own, tmp_path/'cut', stop_after=1)
     flip(tmp_path/'cut'/'checkpoint.pt', at)
-    with pytest.warns(UserWarning, match='checkpoint.pt is damaged.*training begins anew'): again = trained(own, tmp_path/'cut')
+    with pytest.warns(UserWarning, match='checkpoint.pt is damaged.*training begins anew'):
+        again = trained(own, tmp_path/'cut')
     assert all(again[k].equal(whole[k]) for k in whole)
 
 def test_6_nan_in_a_checkpoint(own, tmp_path):
     with pytest.raises(KeyboardInterrupt): trained(own, tmp_path/'cut', stop_after=1)
     saved = torch.load(tmp_path/'cut'/'checkpoint.pt', weights_only=True)
-    next(t for t in saved['model'].values() if t.is_floating_point()).fill_(torch.nan); torch.save(saved, tmp_path/'cut'/'checkpoint.pt')
+    next(t for t in saved['model'].values() if t.is_floating_point()).fill_(torch.nan)
+    torch.save(saved, tmp_path/'cut'/'checkpoint.pt')
     with pytest.warns(UserWarning, match='is damaged'): again = trained(own, tmp_path/'cut')
     assert all(t.isfinite().all() for t in again.values())
 
@@ -196,49 +235,78 @@ def small_demo(tmp_path_factory):
     "The stages of a very small demo, and the words that ask for them again"
     from tokkit.demo import Demo, demo_cfg
     root = tmp_path_factory.mktemp('demo')
-    def make(): return Demo(demo_cfg('smoke', train_images=128, n=64, n_pfid=64, pairs=64, bootstrap=2, width=32, depth=1), root, 'cpu')
-    d = make(); d.samples('plain'); d.classifier(); d.pairs('plain', 'after'); d.cards('plain', 'before')
+    def make():
+        return Demo(demo_cfg('smoke', train_images=128, n=64, n_pfid=64, pairs=64, bootstrap=2, width=32,
+                             depth=1), root, 'cpu')
+    d = make()
+    d.samples('plain')
+    d.classifier()
+    d.pairs('plain', 'after')
+    d.cards('plain', 'before')
     return root, make
 
-@pytest.mark.parametrize('what, file', [('samples', 'samples.pt'), ('classifier', 'classifier.safetensors'), ('tokens', 'tokens.npy'),
-                                        ('tokenizer', 'model.safetensors'), ('generator', 'model.safetensors'), ('pairs', 'part-00000.safetensors'),
-                                        ('cards', 'cards.json'), ('cards', 'params.json'), ('tokens', 'cache.json'), ('generator', 'config.json')])
+@pytest.mark.parametrize('what, file',
+                         [('samples', 'samples.pt'), ('classifier', 'classifier.safetensors'),
+                          ('tokens', 'tokens.npy'),
+                                        ('tokenizer', 'model.safetensors'),
+                          ('generator', 'model.safetensors'), ('pairs', 'part-00000.safetensors'),
+                                        ('cards', 'cards.json'), ('cards', 'params.json'),
+                          ('tokens', 'cache.json'), ('generator', 'config.json')])
 def test_6_a_flipped_bit_in_an_artifact(small_demo, what, file):
     root, make = small_demo
     path = sorted((root/what).glob(f'*/**/{file}'))[0]
-    before, folder = path.read_bytes(), next(p for p in path.parents if p.parent == root/what)
+    before = path.read_bytes()
+    folder = next(p for p in path.parents if p.parent == root/what)
     flip(path)
-    def ask(d): return dict(samples=lambda: d.samples('plain'), classifier=d.classifier, tokens=lambda: d.tokens('plain'), tokenizer=lambda: d.tokenizer('base'),
-                            generator=lambda: d.generator('plain'), pairs=lambda: d.pairs('plain', 'after'), cards=lambda: d.cards('plain', 'before'))[what]()
+    def ask(d):
+        return dict(samples=lambda: d.samples('plain'), classifier=d.classifier,
+                    tokens=lambda: d.tokens('plain'), tokenizer=lambda: d.tokenizer('base'),
+                            generator=lambda: d.generator('plain'), pairs=lambda: d.pairs('plain', 'after'),
+                    cards=lambda: d.cards('plain', 'before'))[what]()
     name = folder.name
-    if what == 'tokenizer': ask = lambda d: d.tokenizer('base' if '-base-' in name else 'plain')      # whichever came first
-    with pytest.warns(UserWarning, match=f'{what} {name} is damaged: .*{file}.* has changed; it is made again'): ask(make())
+    # whichever came first
+    if what == 'tokenizer': ask = lambda d: d.tokenizer('base' if '-base-' in name else 'plain')
+    with pytest.warns(UserWarning, match=f'{what} {name} is damaged: .*{file}.* has changed; it is made again'):
+        ask(make())
     if file != 'params.json': assert path.read_bytes() == before, "what is made again is what was there"
     shutil.rmtree(folder.with_name(name+'.damaged'))
-    with warnings.catch_warnings(): warnings.simplefilter('error'); ask(make())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        ask(make())
 
 def test_6_features_on_the_disk(tmp_path):
     from tokkit.metrics import FeatureBank
     from tokkit.features import default_extractor
-    def features(): return FeatureBank(disk=tmp_path)(fashion_mnist('test', 20), default_extractor(28), 'cpu').features
-    first = features(); path, = tmp_path.glob('*.npz')
+    def features():
+        return FeatureBank(disk=tmp_path)(fashion_mnist('test', 20), default_extractor(28), 'cpu').features
+    first = features()
+    path, = tmp_path.glob('*.npz')
     with np.load(path) as z: found = dict(z)
-    np.savez(path.open('wb'), **found|dict(features=found['features']+1))                   # a whole file of other numbers
+    # a whole file of other numbers
+    np.savez(path.open('wb'), **found|dict(features=found['features']+1))
     with pytest.warns(UserWarning, match='were damaged; they are made again'): assert features().equal(first)
     for at in (.1, .5, .9):
         flip(path, at)
-        with pytest.warns(UserWarning, match='were damaged; they are made again'): assert features().equal(first)
+        with pytest.warns(UserWarning, match='were damaged; they are made again'):
+            assert features().equal(first)
 
 def test_6_exchanged_parts_of_pairs(own, tmp_path):
     from tokkit.generators import load_generator
     from tokkit.posttraining import open_pairs, write_pairs
-    tok, gen, images = Tokenizer.load(own/'tokenizer'), load_generator(own/'generator'), ImageFolder(own/'images', 28).load(32)
+    tok = Tokenizer.load(own/'tokenizer')
+    gen = load_generator(own/'generator')
+    images = ImageFolder(own/'images', 28).load(32)
     def write(): return write_pairs(tmp_path, gen, tok, images, part=8)
-    write(); whole = open_pairs(tmp_path, images).latents
-    a, b = tmp_path/'part-00000.safetensors', tmp_path/'part-00001.safetensors'
-    a.rename(tmp_path/'c'); b.rename(a); (tmp_path/'c').rename(b)
+    write()
+    whole = open_pairs(tmp_path, images).latents
+    a = tmp_path/'part-00000.safetensors'
+    b = tmp_path/'part-00001.safetensors'
+    a.rename(tmp_path/'c')
+    b.rename(a)
+    (tmp_path/'c').rename(b)
     says(ValueError, lambda: open_pairs(tmp_path, images), 'is a file of another place or of other pairs')
-    with pytest.warns(UserWarning, match='part-00000.safetensors is a file of another place.*made again'): write()
+    with pytest.warns(UserWarning, match='part-00000.safetensors is a file of another place.*made again'):
+        write()
     assert open_pairs(tmp_path, images).latents.equal(whole)
 
 def test_6_a_token_cache_without_checksums(tmp_path):
@@ -259,7 +327,8 @@ def test_6_results_of_a_changed_run(tmp_path, tokkit):
     assert 'damaged, metrics.json has changed' in err and '0.4' not in out
     code, out, err = tokkit('verify', tmp_path)
     assert code == 1 and f'{folder}: metrics.json has changed' in out and '1 damaged' in err
-    with pytest.warns(UserWarning, match='is damaged: metrics.json has changed; it is made again'): run_experiment(TINY, {}, tmp_path)
+    with pytest.warns(UserWarning, match='is damaged: metrics.json has changed; it is made again'):
+        run_experiment(TINY, {}, tmp_path)
     assert tokkit('verify', folder)[0] == 0
     assert '0.5' in tokkit('results', tmp_path)[1]
 
@@ -267,7 +336,8 @@ def test_6_results_of_a_changed_run(tmp_path, tokkit):
 def test_6_a_seal_that_was_lost(tmp_path, tokkit):
     "A copy without hidden files is not called damaged, and can be taken as it is"
     from tokkit.runs import run_experiment
-    folder = run_experiment(TINY, {}, tmp_path); (folder/'.tokkit').unlink()
+    folder = run_experiment(TINY, {}, tmp_path)
+    (folder/'.tokkit').unlink()
     says(ValueError, lambda: run_experiment(TINY, {}, tmp_path), 'carries no checksums', '--seal')
     assert 'no checksums to compare' in tokkit('results', tmp_path)[2]
     code, out, err = tokkit('verify', tmp_path)
@@ -285,8 +355,10 @@ def test_6_a_training_on_other_data_is_another(own, tmp_path):
     from tokkit.generators import make_generator
     from tokkit.training import GeneratorTraining, TensorPairs, train_generator
     from tokkit.core import tensors_hash
-    spec, labels, how = make_tokenizer('tiny').spec, torch.zeros(32, dtype=torch.long), GeneratorTraining(epochs=1, batch=16)
-    def train(value): 
+    spec = make_tokenizer('tiny').spec
+    labels = torch.zeros(32, dtype=torch.long)
+    how = GeneratorTraining(epochs=1, batch=16)
+    def train(value):
         g = make_generator('ar', spec, width=32, depth=1)
         train_generator(g, TensorPairs(torch.full((32, 49), value), labels), how, tmp_path, device='cpu')
         return tensors_hash(g.state_dict())
@@ -298,12 +370,14 @@ def test_6_a_cache_of_other_images(tmp_path):
     from tokkit.data import TokenCache
     def encode(x): return x.flatten(1)[:,:4].mul(100).round().long().abs()
     TokenCache.build(tmp_path/'c', fashion_mnist('test', 20), encode)
-    says(ValueError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('train', 20), encode), 'holds tokens of other images')
+    says(ValueError, lambda: TokenCache.build(tmp_path/'c', fashion_mnist('train', 20), encode),
+         'holds tokens of other images')
 
 # 7. a configuration that was changed by hand
 @pytest.mark.parametrize('change, says_', [
     (lambda c: c['cfg'].update(heads=2), 'cfg.heads is 2, the weights were saved with 4'),
-    (lambda c: c['cfg'].update(l2_norm=False), 'cfg.l2_norm is False, the weights were saved with True; write true there again'),
+    (lambda c: c['cfg'].update(l2_norm=False),
+     'cfg.l2_norm is False, the weights were saved with True; write true there again'),
     (lambda c: c.update(more=1), 'remove more'),
     (lambda c: c['spec'].update(std=2.), 'spec.std is 2.0, the weights were saved with 1.0'),
     (lambda c: c['spec'].update(mean=1), 'spec.mean is 1, the weights were saved with 0.0'),
@@ -311,12 +385,15 @@ def test_6_a_cache_of_other_images(tmp_path):
     (lambda c: c.pop('spec'), 'spec is None, the weights were saved with')])
 def test_7_a_changed_configuration(own, tmp_path, change, says_):
     folder = shutil.copytree(own/'tokenizer', tmp_path/'t')
-    config = read_json(folder/'config.json'); change(config); write_json(folder/'config.json', config)
+    config = read_json(folder/'config.json')
+    change(config)
+    write_json(folder/'config.json', config)
     says(ValueError, lambda: Tokenizer.load(folder), says_)
 
 def test_7_the_fingerprint_knows_the_measured_scale(own):
     from dataclasses import replace
-    tok = Tokenizer.load(own/'tokenizer'); before = tok.fingerprint
+    tok = Tokenizer.load(own/'tokenizer')
+    before = tok.fingerprint
     tok.spec = replace(tok.spec, std=2.)
     assert tok.fingerprint != before
 
@@ -331,17 +408,20 @@ def broken(**where):
 @pytest.mark.parametrize('call', ['tokenize', 'to_latents', 'reconstruct'])
 def test_8_an_encoder_that_gives_nan(call):
     tok = broken(at='encoder.out.weight')
-    says(ValueError, lambda: getattr(tok, call)(fashion_mnist('test', 4)[:][0]), 'the latents of image 0 must be finite', '4 of 4')
+    says(ValueError, lambda: getattr(tok, call)(fashion_mnist('test', 4)[:][0]),
+         'the latents of image 0 must be finite', '4 of 4')
 
 def test_8_nan_has_no_pfid():
     from tokkit.metrics import pfid
-    says(ValueError, lambda: pfid(broken(at='encoder.out.weight'), fashion_mnist('test', 20), bootstrap=0), 'must be finite')
+    says(ValueError, lambda: pfid(broken(at='encoder.out.weight'), fashion_mnist('test', 20), bootstrap=0),
+         'must be finite')
 
 def test_8_an_image_of_nan_is_named(tmp_path):
     from tokkit.posttraining import clean_pairs
     from tokkit.data import TokenCache
     tok = make_tokenizer('tiny', width=16, depth=1).eval()
-    x = fashion_mnist('test', 4)[:][0].clone(); x[2, 0, 5, 5] = torch.nan
+    x = fashion_mnist('test', 4)[:][0].clone()
+    x[2, 0, 5, 5] = torch.nan
     says(ValueError, lambda: tok.tokenize(x), 'image 2', '1 of 4')
     class Images(ImageSet):
         def _batch(self, positions): return x[positions], self.labels[positions]
@@ -351,10 +431,13 @@ def test_8_an_image_of_nan_is_named(tmp_path):
     says(ValueError, lambda: clean_pairs(tok, images), 'image 2')
     assert not (tmp_path/'c').exists()
 
-@pytest.mark.parametrize('kind', ['tiny', 'tiny-fsq', 'tiny-lfq', 'tiny-rq', 'tiny-pq', 'tiny-msrq', 'tiny-kl', 'tiny-kl0'])
+@pytest.mark.parametrize('kind',
+                         ['tiny', 'tiny-fsq', 'tiny-lfq', 'tiny-rq', 'tiny-pq', 'tiny-msrq', 'tiny-kl',
+                          'tiny-kl0'])
 def test_8_every_quantizer_refuses_nan(kind):
     tok = make_tokenizer(kind).eval()
-    z = torch.randn(3, tok.cfg.tokens, tok.quantizer.in_dim or tok.cfg.code_dim); z[1,0,0] = torch.inf
+    z = torch.randn(3, tok.cfg.tokens, tok.quantizer.in_dim or tok.cfg.code_dim)
+    z[1,0,0] = torch.inf
     says(ValueError, lambda: tok.quantize(z), 'latents of image 1', '1 of 3')
 
 
@@ -362,14 +445,17 @@ def test_8_every_quantizer_refuses_nan(kind):
 def test_9_a_demo_that_would_perturb_nothing(tokkit, tmp_path):
     for delta in ('0', '-5'):
         code, _, err = tokkit('demo', '--preset', 'smoke', '--out', tmp_path, '-p', 'delta', delta)
-        assert code == 2 and f'delta must be a whole number at least 1, got {delta}' in err and not list(tmp_path.iterdir())
+        assert (code == 2 and f'delta must be a whole number at least 1, got {delta}' in err
+                and not list(tmp_path.iterdir()))
 
 def test_9_numbers_that_would_become_others():
     from tokkit.metrics import pfid
     from tokkit.perturbation import LatentPerturbation, perturb_codes
-    book, ids = torch.randn(300, 4), torch.zeros(2, 9, dtype=torch.long)
+    book = torch.randn(300, 4)
+    ids = torch.zeros(2, 9, dtype=torch.long)
     says(ValueError, lambda: LatentPerturbation(delta=0), 'got 0')
-    says(ValueError, lambda: pfid(make_tokenizer('tiny'), fashion_mnist('test', 8), deltas=()), 'at least one alpha and one delta')
+    says(ValueError, lambda: pfid(make_tokenizer('tiny'), fashion_mnist('test', 8), deltas=()),
+         'at least one alpha and one delta')
     says(ValueError, lambda: perturb_codes(ids-300, book, .5, 4), 'ids must be in 0..299', '-300')
     says(ValueError, lambda: perturb_codes(ids+300, book, .5, 4), 'ids must be in 0..299', '300')
     book[7,1] = torch.nan
@@ -387,7 +473,8 @@ def test_10_a_gpu_that_is_not_here(device, tokkit, tmp_path):
 
 def test_10_one_gpu_too_many(monkeypatch):
     from tokkit.runs import run_device
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     assert run_device('1') == run_device('cuda:1') == 'cuda:1'
     says(ValueError, lambda: run_device('5'), 'there are 2 GPUs here; use cuda:0 to cuda:1')
 
@@ -400,11 +487,14 @@ def test_10_what_was_used_is_recorded(tmp_path):
 def test_11_a_pipe_stays_a_pipe(tmp_path, tokkit):
     from tokkit.runs import run_experiment
     run_experiment(TINY, {}, tmp_path/'runs')
-    os.mkfifo(tmp_path/'pipe'); got = []
-    reader = threading.Thread(target=lambda: got.append((tmp_path/'pipe').read_text())); reader.start()
+    os.mkfifo(tmp_path/'pipe')
+    got = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path/'pipe').read_text()))
+    reader.start()
     assert tokkit('results', tmp_path/'runs', '--csv', tmp_path/'pipe')[0] == 0
     reader.join(10)
-    assert 'rFID' in got[0] and stat.S_ISFIFO(os.stat(tmp_path/'pipe').st_mode) and sorted(p.name for p in tmp_path.iterdir()) == ['pipe', 'runs']
+    assert ('rFID' in got[0] and stat.S_ISFIFO(os.stat(tmp_path/'pipe').st_mode)
+            and sorted(p.name for p in tmp_path.iterdir()) == ['pipe', 'runs'])
 
 def test_11_the_null_device_stays(tokkit, tmp_path):
     from tokkit.runs import run_experiment
@@ -413,7 +503,8 @@ def test_11_the_null_device_stays(tokkit, tmp_path):
     assert stat.S_ISCHR(os.stat('/dev/null').st_mode)
 
 def test_11_a_link_stays_a_link(tmp_path):
-    (tmp_path/'real.json').write_text('old'); (tmp_path/'link.json').symlink_to(tmp_path/'real.json')
+    (tmp_path/'real.json').write_text('old')
+    (tmp_path/'link.json').symlink_to(tmp_path/'real.json')
     write_json(tmp_path/'link.json', dict(a=1))
     assert (tmp_path/'link.json').is_symlink() and read_json(tmp_path/'real.json') == dict(a=1)
 
@@ -421,20 +512,28 @@ def test_11_a_link_stays_a_link(tmp_path):
 # 12. no hang, no memory that runs full
 def test_12_pipes_and_devices_are_no_images(tmp_path):
     make_images(tmp_path, 4)
-    os.mkfifo(tmp_path/'class0'/'pipe.png'); (tmp_path/'class1'/'zero.png').symlink_to('/dev/zero')
+    os.mkfifo(tmp_path/'class0'/'pipe.png')
+    (tmp_path/'class1'/'zero.png').symlink_to('/dev/zero')
     ds = ImageFolder(tmp_path, 28)
-    says(OSError, lambda: ds[:], '2 of 6 images cannot be read', 'class0/pipe.png (no regular file)', 'class1/zero.png (no regular file)', '--skip-broken')
+    says(OSError, lambda: ds[:], '2 of 6 images cannot be read', 'class0/pipe.png (no regular file)',
+         'class1/zero.png (no regular file)', '--skip-broken')
     says(OSError, lambda: ds.hash, 'pipe.png is no regular file')
-    with pytest.warns(UserWarning, match='2 of 6'): assert len(ImageFolder(tmp_path, 28, skip_broken=True)) == 4
+    with pytest.warns(UserWarning, match='2 of 6'):
+        assert len(ImageFolder(tmp_path, 28, skip_broken=True)) == 4
 
-@pytest.mark.parametrize('field, value', [('depth', 10**9), ('width', 10**7), ('codebook_size', 10**10), ('size', 2**14), ('depth', 900), ('latents', 10**8)])
+@pytest.mark.parametrize('field, value',
+                         [('depth', 10**9), ('width', 10**7), ('codebook_size', 10**10), ('size', 2**14),
+                          ('depth', 900), ('latents', 10**8)])
 def test_12_sizes_that_fill_the_memory(own, tmp_path, field, value):
     "Also where config.json and the weights' file agree"
     from safetensors.torch import load_file, save_file
     folder = shutil.copytree(own/'tokenizer', tmp_path/'t')
-    config = read_json(folder/'config.json'); config['cfg'][field] = value; write_json(folder/'config.json', config)
+    config = read_json(folder/'config.json')
+    config['cfg'][field] = value
+    write_json(folder/'config.json', config)
     says(ValueError, lambda: Tokenizer.load(folder), f'cfg.{field} is {value}')
-    save_file(load_file(folder/'model.safetensors'), folder/'model.safetensors', dict(tokkit=json.dumps(dict(config=json.dumps(config)))))
+    save_file(load_file(folder/'model.safetensors'), folder/'model.safetensors',
+              dict(tokkit=json.dumps(dict(config=json.dumps(config)))))
     says(ValueError, lambda: Tokenizer.load(folder), 'config.json')
 
 def test_12_workers_without_end(tokkit, tmp_path):
@@ -444,12 +543,15 @@ def test_12_workers_without_end(tokkit, tmp_path):
 def test_12_pairs_without_end(own, tmp_path):
     from tokkit.core import stable_hash
     from tokkit.posttraining import open_pairs, write_pairs
-    tok, images = Tokenizer.load(own/'tokenizer'), ImageFolder(own/'images', 28).load(8)
+    tok = Tokenizer.load(own/'tokenizer')
+    images = ImageFolder(own/'images', 28).load(8)
     write_pairs(tmp_path, None, tok, images)
-    r = read_json(tmp_path/'pairs.json'); r['n'] = 10**12
+    r = read_json(tmp_path/'pairs.json')
+    r['n'] = 10**12
     write_json(tmp_path/'pairs.json', r)
     says(ValueError, lambda: open_pairs(tmp_path, images), 'pairs.json was changed after it was written')
-    r.pop('hash'); write_json(tmp_path/'pairs.json', r|dict(hash=stable_hash(r, 64)))
+    r.pop('hash')
+    write_json(tmp_path/'pairs.json', r|dict(hash=stable_hash(r, 64)))
     says(ValueError, lambda: open_pairs(tmp_path, images), 'holds 1000000000000 pairs for 8 images')
 
 
@@ -458,9 +560,11 @@ def test_12_pairs_without_end(own, tmp_path):
 def test_13_a_notebook_that_exits(tmp_path, where):
     from tokkit.runs import RunError, run_experiment
     v4 = nbformat.v4
-    cells = dict(finish="from tokkit.runs import Run\nRun.here('x').finish(dict(metric='m', value=1))", exit='import sys; sys.exit(0)', fail="raise ValueError('wrong')")
+    cells = dict(finish="from tokkit.runs import Run\nRun.here('x').finish(dict(metric='m', value=1))",
+                 exit='import sys; sys.exit(0)', fail="raise ValueError('wrong')")
     order = dict(before=('exit', 'finish'), after=('finish', 'exit', 'fail'), last=('finish', 'exit'))[where]
-    nb = v4.new_notebook(cells=[v4.new_code_cell('a = 1', metadata=dict(tags=['parameters'])), *[v4.new_code_cell(cells[o]) for o in order]])
+    nb = v4.new_notebook(cells=[v4.new_code_cell('a = 1', metadata=dict(tags=['parameters'])),
+                                *[v4.new_code_cell(cells[o]) for o in order]])
     nb.metadata.kernelspec = dict(name='python3', display_name='python3', language='python')
     nbformat.write(nb, tmp_path/'x.ipynb')
     with pytest.raises(RunError, match='SystemExit'): run_experiment(tmp_path/'x.ipynb', {}, tmp_path/'runs')
@@ -470,8 +574,10 @@ def test_13_a_notebook_that_exits(tmp_path, where):
 def test_14_a_sweep_started_in_the_background_can_be_interrupted(tmp_path):
     gate = tmp_path/'gate'
     def ignore(): signal.signal(signal.SIGINT, signal.SIG_IGN)
-    child = subprocess.Popen([*SHELL, 'sweep', str(TINY), '-g', 'seed=1', '-p', 'mode', 'wait', '-p', 'gate', str(gate), '--out', str(tmp_path/'runs')],
-                             stderr=subprocess.PIPE, text=True, env=os.environ | dict(TOKKIT_QUIET='1'), preexec_fn=ignore)
+    child = subprocess.Popen([*SHELL, 'sweep', str(TINY), '-g', 'seed=1', '-p', 'mode', 'wait', '-p', 'gate',
+                              str(gate), '--out', str(tmp_path/'runs')],
+                             stderr=subprocess.PIPE, text=True, env=os.environ | dict(TOKKIT_QUIET='1'),
+                             preexec_fn=ignore)
     try:
         wait_for(lambda: gate.with_suffix('.pids').exists())
         child.send_signal(signal.SIGINT)
@@ -484,7 +590,8 @@ def test_14_a_sweep_started_in_the_background_can_be_interrupted(tmp_path):
 @pytest.mark.parametrize('name', ['../../x', '..', '.', '', '/tmp/x', 'a/b', 'a\0b', '.hidden', 'x'*300])
 def test_15_names_that_lead_elsewhere(tmp_path, monkeypatch, name):
     from tokkit.runs import Run, artifact
-    monkeypatch.setenv('TOKKIT_RUNS', str(tmp_path/'a'/'b')); monkeypatch.delenv('TOKKIT_RUN_DIR', raising=False)
+    monkeypatch.setenv('TOKKIT_RUNS', str(tmp_path/'a'/'b'))
+    monkeypatch.delenv('TOKKIT_RUN_DIR', raising=False)
     says(ValueError, lambda: artifact(name, {}, lambda tmp: (tmp/'f').write_text('x')), 'names a folder')
     says(ValueError, lambda: Run.here(name), 'names a folder')
     assert not list(tmp_path.rglob('*'))

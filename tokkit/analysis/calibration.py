@@ -61,13 +61,16 @@ class Calibration:
         "Distance over the plane, the minimum and its intervals"
         import matplotlib.pyplot as plt
         ax = ax or plt.subplots(figsize=(4, 2.8), dpi=72, layout='constrained')[1]
-        cells = ax.pcolormesh(self.deltas, self.alphas, np.sqrt(self.plane.clip(0)), shading='gouraud', cmap='viridis_r')
+        cells = ax.pcolormesh(self.deltas, self.alphas, np.sqrt(self.plane.clip(0)), shading='gouraud',
+                              cmap='viridis_r')
         ax.figure.colorbar(cells, ax=ax, label='MMD')
         (a,b),(d,e) = self.alpha_interval,self.delta_interval
-        across,up = (np.maximum([[v-low],[high-v]], 0) for v,low,high in ((self.delta, d, e), (self.alpha, a, b)))
+        across,up = (np.maximum([[v-low],[high-v]], 0) for v,low,
+                     high in ((self.delta, d, e), (self.alpha, a, b)))
         ax.errorbar(self.delta, self.alpha, xerr=across, yerr=up, fmt='o', ms=4, color='tab:red', capsize=2)
         ax.set(xscale='log', xlabel='delta', ylabel='alpha')
-        ax.set_xticks(self.deltas, [str(d) for d in self.deltas]); ax.minorticks_off()
+        ax.set_xticks(self.deltas, [str(d) for d in self.deltas])
+        ax.minorticks_off()
         return ax
 
 def calibrated_cells(
@@ -80,10 +83,12 @@ def calibrated_cells(
 # %% ../../nbs/analysis/04_calibration.ipynb #6c643e69
 def calibrate(
     generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
-    real:Int[Tensor, "m *s"]|np.ndarray,       # ids of real images, others than the generator was shown; class by class about as many
+    # ids of real images, others than the generator was shown; class by class about as many
+    real:Int[Tensor, "m *s"]|np.ndarray,
     codes:Tensor|Quantizer,         # code vectors as compared (k d), or a quantizer
     *,
-    alphas:Sequence[float] = tuple(i/10 for i in range(11)), # rows of the plane; the minimum is sought from the first to the last
+    # rows of the plane; the minimum is sought from the first to the last
+    alphas:Sequence[float] = tuple(i/10 for i in range(11)),
     deltas:Sequence[int]|None = None, # columns; None: 2 to a quarter of the codes, each twice the last
     rate:str = 'exact',             # 'exact' | 'bernoulli' number of redrawn tokens
     include_self:bool = True,       # a redraw may give the token's own code back
@@ -94,39 +99,53 @@ def calibrate(
     seed:int = 0,                   # of the blocks and the draws
 ) -> Calibration:
     "The (alpha, delta) whose perturbed real images are nearest to generated ones"
-    generated,real,alphas,deltas = _checked(generated, real, codes, alphas, deltas, include_self, bootstrap, blocks, level, seed)
-    m,nodes = math.prod(generated.shape[1:]),sorted({*delta_nodes(deltas[0], deltas[-1]), *deltas})
+    generated,real,alphas,deltas = _checked(generated, real, codes, alphas, deltas, include_self, bootstrap,
+                                            blocks, level, seed)
+    m = math.prod(generated.shape[1:])
+    nodes = sorted({*delta_nodes(deltas[0], deltas[-1]), *deltas})
     sums = _sums(generated, real, as_codes(codes), nodes, include_self, size, blocks)
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=make_rng(seed, 'calibrate'))))
     drawn = rng.multinomial(blocks, np.full(blocks, 1/blocks), (2, bootstrap))
-    c = _coefficients(sums, torch.from_numpy(np.concatenate([np.ones((2, 1, blocks)), drawn], 1))).numpy()      # (deltas 1+draws 6)
-    x = np.log(nodes); curve = CubicSpline(x, c) if len(x) > 1 else None
+    # (deltas 1+draws 6)
+    c = _coefficients(sums, torch.from_numpy(np.concatenate([np.ones((2, 1, blocks)), drawn], 1))).numpy()
+    x = np.log(nodes)
+    curve = CubicSpline(x, c) if len(x) > 1 else None
     found = _minima(curve, c, x, alphas, m, rate)
-    clean,least = c[0,0,0],_value(curve, c, found[0], m, rate)
+    clean = c[0,0,0]
+    least = _value(curve, c, found[0], m, rate)
     (a,d),spread = found[0].clip([alphas[0], x[0]], [alphas[-1], x[-1]]),found[1:].std(0, ddof=1)
     near = np.searchsorted(x, found[0,1]).clip(1, max(len(x)-1, 1))
-    step = np.array([1/m, x[near]-x[near-1] if len(x) > 1 else 0.])/12**.5                    # uniform within a token, and within a step
+    # uniform within a token, and within a step
+    step = np.array([1/m, x[near]-x[near-1] if len(x) > 1 else 0.])/12**.5
     reach = student.isf((1-level)/4, blocks-1)*np.hypot(spread, step)
     low,high = np.clip([found[0]-reach, found[0]+reach], [alphas[0], x[0]], [alphas[-1], x[-1]])
     plane = np.stack([c[nodes.index(e),0]@_powers(alphas, m, rate) for e in deltas], 1)
-    settings = dict(n=len(real), rate=rate, include_self=include_self, size=size, bootstrap=bootstrap, blocks=blocks, seed=seed)
+    settings = dict(n=len(real), rate=rate, include_self=include_self, size=size, bootstrap=bootstrap,
+                    blocks=blocks, seed=seed)
     (a_low,d_low),(a_high,d_high) = ((float(e[0]), round(float(np.exp(e[1])), 6)) for e in (low, high))
-    if a_low <= 0: d_low,d_high = float(deltas[0]),float(deltas[-1])                         # no dose, no delta
+    if a_low <= 0:  # no dose, no delta
+        d_low = float(deltas[0])
+        d_high = float(deltas[-1])
     left = float(max(least, 0)/clean) if clean > 0 else 1.
     replicates = np.column_stack([found[1:,0], np.exp(found[1:,1]).round(6)])
-    return Calibration(round(float(a), 6), round(float(np.exp(d))), (a_low, a_high), (d_low, d_high), left, level,
+    return Calibration(round(float(a), 6), round(float(np.exp(d))), (a_low, a_high), (d_low, d_high), left,
+                       level,
                        tuple(alphas), tuple(deltas), plane, replicates, settings)
 
 # %% ../../nbs/analysis/04_calibration.ipynb #8a865b98
 def _minima(curve, c, x, alphas, m, rate) -> np.ndarray:
     "(alpha, log delta) of the smallest distance of each draw, delta a whole number; alpha may leave its range by a quarter"
     wide = np.arange(alphas[0]-.25, alphas[-1]+.2501, .005)
-    fine = np.log(np.unique(np.round(np.exp(np.concatenate([x, np.linspace(x[0], x[-1], 241)])))))      # whole numbers
-    powers,coefficients,out = _powers(wide, m, rate),curve(fine) if curve is not None else c,[]
+    # whole numbers
+    fine = np.log(np.unique(np.round(np.exp(np.concatenate([x, np.linspace(x[0], x[-1], 241)])))))
+    powers = _powers(wide, m, rate)
+    coefficients = curve(fine) if curve is not None else c
+    out = []
     inside = (wide >= alphas[0]-1e-9)&(wide <= alphas[-1]+1e-9)
     for i in range(c.shape[1]):
         value = coefficients[:,i]@powers                                    # (fine alphas)
-        if i == 0: value = np.where(inside, value, np.inf)                  # the estimate itself stays in the range
+        # the estimate itself stays in the range
+        if i == 0: value = np.where(inside, value, np.inf)
         at = np.unravel_index(value.argmin(), value.shape)
         out.append((wide[at[1]], fine[at[0]]))
     return np.array(out)
@@ -137,25 +156,36 @@ def _value(curve, c, found, m, rate) -> float:
 
 def _checked(generated, real, codes, alphas, deltas, include_self, bootstrap, blocks, level, seed):
     "Arguments in order and images in mixed order, or one line about what is wrong"
-    generated,real = as_ids(generated),as_ids(real)
+    generated = as_ids(generated)
+    real = as_ids(real)
     k = len(codes) if isinstance(codes, Tensor) else codes.codebook_size
     if k is None: codes.codes(generated)                                    # says why not
     check_pair(generated, real)
     for name,t in (('generated', generated), ('real', real)):
-        few,low,high = len(t) < 4*blocks,int(t.min()),int(t.max())
-        if few: raise ValueError(f"calibrate needs at least {4*blocks} {name} images, got {len(t)}; 1000 give useful intervals")
+        few = len(t) < 4*blocks
+        low = int(t.min())
+        high = int(t.max())
+        if few:
+            raise ValueError(f"calibrate needs at least {4*blocks} {name} images, got {len(t)}; 1000 give "
+                             "useful intervals")
         if low < 0 or high >= k:
-            raise ValueError(f"{name} ids reach from {low} to {high}, the codebook has {k} codes; take one tokenizer for both")
-    if bootstrap < 2: raise ValueError(f"bootstrap must be at least 2, or there is no interval; got {bootstrap}; 200 is the rule")
+            raise ValueError(f"{name} ids reach from {low} to {high}, the codebook has {k} codes; take one "
+                             "tokenizer for both")
+    if bootstrap < 2:
+        raise ValueError(f"bootstrap must be at least 2, or there is no interval; got {bootstrap}; 200 is "
+                         "the rule")
     check_range('level', level, .5, .9999, 'it is a confidence')
-    alphas,most = sorted({float(a) for a in alphas}),k if include_self else k-1
+    alphas = sorted({float(a) for a in alphas})
+    most = k if include_self else k-1
     if deltas is None: deltas = [d for i in range(1, 24) if (d := 2**i) <= max(2, k//4)]
     deltas = sorted({int(d) for d in deltas})
     if not deltas or deltas[0] < 1 or deltas[-1] > most:
         raise ValueError(f"deltas must be whole numbers in 1..{most} for {k} codes, got {deltas}")
-    if not alphas or alphas[0] < 0 or alphas[-1] > 1: raise ValueError(f"alphas must be fractions in 0..1, got {alphas}")
+    if not alphas or alphas[0] < 0 or alphas[-1] > 1:
+        raise ValueError(f"alphas must be fractions in 0..1, got {alphas}")
     n = min(len(generated), len(real))//blocks*blocks
-    return _some(generated, n, seed, 'calibrate', 'generated'),_some(real, n, seed, 'calibrate', 'real'),alphas,deltas
+    return (_some(generated, n, seed, 'calibrate', 'generated'),_some(real, n, seed, 'calibrate', 'real'),
+            alphas,deltas)
 
 # %% ../../nbs/analysis/04_calibration.ipynb #c1c83f9f
 def recovery(
@@ -169,18 +199,24 @@ def recovery(
     **options,                      # of `calibrate`
 ) -> pd.DataFrame:
     "One row a trial: the dose of a synthetic generator, what `calibrate` found, and whether both intervals hold it"
-    ids,codes,rows = as_ids(ids),as_codes(codes),[]
+    ids = as_ids(ids)
+    codes = as_codes(codes)
+    rows = []
     if len(ids) < 2*n: raise ValueError(f"two disjoint sets of {n} images need {2*n}, got {len(ids)}")
-    m,low = math.prod(ids.shape[1:]),np.log(deltas)
+    m = math.prod(ids.shape[1:])
+    low = np.log(deltas)
     for i in bar(range(trials), 'recovery'):
         rng = make_rng(seed, 'recovery', i)
-        u,order = torch.rand(2, generator=rng).tolist(),torch.randperm(len(ids), generator=rng)
-        alpha,delta = round((alphas[0]+u[0]*(alphas[1]-alphas[0]))*m)/m,round(float(np.exp(low[0]+u[1]*(low[1]-low[0]))))
+        u = torch.rand(2, generator=rng).tolist()
+        order = torch.randperm(len(ids), generator=rng)
+        alpha = round((alphas[0]+u[0]*(alphas[1]-alphas[0]))*m)/m
+        delta = round(float(np.exp(low[0]+u[1]*(low[1]-low[0]))))
         moved = perturb_codes(ids[order[:n]], codes, alpha, delta, rng=rng)
         c = calibrate(moved, ids[order[n:2*n]], codes, seed=i, **options)
         (a,b),(d,e) = c.alpha_interval,c.delta_interval
         widths = (b-a)/(c.alphas[-1]-c.alphas[0]),float(np.log(e/d)/np.log(c.deltas[-1]/c.deltas[0]))
         rows.append(dict(alpha=alpha, delta=delta, found_alpha=c.alpha, found_delta=c.delta,
-                         alpha_low=a, alpha_high=b, delta_low=d, delta_high=e, alpha_width=widths[0], delta_width=widths[1],
+                         alpha_low=a, alpha_high=b, delta_low=d, delta_high=e, alpha_width=widths[0],
+                         delta_width=widths[1],
                          left=c.left, holds=a <= alpha <= b and d <= delta <= e))
     return pd.DataFrame(rows)

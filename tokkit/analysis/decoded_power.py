@@ -25,6 +25,10 @@ def decoded_power(
     def features(tok): return extract(judge, decode_all(tok, latents))
     real = extract(judge, images.clamp(-1, 1))
     def rows(name, f):
-        gap,se = f.mean(0)-real.mean(0),(f.var(0)/len(f)+real.var(0)/len(real)).sqrt()
-        return [dict(of=name, frequency=r, power=f[:,r].mean().item(), gap=gap[r].item(), se=se[r].item()) for r in range(f.shape[1])]
-    return pd.DataFrame([row for name,f in {'images':real, **{k:features(t) for k,t in decoders.items()}}.items() for row in rows(name, f)])
+        gap = f.mean(0)-real.mean(0)
+        se = (f.var(0)/len(f)+real.var(0)/len(real)).sqrt()
+        return [dict(of=name, frequency=r, power=f[:,r].mean().item(), gap=gap[r].item(), se=se[r].item())
+                for r in range(f.shape[1])]
+    return pd.DataFrame([row for name,
+                         f in {'images':real, **{k:features(t) for k,t in decoders.items()}}.items()
+                         for row in rows(name, f)])

@@ -27,8 +27,11 @@ def rank_bands(
     "Ranks of neighbours in bands that grow: 1, 2..4, 5..16, ... up to K-1"
     check_range('codes', codes, 2, float('inf'), 'with one code there are no neighbours')
     check_range('factor', factor, 2, float('inf'))
-    out,last = [(1, 1)],1
-    while last < codes-1: out.append((last+1, min(last*factor, codes-1))); last = out[-1][1]
+    out = [(1, 1)]
+    last = 1
+    while last < codes-1:
+        out.append((last+1, min(last*factor, codes-1)))
+        last = out[-1][1]
     return out
 
 def share_by_band(
@@ -36,12 +39,14 @@ def share_by_band(
     bands:Sequence[tuple[int,int]],  # as `rank_bands` makes them
 ) -> pd.DataFrame: # rows: dose (the band), share of all wrong tokens, se over images
     "How often errors of each band are made"
-    found = np.isfinite(ranks); many = found.sum(1)
+    found = np.isfinite(ranks)
+    many = found.sum(1)
     if not many.any(): raise ValueError("no token is wrong: there are no errors to count")
     def row(a, b):
         here = (found & (ranks >= a) & (ranks <= b)).sum(1)
         share = here.sum()/many.sum()
-        se = (here-share*many).std(ddof=1)*len(many)**.5/many.sum() if len(many) > 1 else np.nan      # of a ratio of sums over images
+        # of a ratio of sums over images
+        se = (here-share*many).std(ddof=1)*len(many)**.5/many.sum() if len(many) > 1 else np.nan
         return dict(dose=_label((a, b)), share=share, se=se)
     return pd.DataFrame([row(a, b) for a,b in bands])
 
@@ -64,11 +69,15 @@ def replace_at_ranks(
     most = min(level.size for level,_ in split)-1
     if not 1 <= a <= b <= most: raise ValueError(f"a band of ranks must lie in 1..{most}, got {a}..{b}")
     hit = torch.rand(ids.shape, generator=rng).flatten(1) < share
-    rank,out = torch.randint(a, b+1, hit.shape, generator=rng),ids.flatten(1).cpu().clone()
+    rank = torch.randint(a, b+1, hit.shape, generator=rng)
+    out = ids.flatten(1).cpu().clone()
     for level,at in split:
-        at,vectors = at.flatten().cpu(),level.vectors.cpu()
+        at = at.flatten().cpu()
+        vectors = level.vectors.cpu()
         rows,columns = hit[:,at].nonzero(as_tuple=True)
-        if len(rows): out[rows,at[columns]] = nth_nearest(vectors[out[rows,at[columns]]], vectors, rank[rows,at[columns]])
+        if len(rows):
+            out[rows,at[columns]] = nth_nearest(vectors[out[rows,at[columns]]], vectors,
+                                                rank[rows,at[columns]])
     return out.view(ids.shape).to(ids)
 
 def noise_at(
@@ -85,33 +94,42 @@ def noise_at(
 
 # %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #1ae54fe7
 def damage(
-    decoders:Mapping[str,Tokenizer],  # states of one tokenizer's decoder by name, in eval mode; the first is what others are compared with
+    # states of one tokenizer's decoder by name, in eval mode; the first is what others are compared with
+    decoders:Mapping[str,Tokenizer],
     latents:Tensor,                   # right ones, one row an image
     images:Tensor,                    # the images (b c h w) they belong to
-    doses:Sequence|None = None,       # bands of ranks, or strengths of noise; None: all ranks in bands, or .25 to 2 standard deviations
+    # bands of ranks, or strengths of noise; None: all ranks in bands, or .25 to 2 standard deviations
+    doses:Sequence|None = None,
     share:float = .1,                 # of the tokens that go wrong
     seed:int = 0,                     # of places, ranks and noise, the same for every decoder
 ) -> pd.DataFrame: # rows: of, dose, damage (squared error added), ratio to the first decoder's (NaN: that is no harm), se of both
     "How much worse wrong tokens make the pictures, by how wrong they are; images count as [-1,1]"
     if not decoders: raise ValueError("damage needs at least one decoder, got none")
     if len(latents) != len(images) or not len(images):
-        raise ValueError(f"expected as many latents as images, and at least one, got {len(latents)} and {len(images)}")
+        raise ValueError(f"expected as many latents as images, and at least one, got {len(latents)} and "
+                         f"{len(images)}")
     tok = next(iter(decoders.values()))
     for other in decoders.values(): check_same(tok, other)
-    discrete,codes = not latents.is_floating_point(),getattr(tok, 'quantizer', None)
+    discrete = not latents.is_floating_point()
+    codes = getattr(tok, 'quantizer', None)
     if doses is None: doses = rank_bands(_smallest(codes, latents)) if discrete else (.25, .5, 1., 2.)
     def wrong(i, dose):
         rng = make_rng(seed, 'damage', i)
-        return replace_at_ranks(latents, codes, dose, share, rng) if discrete else noise_at(latents, dose, share, rng)
-    def error(t, q): return (decode_all(t, q).clamp(-1, 1)-images.clamp(-1, 1)).square().flatten(1).mean(1).double()        # (b)
+        return (replace_at_ranks(latents, codes, dose, share, rng) if discrete
+                else noise_at(latents, dose, share, rng))
+    # (b)
+    def error(t, q):
+        return (decode_all(t, q).clamp(-1, 1)-images.clamp(-1, 1)).square().flatten(1).mean(1).double()
     clean = {name: error(t, latents) for name,t in decoders.items()}
     rows = []
     for i,dose in enumerate(doses):
         q = wrong(i, dose)
         added = {name: error(t, q)-clean[name] for name,t in decoders.items()}
-        first,n = next(iter(added.values())),len(images)
+        first = next(iter(added.values()))
+        n = len(images)
         for name,d in added.items():
-            harmed = first.mean() > 2*first.std()/n**.5                    # else there is nothing to compare with
+            # else there is nothing to compare with
+            harmed = first.mean() > 2*first.std()/n**.5
             ratio = d.mean()/first.mean() if harmed else torch.tensor(torch.nan)
             se = (d-ratio*first).std()/n**.5/first.mean()                 # both saw the same errors
             values = dict(damage=d.mean(), se=d.std()/n**.5, ratio=ratio, ratio_se=se)
@@ -120,4 +138,5 @@ def damage(
 
 def _smallest(codes, ids) -> int:
     "Codes of the smallest level"
-    return min(level.size for level,_ in split_levels(codes, torch.arange(ids[0].numel()).view(1, *ids.shape[1:]), vectors=False))
+    return min(level.size for level,
+               _ in split_levels(codes, torch.arange(ids[0].numel()).view(1, *ids.shape[1:]), vectors=False))

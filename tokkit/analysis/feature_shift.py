@@ -20,8 +20,11 @@ from ..metrics import bootstrap_frechet, FeatureStats, frechet_distance, mmd2
 # %% ../../nbs/analysis/02_feature_shift.ipynb #793d719b
 def _dealt(g:Tensor, r:Tensor, seed, deals=10) -> list[float]:
     "Fréchet distances after the images were mixed and dealt out again"
-    both,orders = torch.cat([g, r]),[torch.randperm(len(g)+len(r), generator=make_rng(seed, 'feature_shift', i)) for i in range(deals)]
-    return [frechet_distance(*(FeatureStats.from_features(both[some]) for some in o.split([len(g), len(r)]))) for o in orders]
+    both = torch.cat([g, r])
+    orders = [torch.randperm(len(g)+len(r), generator=make_rng(seed, 'feature_shift', i))
+              for i in range(deals)]
+    return [frechet_distance(*(FeatureStats.from_features(both[some]) for some in o.split([len(g), len(r)])))
+            for o in orders]
 
 def _feature_rows(g:Tensor, r:Tensor, kernel, bootstrap, seed) -> list[dict]:
     "Distances between two sets of features"
@@ -31,7 +34,8 @@ def _feature_rows(g:Tensor, r:Tensor, kernel, bootstrap, seed) -> list[dict]:
         p,q = (FeatureStats.from_features(t) for t in (g, r))
         draws = bootstrap_frechet(g, r, replicates=bootstrap, seed=seed) if bootstrap > 1 else None
         floor = _dealt(g, r, seed)
-        rows.append(dict(metric='FD', value=frechet_distance(p, q), se=None if draws is None else float(np.std(draws, ddof=1)),
+        rows.append(dict(metric='FD', value=frechet_distance(p, q), se=None if draws is None
+                         else float(np.std(draws, ddof=1)),
                          floor=float(np.mean(floor)), floor_sd=float(np.std(floor, ddof=1))))
     return rows
 
@@ -49,19 +53,24 @@ def feature_shift(
 ) -> pd.DataFrame:
     "Distance between the features of two sets of images, with error and floor: of all, class by class, or region by region"
     g,r = (tuple(t.shape[1:]) for t in (generated, real))
-    if g != r: raise ValueError(f"images of {g} and of {r} cannot be compared; decode both with one tokenizer")
+    if g != r:
+        raise ValueError(f"images of {g} and of {r} cannot be compared; decode both with one tokenizer")
     extractor = extractor or default_extractor(real.shape[-1])
     def look(x): return extract(extractor, x.clamp(-1, 1))
     if by is None: groups = [('all', look(generated), look(real))]
     elif by == 'class':
-        g,r = look(generated),look(real)
-        groups = [(str(c), g[a], r[b]) for c,a,b in _classes(labels, len(g), len(r)) if min(int(a.sum()), int(b.sum())) > 2]
+        g = look(generated)
+        r = look(real)
+        groups = [(str(c), g[a], r[b]) for c,a,b in _classes(labels, len(g), len(r))
+                  if min(int(a.sum()), int(b.sum())) > 2]
     elif by == 'region':
         cut = [torch.linspace(0, s, parts+1).round().int().tolist() for s in real.shape[2:]]
-        boxes = [(f'{i},{j}', (..., slice(*cut[0][i:i+2]), slice(*cut[1][j:j+2]))) for i in range(parts) for j in range(parts)]
+        boxes = [(f'{i},{j}', (..., slice(*cut[0][i:i+2]), slice(*cut[1][j:j+2]))) for i in range(parts)
+                 for j in range(parts)]
         groups = [(name, look(generated[box]), look(real[box])) for name,box in boxes]
     else: raise ValueError(f"by must be None, 'class' or 'region', got {by!r}")
-    rows = [{by or 'of': name, 'n': len(g)}|row for name,g,r in groups for row in _feature_rows(g, r, kernel, bootstrap, seed)]
+    rows = [{by or 'of': name, 'n': len(g)}|row for name,g,r in groups
+            for row in _feature_rows(g, r, kernel, bootstrap, seed)]
     return pd.DataFrame(rows).assign(extractor=extractor.name, seed=seed)
 
 def decoded_shift(
@@ -73,5 +82,6 @@ def decoded_shift(
     "`feature_shift` of what a tokenizer decodes from two sets of latents"
     where = next(tok.parameters()).device
     def decode(t):
-        with torch.no_grad(): return torch.cat([tok.from_latents(some.to(where)).cpu() for some in t.split(250)])
+        with torch.no_grad():
+            return torch.cat([tok.from_latents(some.to(where)).cpu() for some in t.split(250)])
     return feature_shift(decode(generated), decode(real), *args, **options)

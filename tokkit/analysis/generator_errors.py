@@ -44,7 +44,8 @@ class ErrorProfile:
         return float(each.mean()),float(each.std(ddof=1)/len(each)**.5) if len(each) > 1 else float('nan')
 
     def _of(self, name):
-        if name not in self.values: raise ValueError(f"this profile has {', '.join(self.values)}, not {name!r}")
+        if name not in self.values:
+            raise ValueError(f"this profile has {', '.join(self.values)}, not {name!r}")
         return self.values[name]
 
     def frame(self,
@@ -54,19 +55,31 @@ class ErrorProfile:
         "Means by place, by what was known, or by class"
         n,m = self.depth.shape
         cell = np.arange(m)//max(1, m//math.prod(self.grid)) % math.prod(self.grid)
-        row,column = cell//self.grid[1],cell%self.grid[1]
-        if by == 'position': group,names = np.broadcast_to(cell, (n, m)),dict(row=row, column=column)
-        elif by == 'depth': group,names = np.minimum(self.depth*bins//m, bins-1),{}
-        elif by == 'class': group,names = np.broadcast_to(self.labels[:,None], (n, m)),{}
-        elif by == 'region': group,names = np.broadcast_to(row*3//self.grid[0]*3+column*3//self.grid[1], (n, m)),{}
+        row = cell//self.grid[1]
+        column = cell%self.grid[1]
+        if by == 'position':
+            group = np.broadcast_to(cell, (n, m))
+            names = dict(row=row, column=column)
+        elif by == 'depth':
+            group = np.minimum(self.depth*bins//m, bins-1)
+            names = {}
+        elif by == 'class':
+            group = np.broadcast_to(self.labels[:,None], (n, m))
+            names = {}
+        elif by == 'region':
+            group = np.broadcast_to(row*3//self.grid[0]*3+column*3//self.grid[1], (n, m))
+            names = {}
         else: raise ValueError(f"by must be 'position', 'depth', 'class' or 'region', got {by!r}")
         out = []
         for g in np.unique(group):
-            here,line = group == g,{by: int(g)*m//bins if by == 'depth' else int(g)}
+            here = group == g
+            line = {by: int(g)*m//bins if by == 'depth' else int(g)}
             for k,v in names.items(): line[k] = int(v[(cell == g).argmax()])
             for k,v in self.values.items():
-                each = _nanmean(np.where(here, v, np.nan), 1); each = each[np.isfinite(each)]
-                line[k],line[k+'_se'] = (each.mean(),each.std(ddof=1)/len(each)**.5) if len(each) > 1 else (np.nan,np.nan)
+                each = _nanmean(np.where(here, v, np.nan), 1)
+                each = each[np.isfinite(each)]
+                line[k],line[k+'_se'] = ((each.mean(),each.std(ddof=1)/len(each)**.5) if len(each) > 1
+                                         else (np.nan,np.nan))
             out.append(line)
         return pd.DataFrame(out)
 
@@ -85,13 +98,15 @@ class ErrorProfile:
 
 def _nanmean(v, axis):
     there = np.isfinite(v)
-    total,count = np.where(there, v, 0).sum(axis),there.sum(axis)
+    total = np.where(there, v, 0).sum(axis)
+    count = there.sum(axis)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #380281f0
 def as_ids(ids:Int[Tensor, "b *n"]|np.ndarray) -> Int[Tensor, "b *n"]:
     "Ids as a tensor on the CPU, from a tensor or an array, memory-mapped too"
-    return ids.detach().cpu().long() if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids).astype(np.int64))
+    return (ids.detach().cpu().long() if isinstance(ids, Tensor)
+            else torch.from_numpy(np.asarray(ids).astype(np.int64)))
 
 def as_codes(
     codes:Tensor|Quantizer, # code vectors (k d), or a quantizer, on whatever device
@@ -104,14 +119,16 @@ class _Codes:
     def __init__(self, codes:Tensor|Quantizer, shape:tuple[int,...]):
         entries = torch.arange(math.prod(shape)).view(1, *shape)
         split = split_levels(codes, entries)
-        self.vectors,self.level = [l.vectors.cpu().float() for l,_ in split],torch.zeros(math.prod(shape), dtype=torch.long)
+        self.vectors = [l.vectors.cpu().float() for l,_ in split]
+        self.level = torch.zeros(math.prod(shape), dtype=torch.long)
         for i,(_,at) in enumerate(split): self.level[at.flatten()] = i
         v = [w[torch.linspace(0, len(w)-1, min(len(w), 1000)).long()] for w in self.vectors]
         self.unit = [float(torch.pdist(w).mean()) if len(w) > 1 else 1. for w in v]
 
     def compare(self, entry:Tensor, real:Tensor, drawn:Tensor) -> tuple[Tensor,Tensor]:
         "Distance of two codes in units of the mean one, and how many codes are at least as near to the real one"
-        away,number = torch.zeros(len(real)),torch.zeros(len(real))
+        away = torch.zeros(len(real))
+        number = torch.zeros(len(real))
         for i,(v,unit) in enumerate(zip(self.vectors, self.unit)):
             for some in (self.level[entry] == i).nonzero()[:,0].split(max(1, 2**22//len(v))):
                 far = torch.cdist(v[real[some]], v, compute_mode='donot_use_mm_for_euclid_dist')
@@ -127,7 +144,8 @@ def _given(generator, tok, images, labels, n, seed) -> tuple[Tensor,Tensor]:
     else:
         if labels is None: raise ValueError("a tensor has no labels; pass them as labels")
         at = _drawn(len(images), n, seed)
-        given,labels = images[at].cpu(),torch.as_tensor(labels).cpu()[at]
+        given = images[at].cpu()
+        labels = torch.as_tensor(labels).cpu()[at]
         if given.ndim == 4 and given.is_floating_point(): given = _encoded(tok, given)
     labels = torch.as_tensor(labels).long()
     check_latents(generator, given, len(labels), 'latents of the images')
@@ -148,10 +166,12 @@ def _encoded(tok, x):
 def error_profile(
     generator:LatentGenerator,          # in eval mode
     tok,                                # its tokenizer; for ids also a quantizer or code vectors (k d)
-    images:Any,                         # real: a set of images, a `TokenCache`, or a tensor of images or of latents
+    # real: a set of images, a `TokenCache`, or a tensor of images or of latents
+    images:Any,
     labels:Int[Tensor, "b"]|None = None,# of a tensor
     mode:str = 'teacher',               # 'teacher' | 'free'
-    sigma:float|None = None,            # fraction that stays real; None: 1 for autoregressive teacher forcing, else 0.5
+    # fraction that stays real; None: 1 for autoregressive teacher forcing, else 0.5
+    sigma:float|None = None,
     *,
     n:int|None = 1000,                  # images looked at, drawn by `seed`; None: all
     guidance:float = 1.,                # as in sampling
@@ -169,9 +189,12 @@ def error_profile(
     if sigma is None: sigma = 1. if (kind, mode) == ('ar', 'teacher') else .5
     check_range('sigma', sigma, hint='it is the fraction of real tokens')
     if kind == 'ar' and mode == 'teacher' and sigma != 1:
-        raise ValueError(f"under teacher forcing an autoregressive generator sees only real tokens: sigma is 1, got {sigma}")
-    if kind != 'ar' and sigma == 1: raise ValueError(f"at sigma 1 nothing is left for {type(generator).__name__} to say; take sigma < 1")
-    how = dict(guidance=guidance, temperature=temperature)|options|({} if kind == 'flow' else dict(top_k=top_k, top_p=top_p))
+        raise ValueError("under teacher forcing an autoregressive generator sees only real tokens: sigma is "
+                         f"1, got {sigma}")
+    if kind != 'ar' and sigma == 1:
+        raise ValueError(f"at sigma 1 nothing is left for {type(generator).__name__} to say; take sigma < 1")
+    how = (dict(guidance=guidance, temperature=temperature)|options
+           |({} if kind == 'flow' else dict(top_k=top_k, top_p=top_p)))
     if kind == 'flow': record = _Flow(mode, given)
     else:
         codes = _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape)
@@ -181,33 +204,48 @@ def error_profile(
     for i in bar(range(0, len(labels), batch), 'error profile'):
         some = slice(i, min(i+batch, len(labels)))
         record.some = some
-        keep,rng = (given[some].to(where), sigma),make_rng(seed, 'profile', i)
+        keep = (given[some].to(where), sigma)
+        rng = make_rng(seed, 'profile', i)
         made = generator.sample(labels[some].to(where), keep=keep, rng=rng, callback=record, **how)
         record.end(made.cpu())
     grid = getattr(generator.cfg, 'grid', None) or Quantizer.grids(None, generator.shape[0])[0]
-    return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, float(sigma), how|dict(n=len(labels), seed=seed))
+    return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, float(sigma), how
+                        |dict(n=len(labels), seed=seed))
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #c676264a
 class _Tokens:
     "A callback of `sample` that looks up what the logits say about the real ids"
     def __init__(self, kind, mode, real, codes, temperature, top_k, top_p, seed):
-        self.kind,self.mode,self.codes,self.how,self.seed = kind,mode,codes,(temperature, top_k, top_p),seed
-        self.real,shape = real.flatten(1),(len(real), math.prod(real.shape[1:]))
-        self.values,self.depth = {k: np.full(shape, np.nan, np.float32) for k in RECORDED},np.zeros(shape, np.int64)
+        self.kind = kind
+        self.mode = mode
+        self.codes = codes
+        self.how = (temperature, top_k, top_p)
+        self.seed = seed
+        self.real = real.flatten(1)
+        shape = (len(real), math.prod(real.shape[1:]))
+        self.values = {k: np.full(shape, np.nan, np.float32) for k in RECORDED}
+        self.depth = np.zeros(shape, np.int64)
 
     def __call__(self, at):
-        logits,b,m = at['logits'].float().cpu(),self.some.stop-self.some.start,self.real.shape[1]
-        if self.kind == 'ar':                                          # (b k), or (b l k) for some levels of some places
+        logits = at['logits'].float().cpu()
+        b = self.some.stop-self.some.start
+        m = self.real.shape[1]
+        # (b k), or (b l k) for some levels of some places
+        if self.kind == 'ar':
             place = [(at['position'], 0)] if isinstance(at['position'], int) else at['position']
             levels = m//at['latents'].shape[1]
             entry = torch.tensor([p*levels+l for p,l in place]).expand(b, -1)
-            logits,image = logits.view(b, len(place), -1),torch.arange(b)[:,None].expand_as(entry).flatten()
-            before = sum(min(max(at['i']-l, 0), m//levels) for l in range(levels))                         # set in earlier steps
+            logits = logits.view(b, len(place), -1)
+            image = torch.arange(b)[:,None].expand_as(entry).flatten()
+            # set in earlier steps
+            before = sum(min(max(at['i']-l, 0), m//levels) for l in range(levels))
             self._note(image, entry.flatten(), logits.flatten(0, 1), before, at['i'])
         else:
-            new,known = at['new'].flatten(1).cpu(),at['known'].flatten(1).cpu()
+            new = at['new'].flatten(1).cpu()
+            known = at['known'].flatten(1).cpu()
             image,entry = (new | ~known if self.mode == 'teacher' else new).nonzero(as_tuple=True)
-            self._note(image, entry, logits.reshape(b, m, -1)[image, entry], (known & ~new).sum(1)[image], at['i'])
+            self._note(image, entry, logits.reshape(b, m, -1)[image, entry], (known & ~new).sum(1)[image],
+                       at['i'])
 
     def _note(self, image, entry, logits, known, i):
         row = image+self.some.start
@@ -217,8 +255,10 @@ class _Tokens:
         drawn = draw(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
         away,number = self.codes.compare(entry, real, drawn)
         wrong = drawn != real
-        found = dict(p=chances(logits, *self.how).gather(1, real[:,None])[:,0], rank=(logits > score).sum(1), wrong=wrong,
-                     distance=away.masked_fill(~wrong, math.nan), neighbour=number.masked_fill(~wrong, math.nan))
+        found = dict(p=chances(logits, *self.how).gather(1, real[:,None])[:,0], rank=(logits > score).sum(1),
+                     wrong=wrong,
+                     distance=away.masked_fill(~wrong, math.nan),
+                     neighbour=number.masked_fill(~wrong, math.nan))
         for k,v in found.items(): self.values[k][row, entry] = v.float()
         self.depth[row, entry] = known
 
@@ -227,11 +267,15 @@ class _Tokens:
 class _Flow:
     "A callback that compares predicted latents with the real ones, in units of their variance"
     def __init__(self, mode, real):
-        self.mode,self.real,self.scale = mode,real,real.var()
-        self.values,self.depth = dict(distance=np.full(real.shape[:2], np.nan, np.float32)),np.zeros(real.shape[:2], np.int64)
+        self.mode = mode
+        self.real = real
+        self.scale = real.var()
+        self.values = dict(distance=np.full(real.shape[:2], np.nan, np.float32))
+        self.depth = np.zeros(real.shape[:2], np.int64)
 
     def __call__(self, at):
         if self.mode == 'teacher' and at['i'] == 0: self._note(at['clean'].cpu())
     def end(self, made):
         if self.mode == 'free': self._note(made)
-    def _note(self, z): self.values['distance'][self.some] = (z-self.real[self.some]).square().mean(-1)/self.scale
+    def _note(self, z):
+        self.values['distance'][self.some] = (z-self.real[self.some]).square().mean(-1)/self.scale

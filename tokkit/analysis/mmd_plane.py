@@ -27,8 +27,10 @@ def latents_of(
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer
 ) -> Float[Tensor, "b e"]:
     "Whole latents, flattened"
-    ids,codes = as_ids(ids),as_codes(codes)
-    with torch.no_grad(): return (codes[ids] if isinstance(codes, Tensor) else codes.codes(ids)).detach().flatten(1)
+    ids = as_ids(ids)
+    codes = as_codes(codes)
+    with torch.no_grad():
+        return (codes[ids] if isinstance(codes, Tensor) else codes.codes(ids)).detach().flatten(1)
 
 def _some(ids:Tensor, n:int, *of) -> Tensor:
     "`n` of the images in mixed order: folders come class by class"
@@ -47,14 +49,19 @@ def mmd_plane(
     **options,                      # of `perturb_codes`: rate, include_self, kind, ...
 ) -> pd.DataFrame:
     "Squared MMD between generated latents and perturbed real ones, a row a cell, with its jackknife error"
-    generated,real = (_some(as_ids(t), n, seed, 'mmd_plane', name) for name,t in (('generated', generated), ('real', real)))
+    generated,real = (_some(as_ids(t), n, seed, 'mmd_plane', name) for name,
+                      t in (('generated', generated), ('real', real)))
     codes = as_codes(codes)
-    g,table,rows = latents_of(generated, codes),NeighbourTable(),[]
+    g = latents_of(generated, codes)
+    table = NeighbourTable()
+    rows = []
     k = get_kernel(kernel).fit(g, latents_of(real, codes))                  # one bandwidth for all cells
     for a,d in bar([(a, d) for a in alphas for d in deltas], 'MMD'):
-        moved = perturb_codes(real, codes, a, d, table=table, rng=make_rng(seed, 'mmd_plane', f'{a:g}', d), **options)
+        moved = perturb_codes(real, codes, a, d, table=table, rng=make_rng(seed, 'mmd_plane', f'{a:g}', d),
+                              **options)
         m = mmd2(g, latents_of(moved, codes), k)
-        rows.append(dict(metric='MMD²', alpha=a, delta=d, value=m.value, se=m.se, n=len(g), kernel=m.kernel, seed=seed))
+        rows.append(dict(metric='MMD²', alpha=a, delta=d, value=m.value, se=m.se, n=len(g), kernel=m.kernel,
+                         seed=seed))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #01b33e91
@@ -67,15 +74,18 @@ def code_features(
     most:int = 1024,                # codes the eigenfunctions are found on, the most used ones
 ) -> Float[Tensor, "k r"]:
     "Constant and eigenfunctions of a kernel on codes, coarse to fine, of unit variance where the codes are used"
-    v,share = vectors.double(),(use.double()+.5)/(use.double()+.5).sum()
+    v = vectors.double()
+    share = (use.double()+.5)/(use.double()+.5).sum()
     on = share.topk(min(most, len(v))).indices.sort().values
     squared = torch.cdist(v, v[on]).square()
-    median = squared[on].fill_diagonal_(0)[squared[on] > 0].median() if (squared[on] > 0).any() else v.new_ones(())
+    median = (squared[on].fill_diagonal_(0)[squared[on] > 0].median() if (squared[on] > 0).any()
+              else v.new_ones(()))
     kernel = sum((-squared/(2*w*w*median)).exp() for w in WIDTHS)/len(WIDTHS)              # (k l)
     root = share[on].sqrt()
     value,vector = torch.linalg.eigh(root[:,None]*kernel[on]*root)
     f = kernel@(root[:,None]*vector.flip(1)[:,:min(size-1, len(on))])
-    f = f*f[on].gather(0, f[on].abs().argmax(0, keepdim=True)).sign()                     # whichever sign the solver gave
+    # whichever sign the solver gave
+    f = f*f[on].gather(0, f[on].abs().argmax(0, keepdim=True)).sign()
     return torch.cat([torch.ones(len(v), 1), (f/(share@f.square()).sqrt().clamp(min=1e-12)).float()], 1)
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #103e8b88
@@ -101,7 +111,8 @@ def smoothed(
     include_self:bool = True,   # a code counts as its own nearest neighbour
 ) -> Float[Tensor, "m k r"]:
     "Change of the features of codes that are redrawn among their delta nearest; zero for codes that do not occur"
-    out,at = f.new_zeros(len(deltas), *f.shape),torch.tensor(deltas)
+    out = f.new_zeros(len(deltas), *f.shape)
+    at = torch.tensor(deltas)
     for some in seen.split(max(1, 2**23//(deltas[-1]*f.shape[1]))):
         mean = f[level.neighbours(some, deltas[-1], include_self)].cumsum(1)[:,at-1]/at[:,None]
         out[:,some] = (mean-f[some][:,None]).transpose(0, 1)
@@ -113,7 +124,8 @@ def both(
     rate:str = 'exact',         # 'exact' | 'bernoulli'
 ):
     "Probability that two given tokens of an image are both redrawn"
-    if rate not in ('exact', 'bernoulli'): raise ValueError(f"rate must be 'exact' or 'bernoulli', got {rate!r}")
+    if rate not in ('exact', 'bernoulli'):
+        raise ValueError(f"rate must be 'exact' or 'bernoulli', got {rate!r}")
     return alpha**2 if rate == 'bernoulli' else alpha*(alpha*m-1)/(m-1)
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #d4a5fcab
@@ -126,34 +138,45 @@ class _Sums(NamedTuple):
 
 def _sums(generated, real, codes, deltas, include_self, size, blocks, ridge=.1) -> _Sums:
     "The sums of all levels side by side, in units of their scatter between images; the ridge holds back directions that hardly scatter"
-    levels,parts = split_levels(codes, torch.cat([generated, real])),[]
-    grids = Quantizer.grids(None, generated.shape[1]) if isinstance(codes, Tensor) else codes.grids(generated.shape[1])
+    levels = split_levels(codes, torch.cat([generated, real]))
+    parts = []
+    grids = (Quantizer.grids(None, generated.shape[1]) if isinstance(codes, Tensor)
+             else codes.grids(generated.shape[1]))
     size = min(size, max(4, int((512/len(levels))**.5)))
     for i,(level,k) in enumerate(levels):
         f = code_features(level.vectors, k.flatten().bincount(minlength=level.size), size)
-        g,r = k[:len(generated)],k[len(generated):]
-        d,grid = smoothed(f, level, r.unique(), deltas, include_self),grids[i if len(grids) > 1 else 0]
+        g = k[:len(generated)]
+        r = k[len(generated):]
+        d = smoothed(f, level, r.unique(), deltas, include_self)
+        grid = grids[i if len(grids) > 1 else 0]
         def mean(a, b, ids, blocks=blocks): return window_means(a[ids], b[ids], grid, blocks)
-        each = mean(f, f, g, len(g)),mean(f, f, r, len(r))                                   # image by image, for the scatter
-        parts.append((*each, torch.stack([mean(e, f, r)+mean(f, e, r) for e in d]), torch.stack([mean(e, e, r) for e in d])))
+        # image by image, for the scatter
+        each = mean(f, f, g, len(g)),mean(f, f, r, len(r))
+        parts.append((*each, torch.stack([mean(e, f, r)+mean(f, e, r) for e in d]),
+                      torch.stack([mean(e, e, r) for e in d])))
     g,r,one,two = (torch.cat(p, -1).double() for p in zip(*parts))
     cov = torch.cov(g.T)+torch.cov(r.T)
     root = torch.linalg.cholesky(cov+ridge*cov.diagonal().mean()*torch.eye(len(cov)))
     g,r = (t.unflatten(0, (blocks, -1)).mean(1) for t in (g, r))
-    return _Sums(*(torch.linalg.solve_triangular(root, t.flatten(0, -2).T, upper=False).T.reshape(t.shape) for t in (g, r, one, two)))
+    return _Sums(*(torch.linalg.solve_triangular(root, t.flatten(0, -2).T, upper=False).T.reshape(t.shape)
+                   for t in (g, r, one, two)))
 
 def _coefficients(s:_Sums, weights:Float[Tensor, "two b blocks"]) -> Float[Tensor, "deltas b c"]:
     "Of 1, alpha, alpha2, alpha^2, alpha alpha2, alpha2^2 in MMD^2, for each draw of the blocks of generated and of real images"
     n = s.real.shape[0]
     (wg,wr) = weights
-    def inner(w, a, b): return ((w@a*(w@b)).sum(-1)-(w*w)@(a*b).sum(-1))/(n*(n-1))           # a block never meets itself
+    # a block never meets itself
+    def inner(w, a, b): return ((w@a*(w@b)).sum(-1)-(w*w)@(a*b).sum(-1))/(n*(n-1))
     def across(a): return -2*((wg@s.generated)*(wr@a)).sum(-1)/n**2
     fixed = inner(wg, s.generated, s.generated)+across(s.real)+inner(wr, s.real, s.real)
-    return torch.stack([torch.stack([fixed, across(a)+2*inner(wr, s.real, a), across(b)+2*inner(wr, s.real, b),
-                                     inner(wr, a, a), 2*inner(wr, a, b), inner(wr, b, b)], -1) for a,b in zip(s.one, s.two)])
+    return torch.stack([torch.stack([fixed, across(a)+2*inner(wr, s.real, a), across(b)
+                                     +2*inner(wr, s.real, b),
+                                     inner(wr, a, a), 2*inner(wr, a, b), inner(wr, b, b)], -1) for a,
+                        b in zip(s.one, s.two)])
 
 def _powers(alpha, m, rate):
-    a,b = np.asarray(alpha, dtype=float),both(np.asarray(alpha, dtype=float), m, rate)
+    a = np.asarray(alpha, dtype=float)
+    b = both(np.asarray(alpha, dtype=float), m, rate)
     return np.stack([np.ones_like(a), a, b, a*a, a*b, b*b])
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #ad07a2d9

@@ -39,12 +39,15 @@ def paper_rows() -> pd.DataFrame: # tidy rows: tokenizer, K, generator, metric, 
         name,K,*v = line.split()
         for i,generator in enumerate(('LlamaGen-B', 'LlamaGen-L')):
             numbers = dict(rFID=v[0], pFID=v[1]) | {'gFID':v[2+2*i], 'gFID, guided':v[3+2*i]}
-            rows += [dict(tokenizer=name, K=int(K), generator=generator, metric=m, value=float(x)) for m,x in numbers.items()]
+            rows += [dict(tokenizer=name, K=int(K), generator=generator, metric=m, value=float(x)) for m,
+                     x in numbers.items()]
     return pd.DataFrame(rows).assign(extractor='inception')
 
 # %% ../../nbs/analysis/05_predictors.ipynb #0a9aecfb
-SETTINGS = ('tokenizer', 'tokenizer_seed', 'generator', 'stage', 'extractor', 'n', 'K', 'quantizer', 'alpha', 'beta', 'delta', 'sigma',
-            'guidance', 'temperature', 'source', 'perturbation', 'loss', 'epochs', 'pairs', 'anneal', 'semantic')   # not repetitions
+SETTINGS = ('tokenizer', 'tokenizer_seed', 'generator', 'stage', 'extractor', 'n', 'K', 'quantizer', 'alpha',
+            'beta', 'delta', 'sigma',
+            'guidance', 'temperature', 'source', 'perturbation', 'loss', 'epochs', 'pairs', 'anneal',
+            'semantic')   # not repetitions
 
 def pool(
     rows:pd.DataFrame,    # tidy rows
@@ -54,14 +57,17 @@ def pool(
 ) -> pd.DataFrame:        # `keys`, value, se (NaN where nothing tells it), repeats
     "One row a point: mean over repetitions, and the error of that mean"
     missing = [k for k in [*keys, value] if k not in rows]
-    if missing: raise ValueError(f"the table has no column {missing[0]!r}; it has {', '.join(map(str, rows.columns))}")
+    if missing:
+        raise ValueError(f"the table has no column {missing[0]!r}; it has {', '.join(map(str, rows.columns))}")
     rows = rows.assign(**{se: rows[se].astype(float) if se in rows else np.nan})
     groups = rows.groupby(list(keys), dropna=False, sort=True)
     mixed = [k for k in SETTINGS if k in rows and k not in keys and (groups[k].nunique()>1).any()]
     if mixed:
-        raise ValueError(f"rows with different {mixed[0]} would be averaged: {', '.join(map(str, rows[mixed[0]].unique()[:4]))}; "
+        raise ValueError(f"rows with different {mixed[0]} would be averaged: "
+                         f"{', '.join(map(str, rows[mixed[0]].unique()[:4]))}; "
                          f"keep one of them, or let a line, panel or column show {mixed[0]}")
-    columns = {value:(value, 'mean'), '_spread':(value, 'var'), '_images':(se, 'mean'), 'repeats':(value, 'count')}
+    columns = {value:(value, 'mean'), '_spread':(value, 'var'), '_images':(se, 'mean'),
+               'repeats':(value, 'count')}
     out = groups.agg(**columns).reset_index()
     total = out._images.fillna(0)**2 + (out._spread/out.repeats).fillna(0)
     out[se] = np.sqrt(total).where(out._images.notna() | (out.repeats>1))
@@ -73,17 +79,21 @@ def _tidy(table:Any, names:Sequence[str], unit:str) -> pd.DataFrame:
     table = pd.DataFrame(dict(table)) if isinstance(table, Mapping) else table
     if not isinstance(table, pd.DataFrame):
         raise ValueError(f"expected a table, or a dict of equally long lists, got {type(table).__name__}")
-    if unit not in table and not {'metric', 'value'} <= set(table): table = table.assign(**{unit: range(1, len(table)+1)})
+    if unit not in table and not {'metric', 'value'} <= set(table):
+        table = table.assign(**{unit: range(1, len(table)+1)})
     there = table.metric.dropna().unique() if {'metric', 'value'} <= set(table) else table.columns.drop(unit)
     missing = [m for m in names if m not in set(there)]
     if missing: raise ValueError(f"no values of {missing[0]!r}; the table has {', '.join(map(str, there))}")
     if {'metric', 'value'} <= set(table): return table[table.metric.isin(names)]
     keep = [c for c in table if c not in names and not str(c).endswith(' se')]
-    def of(m): return table[keep].assign(metric=m, value=table[m], se=table[f'{m} se'] if f'{m} se' in table else np.nan)
+    def of(m):
+        return table[keep].assign(metric=m, value=table[m], se=table[f'{m} se'] if f'{m} se' in table
+                                  else np.nan)
     return pd.concat([of(m) for m in names], ignore_index=True)
 
 def unit_values(
-    table:Any,                 # tidy rows (metric, value, se, seed, ...), or a wide table, or a dict of lists: a metric each
+    # tidy rows (metric, value, se, seed, ...), or a wide table, or a dict of lists: a metric each
+    table:Any,
     names:Sequence[str],       # the metrics
     unit:str = 'tokenizer',    # column that names a point; a wide table may lack it
     group:str|None = None,     # column of a setting that points share, e.g. 'K'
@@ -95,7 +105,8 @@ def unit_values(
     if len(endless): raise ValueError(f"infinite {endless.iloc[0]}: nothing to correlate; drop that row")
     wide = points.pivot(index=keys, columns='metric', values=['value', 'se'])
     if group and wide.index.get_level_values(unit).duplicated().any():
-        raise ValueError(f"one {unit} has several values of {group}; a group is a setting that belongs to the {unit}")
+        raise ValueError(f"one {unit} has several values of {group}; a group is a setting that belongs to "
+                         f"the {unit}")
     return wide[wide.value.notna().all(axis=1)]
 
 # %% ../../nbs/analysis/05_predictors.ipynb #8c7573d4
@@ -113,13 +124,15 @@ def _centred(v): return v-v.mean(1, keepdims=True)
 
 def _cosine(a, b):
     "Correlation of centred rows; NaN where one of them is constant"
-    aa,bb = (a*a).sum(1),(b*b).sum(1)
+    aa = (a*a).sum(1)
+    bb = (b*b).sum(1)
     scale = np.where((aa > 1e-20) & (bb > 1e-20), np.sqrt(aa*bb), np.nan)
     return (a*b).sum(1)/scale
 
 def _kendall(x, y, groups):
     "Tau-b over pairs of one group, a part of the rows at a time"
-    pair,out = np.triu(groups[:,None] == groups, 1),[]
+    pair = np.triu(groups[:,None] == groups, 1)
+    out = []
     i,j = np.nonzero(pair)
     for part in np.array_split(np.arange(len(x)), -(-x.size*len(groups)//4_000_000) or 1):
         a,b = (np.sign(v[part][:,i]-v[part][:,j]) for v in (x, y))
@@ -140,24 +153,31 @@ def coefficients(
 # %% ../../nbs/analysis/05_predictors.ipynb #c93a2a65
 def _redraws(wide, names, groups, draws, seed) -> list[Float[np.ndarray, "b n"]]:
     "Bootstrap samples of each metric: the same tokenizers for all, every value moved by its error"
-    n,rng = len(wide),np.random.default_rng(int(stable_hash(['agreement', seed]), 16)%2**32)
+    n = len(wide)
+    rng = np.random.default_rng(int(stable_hash(['agreement', seed]), 16)%2**32)
     pick = np.empty((draws, n), int)
     for own in _members(groups): pick[:,own] = own[rng.integers(len(own), size=(draws, len(own)))]
-    def moved(m): return wide.value[m].to_numpy()+rng.standard_normal((draws, n))*wide.se[m].fillna(0).to_numpy()
+    def moved(m):
+        return wide.value[m].to_numpy()+rng.standard_normal((draws, n))*wide.se[m].fillna(0).to_numpy()
     return [np.take_along_axis(moved(m), pick, 1) for m in dict.fromkeys(names)]
 
 def _scopes(wide, unit, group) -> dict[str,tuple[pd.DataFrame, Int[np.ndarray, "n"]]]:
     "The units and their groups, pooled and, where a group is named, within it"
-    if len(wide) < 4: raise ValueError(f"agreement needs at least 4 of {unit} with all metrics, got {len(wide)}; show the points instead")
+    if len(wide) < 4:
+        raise ValueError(f"agreement needs at least 4 of {unit} with all metrics, got {len(wide)}; show the "
+                         "points instead")
     scopes = dict(pooled=(wide, np.zeros(len(wide), int)))
     if group:
-        key = wide.index.get_level_values(group); large = key.map(key.value_counts()) > 1
-        if not large.any(): raise ValueError(f"no two of {unit} share a {group}: there is nothing to compare within")
+        key = wide.index.get_level_values(group)
+        large = key.map(key.value_counts()) > 1
+        if not large.any():
+            raise ValueError(f"no two of {unit} share a {group}: there is nothing to compare within")
         scopes[f'within {group}'] = wide[large],np.unique(key[large], return_inverse=True)[1]
     return scopes
 
 def _interval(draws, level) -> dict[str,float]:
-    low,high = np.nanquantile(draws, [(1-level)/2, (1+level)/2]) if np.isfinite(draws).any() else (np.nan, np.nan)
+    low,high = (np.nanquantile(draws, [(1-level)/2, (1+level)/2]) if np.isfinite(draws).any()
+                else (np.nan, np.nan))
     return dict(low=float(low), high=float(high))
 
 def rank_agreement(
@@ -177,13 +197,18 @@ def rank_agreement(
     for m in [metric] if isinstance(metric, str) else metric:
         for scope,(wide,groups) in _scopes(unit_values(table, [m, target], unit, group), unit, group).items():
             x,y = (wide.value[c].to_numpy()[None] for c in (m, target))
-            plain,redrawn = coefficients(x, y, groups),coefficients(*_redraws(wide, [m, target], groups, draws, seed), groups)
-            left = [coefficients(np.delete(x, i, 1), np.delete(y, i, 1), np.delete(groups, i)) for i in range(len(wide))]
+            plain = coefficients(x, y, groups)
+            redrawn = coefficients(*_redraws(wide, [m, target], groups, draws, seed), groups)
+            left = [coefficients(np.delete(x, i, 1), np.delete(y, i, 1), np.delete(groups, i))
+                    for i in range(len(wide))]
             for c in COEFFICIENTS:
-                value,others = plain[c].item(),np.array([o[c].item() for o in left])
+                value = plain[c].item()
+                others = np.array([o[c].item() for o in left])
                 far = int(np.nan_to_num(np.abs(others-value), nan=-1.).argmax())
-                rows.append(dict(metric=m, target=target, scope=scope, coefficient=c, value=value, **_interval(redrawn[c], level),
-                                 least=others.min(), most=others.max(), without=wide.index.get_level_values(unit)[far], n=len(wide),
+                rows.append(dict(metric=m, target=target, scope=scope, coefficient=c, value=value,
+                                 **_interval(redrawn[c], level),
+                                 least=others.min(), most=others.max(),
+                                 without=wide.index.get_level_values(unit)[far], n=len(wide),
                                  groups=len(set(groups))))
     return pd.DataFrame(rows)
 
@@ -202,16 +227,21 @@ def compare_agreement(
 ) -> pd.DataFrame:                # a row for each scope and coefficient
     "Agreement of `first` with the target minus that of `second`, on the same tokenizers, with its interval"
     check_range('level', level)
-    if len({first, second, target}) < 3: raise ValueError(f"expected three different metrics, got {first}, {second} and {target}")
-    rows,names = [],[first, second, target]
+    if len({first, second, target}) < 3:
+        raise ValueError(f"expected three different metrics, got {first}, {second} and {target}")
+    rows = []
+    names = [first, second, target]
     for scope,(wide,groups) in _scopes(unit_values(table, names, unit, group), unit, group).items():
         def gap(x1, x2, y):
-            a,b = coefficients(x1, y, groups),coefficients(x2, y, groups)
+            a = coefficients(x1, y, groups)
+            b = coefficients(x2, y, groups)
             return {c:a[c]-b[c] for c in COEFFICIENTS}
-        plain,redrawn = gap(*(wide.value[m].to_numpy()[None] for m in names)),gap(*_redraws(wide, names, groups, draws, seed))
+        plain = gap(*(wide.value[m].to_numpy()[None] for m in names))
+        redrawn = gap(*_redraws(wide, names, groups, draws, seed))
         for c in COEFFICIENTS:
             i = _interval(redrawn[c], level)
             better = first if i['low'] > 0 else second if i['high'] < 0 else ''
-            rows.append(dict(first=first, second=second, target=target, scope=scope, coefficient=c, difference=plain[c].item(), **i,
+            rows.append(dict(first=first, second=second, target=target, scope=scope, coefficient=c,
+                             difference=plain[c].item(), **i,
                              better=better, n=len(wide)))
     return pd.DataFrame(rows)

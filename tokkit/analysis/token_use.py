@@ -29,13 +29,15 @@ def _bins(ids, codes) -> dict[str,sparse.csr_matrix]:
         parts['codes'].append(t)
         parts['horizontal'].append(t[:,:,:-1]*level.size+t[:,:,1:])
         parts['vertical'].append(t[:,:-1]*level.size+t[:,1:])
-    return {name: sparse.hstack([_count(t.flatten(1)) for t in p], format='csr') for name,p in parts.items() if any(t.numel() for t in p)}
+    return {name: sparse.hstack([_count(t.flatten(1)) for t in p], format='csr') for name,p in parts.items()
+            if any(t.numel() for t in p)}
 
 def _count(t) -> sparse.csr_matrix:
     "Counts (images bins) of the values that occur"
     found,at = t.unique(return_inverse=True)
     rows = np.repeat(np.arange(len(t)), t.shape[1])
-    return sparse.csr_matrix((np.ones(t.numel(), np.float32), (rows, at.flatten().numpy())), shape=(len(t), len(found)))
+    return sparse.csr_matrix((np.ones(t.numel(), np.float32), (rows, at.flatten().numpy())),
+                             shape=(len(t), len(found)))
 
 def _distances(p, q, smoothing) -> np.ndarray:
     "TV and KL of histograms of counts (draws bins)"
@@ -49,16 +51,22 @@ def _weighted_counts(counts, weights, chunk=2**24):
 
 def _compare(counts, g, smoothing, draws, rng) -> list[dict]:
     "TV and KL between the first `g` images and the rest, with bootstrap error and floor"
-    n,r = counts.shape[0],counts.shape[0]-g
-    weights = np.zeros((1+draws, n), np.float32); weights[0] = 1
-    weights[1:,:g],weights[1:,g:] = rng.multinomial(g, np.full(g, 1/g), draws),rng.multinomial(r, np.full(r, 1/r), draws)
+    n = counts.shape[0]
+    r = counts.shape[0]-g
+    weights = np.zeros((1+draws, n), np.float32)
+    weights[0] = 1
+    weights[1:,:g],weights[1:,g:] = (rng.multinomial(g, np.full(g, 1/g), draws),
+                                     rng.multinomial(r, np.full(r, 1/r), draws))
     dealt = np.zeros((draws, n), np.float32)
     for row in dealt: row[rng.permutation(n)[:g]] = 1
     first = np.arange(n) < g
     def of(left, right):
-        return np.concatenate([_distances(b, a, smoothing) for a,b in zip(_weighted_counts(counts, left), _weighted_counts(counts, right))])
-    value,floor = of(weights*first, weights*~first),of(dealt, 1-dealt)
-    return [dict(metric=name, value=float(v[0]), se=float(v[1:].std(ddof=1)), floor=float(f.mean()), floor_sd=float(f.std(ddof=1)))
+        return np.concatenate([_distances(b, a, smoothing) for a,
+                               b in zip(_weighted_counts(counts, left), _weighted_counts(counts, right))])
+    value = of(weights*first, weights*~first)
+    floor = of(dealt, 1-dealt)
+    return [dict(metric=name, value=float(v[0]), se=float(v[1:].std(ddof=1)), floor=float(f.mean()),
+                 floor_sd=float(f.std(ddof=1)))
             for name,v,f in zip(('TV', 'KL'), value.T, floor.T)]
 
 def token_use(
@@ -71,9 +79,13 @@ def token_use(
     seed:int = 0,                   # of the draws
 ) -> pd.DataFrame: # rows: TV and KL of codes, of horizontal and of vertical pairs
     "How differently codes and pairs of codes are used, with errors and floors"
-    generated,real,codes = as_ids(generated),as_ids(real),as_codes(codes)
+    generated = as_ids(generated)
+    real = as_ids(real)
+    codes = as_codes(codes)
     check_pair(generated, real)
-    if smoothing <= 0: raise ValueError(f"smoothing must be > 0, or KL is infinite where a code is never drawn; got {smoothing}")
+    if smoothing <= 0:
+        raise ValueError("smoothing must be > 0, or KL is infinite where a code is never drawn; got "
+                         f"{smoothing}")
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=make_rng(seed, 'token_use'))))
     rows = [dict(of=name)|row for name,c in _bins(torch.cat([generated, real]), codes).items()
             for row in _compare(c, len(generated), smoothing, max(2, bootstrap), rng)]
@@ -84,7 +96,8 @@ def use_histogram(
     codes:Tensor|Quantizer,         # code vectors (k d), or a quantizer
 ) -> Float[np.ndarray, "l k"]: # shares, a row a level
     "Share of each code"
-    counts = [k.flatten().bincount(minlength=level.size).numpy() for level,k in split_levels(as_codes(codes), as_ids(ids), vectors=False)]
+    counts = [k.flatten().bincount(minlength=level.size).numpy() for level,
+              k in split_levels(as_codes(codes), as_ids(ids), vectors=False)]
     return np.stack([c/c.sum() for c in counts])
 
 def check_pair(
@@ -93,9 +106,11 @@ def check_pair(
 ):
     "Raise one line unless these are ids of one tokenizer, of some images"
     g,r = (tuple(t.shape[1:]) for t in (generated, real))
-    if g != r: raise ValueError(f"generated ids have shape {g} an image, real ones {r}; take one tokenizer for both")
+    if g != r:
+        raise ValueError(f"generated ids have shape {g} an image, real ones {r}; take one tokenizer for both")
     least = min(len(generated), len(real))
-    if least < 2: raise ValueError(f"expected at least 2 images on either side, got {len(generated)} and {len(real)}")
+    if least < 2:
+        raise ValueError(f"expected at least 2 images on either side, got {len(generated)} and {len(real)}")
 
 # %% ../../nbs/analysis/01_token_use.ipynb #dfab4b1a
 def _regions(grid:tuple[int,int], parts:int) -> tuple[np.ndarray,list[str]]:
@@ -116,18 +131,26 @@ def use_by(
     seed:int = 0,                   # likewise
 ) -> pd.DataFrame:
     "Distance between the uses of codes, class by class or region by region"
-    generated,real,codes = as_ids(generated),as_ids(real),as_codes(codes)
+    generated = as_ids(generated)
+    real = as_ids(real)
+    codes = as_codes(codes)
     check_pair(generated, real)
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=make_rng(seed, 'use_by'))))
-    if by == 'class': groups = [(str(c), generated[a], real[b]) for c,a,b in _classes(labels, len(generated), len(real))]
+    if by == 'class':
+        groups = [(str(c), generated[a], real[b]) for c,a,b in _classes(labels, len(generated), len(real))]
     elif by == 'region':
-        grids = Quantizer.grids(None, generated.shape[1]) if isinstance(codes, Tensor) else codes.grids(generated.shape[1])
+        grids = (Quantizer.grids(None, generated.shape[1]) if isinstance(codes, Tensor)
+                 else codes.grids(generated.shape[1]))
         if len(grids) > 1: raise ValueError("ids of several scales have no regions; take by='class'")
         where,names = _regions(grids[0], parts)
-        groups = [(name, generated[:,at], real[:,at]) for i,name in enumerate(names) if len(at := np.flatnonzero(where == i))]
+        groups = [(name, generated[:,at], real[:,at]) for i,name in enumerate(names)
+                  if len(at := np.flatnonzero(where == i))]
     else: raise ValueError(f"by must be 'class' or 'region', got {by!r}")
-    def counts(g, r): return sparse.hstack([_count(k.flatten(1)) for k in _levels(codes, torch.cat([g, r]), by)], format='csr')
-    rows = [{by: name, 'n': len(g)}|row for name,g,r in groups for row in _compare(counts(g, r), len(g), smoothing, max(2, bootstrap), rng)]
+    def counts(g, r):
+        return sparse.hstack([_count(k.flatten(1)) for k in _levels(codes, torch.cat([g, r]), by)],
+                             format='csr')
+    rows = [{by: name, 'n': len(g)}|row for name,g,r in groups
+            for row in _compare(counts(g, r), len(g), smoothing, max(2, bootstrap), rng)]
     return pd.DataFrame(rows)
 
 def _levels(codes, ids, by):

@@ -23,12 +23,14 @@ def _publish(folder:Path, out:Path) -> tuple[Path,Path]:
     import nbformat
     from tokkit.core import added, damage, replaced_dir, set_aside
     from tokkit.ui import report_page
-    notebook, metrics = (folder/'notebook.ipynb').read_bytes(), (folder/'metrics.json').read_bytes()
+    notebook = (folder/'notebook.ipynb').read_bytes()
+    metrics = (folder/'metrics.json').read_bytes()
     page = report_page(nbformat.reads(notebook.decode(), 4))
     if out.exists() and (added(out) or damage(out)):        # by hand, or by a disk
         warnings.warn(f"{out} was changed since it was written; it is kept as {set_aside(out).name}")
     with replaced_dir(out) as new:
-        for name,content in {'report.ipynb':notebook, 'metrics.json':metrics, 'report.html':page.encode()}.items():
+        for name,content in {'report.ipynb':notebook, 'metrics.json':metrics,
+                             'report.html':page.encode()}.items():
             (new/name).write_bytes(content)
     return out/'report.ipynb', out/'report.html'
 
@@ -38,11 +40,13 @@ def _check_place(out:Path):
     there = {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
     others = there-{'report.ipynb', 'report.html', 'metrics.json', MARKER}
     if others and not is_ours(out):
-        raise FileExistsError(f"{out}, the place of the report, holds {min(others)}, which tokkit did not put there; choose another --out")
+        raise FileExistsError(f"{out}, the place of the report, holds {min(others)}, which tokkit did not "
+                              "put there; choose another --out")
 
 def demo(
     preset:str = 'default',       # smoke (under 90 s), default (10 minutes on 2 cores) or full
-    generator:Literal['ar','rar','masked','flow'] = 'ar', # autoregressive in raster or random order, masked, or flow on continuous latents
+    # autoregressive in raster or random order, masked, or flow on continuous latents
+    generator:Literal['ar','rar','masked','flow'] = 'ar',
     out:str = 'runs',             # folder for everything the demo makes
     device:str|None = None,       # cpu, cuda, cuda:1 or mps; the best there is when left out
     params:list = (),             # a parameter of the notebook e00_demo and its value; may be repeated
@@ -53,11 +57,14 @@ def demo(
     from tokkit.core import locked, writing
     from tokkit.runs import fit_params, fit_value
     from tokkit.runs import run_experiment, runs_root
-    notebook, root, base = checkout_for('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb', runs_root(out), demo_cfg(preset)
+    notebook = checkout_for('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb'
+    root = runs_root(out)
+    base = demo_cfg(preset)
     chosen = dict(generator=generator) if generator != base.generator else {}
     _check_place(root/'demo')
     given = read_params(params)
-    if own := {'preset','generator'} & set(given): raise ValueError(f"-p {min(own)} has an option of its own: give --{min(own)}")
+    if own := {'preset','generator'} & set(given):
+        raise ValueError(f"-p {min(own)} has an option of its own: give --{min(own)}")
     fit_params(notebook, given := chosen|given|dict(preset=preset))  # refuses unknown names
     given = {k:fit_value(k, v, getattr(base, k, preset)) for k,v in given.items()}
     use_device(device)
@@ -66,12 +73,14 @@ def demo(
     folder = run_experiment(notebook, given, root, device)
     with writing(root), locked(root/'demo', 'the report', wait=True): files = _publish(folder, root/'demo')
     rows = demo_rows(made)
-    print(cards_table([r['card'].row()|r for r in rows if r['card'].metric in ('rFID','pFID','gFID')]).to_string())
+    print(cards_table([r['card'].row()|r for r in rows
+                       if r['card'].metric in ('rFID','pFID','gFID')]).to_string())
     print(finding(rows), *files, sep='\n')
 
 # %% ../../nbs/cli/02_commands.ipynb #b59d58a0
 def run(
-    notebook:str,                   # path of a parameterised notebook, or the name of an experiment, e.g. e02_dose_response
+    # path of a parameterised notebook, or the name of an experiment, e.g. e02_dose_response
+    notebook:str,
     params:list = (),               # a parameter and its value; may be repeated
     out:str|None = None,            # folder for all runs; $TOKKIT_RUNS or runs when left out
     device:str|None = None,         # cpu, cuda, mps or a GPU's number
@@ -80,10 +89,12 @@ def run(
     "Execute an experiment once; a finished run with the same parameters and data is reused"
     from tokkit.runs import Run, run_experiment
     folder = run_experiment(notebook, read_params(params), out, device, threads)
-    print(terminal_table(Run(folder, folder.parent.name).frame())); print(folder)
+    print(terminal_table(Run(folder, folder.parent.name).frame()))
+    print(folder)
 
 def sweep(
-    notebook:str,                        # a notebook or an experiment's name, or a YAML file with notebook, grid, params, workers, devices
+    # a notebook or an experiment's name, or a YAML file with notebook, grid, params, workers, devices
+    notebook:str,
     grid:list = (),                      # a parameter and its values, e.g. seed=1,2; may be repeated
     params:list = (),                    # a parameter that all runs share, and its value; may be repeated
     workers:int|None = None,             # runs at the same time (default 1)
@@ -96,10 +107,12 @@ def sweep(
     from tokkit.runs import sweep_experiment
     is_file = notebook.endswith(('.yaml','.yml'))
     spec = read_sweep(Path(notebook)) if is_file else dict(notebook=notebook)
-    if is_file and spec.get('devices') is not None and not isinstance(spec['devices'], list): spec['devices'] = [spec['devices']]
+    if is_file and spec.get('devices') is not None and not isinstance(spec['devices'], list):
+        spec['devices'] = [spec['devices']]
     given = dict(workers=workers, devices=devices, threads=threads, minutes=minutes)
     spec = dict(workers=1) | spec | {k:v for k,v in given.items() if v is not None}
-    more, grids = read_grid(grid), spec.get('grid') or {}
+    more = read_grid(grid)
+    grids = spec.get('grid') or {}
     spec |= dict(grid=[{**g, **more} for g in grids] if isinstance(grids, list) else {**grids, **more},
                  params={**(spec.get('params') or {}), **read_params(params)})
     if not spec['grid']: raise ValueError("tokkit sweep needs a grid; give at least one -g NAME=VALUE,VALUE")
@@ -129,7 +142,8 @@ def _existing(root:str|None) -> Path:
     from tokkit.runs import runs_root
     folder = runs_root(root)
     if folder.is_dir(): return folder
-    raise FileNotFoundError(f"no folder {folder}; name the folder of your runs, or make one first: tokkit run, tokkit demo")
+    raise FileNotFoundError(f"no folder {folder}; name the folder of your runs, or make one first: tokkit "
+                            "run, tokkit demo")
 
 # %% ../../nbs/cli/02_commands.ipynb #d12206b4
 def lab_command(
@@ -139,7 +153,8 @@ def lab_command(
 ) -> list[str]:
     "The command that starts JupyterLab for this machine alone"
     root = ['--allow-root'] if hasattr(os, 'geteuid') and os.geteuid() == 0 else []
-    return [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={folder}', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}',
+    return [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={folder}', '--ServerApp.ip=127.0.0.1',
+            f'--ServerApp.port={port}',
             *([] if browser else ['--no-browser']), *root]
 
 def lab(
@@ -152,22 +167,27 @@ def lab(
     check_count('port', port, 65535)
     folder = checkout_for('tokkit lab')/'nbs'/'explore'
     command = lab_command(folder, port, browser)
-    os.environ.setdefault('TOKKIT_RUNS', str(runs_root()))      # the explorers find what was made where the command is called
-    os.chdir(folder); sys.stdout.flush(); os.execv(command[0], command)
+    # the explorers find what was made where the command is called
+    os.environ.setdefault('TOKKIT_RUNS', str(runs_root()))
+    os.chdir(folder)
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 def docs(
     out:str = '_docs', # folder for the site
 ) -> int:
     "Build the site"
     home = checkout_for('tokkit docs')
-    code = subprocess.run([sys.executable, home/'tools'/'build_site.py', Path(out).absolute()], cwd=home).returncode
+    code = subprocess.run([sys.executable, home/'tools'/'build_site.py', Path(out).absolute()],
+                          cwd=home).returncode
     if code: say('tokkit: the site was not built; see the lines above')
     else: print(Path(out).absolute()/'index.html')
     return 2 if code else 0
 
 # %% ../../nbs/cli/02_commands.ipynb #237b3926
 def verify(
-    root:str|None = None,   # folder of all runs, or any folder that tokkit made; $TOKKIT_RUNS or runs when left out
+    # folder of all runs, or any folder that tokkit made; $TOKKIT_RUNS or runs when left out
+    root:str|None = None,
     seal:bool = False,      # give checksums to finished runs and artifacts that have none, as they are now
 ) -> int: # 1 when something is damaged, or could not be compared
     "Compare finished runs, artifacts and models with their checksums"
@@ -177,12 +197,14 @@ def verify(
     bare = list(folders.unsealed_folders(home))
     for folder in bare if seal else (): folders.seal(folder)
     found = {folder:folders.damage(folder) for folder in folders.sealed_folders(home)}
-    models = [p.parent for p in sorted(home.rglob('config.json')) if not any(p.is_relative_to(folder) for folder in found)]
+    models = [p.parent for p in sorted(home.rglob('config.json'))
+              if not any(p.is_relative_to(folder) for folder in found)]
     found |= {folder:model_damage(folder) for folder in models if (folder/'model.safetensors').is_file()}
     for folder,how in found.items():
         if how: print(f'{folder}: {how}')
     for folder in () if seal else bare: print(f'{folder}: no checksums to compare; --seal takes it as it is')
-    bad, unknown = sum(how is not None for how in found.values()), 0 if seal else len(bare)
+    bad = sum(how is not None for how in found.values())
+    unknown = 0 if seal else len(bare)
     again = '; a run or an artifact is made anew by the command that made it' if bad else ''
     say(f'{len(found)} folders compared, {bad} damaged, {unknown} without checksums{again}')
     return int(bool(bad or unknown))
@@ -200,7 +222,9 @@ def clean(
     for p in found: print(p)
     if not found: return say(f'nothing to clean below {home}')
     results_too = ', results included' if all else ''
-    if not yes: return say(f"{len(found)} folders and files{results_too}; nothing is deleted yet: add --yes if you mean it")
+    if not yes:
+        return say(f"{len(found)} folders and files{results_too}; nothing is deleted yet: add --yes if you "
+                   "mean it")
     for p in found: delete(p)
     say(f'{len(found)} deleted')
 
@@ -216,7 +240,8 @@ def make_parser() -> argparse.ArgumentParser:
     subs = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command', required=True)
     for command in COMMANDS:
         sub = subs.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
-        sub.set_defaults(function=command); add_options(sub, command)
+        sub.set_defaults(function=command)
+        add_options(sub, command)
     return parser
 
 def main(
@@ -224,19 +249,27 @@ def main(
 ) -> int: # the exit code
     "The `tokkit` command"
     given = vars(make_parser().parse_args(argv))
-    function, device = given.pop('function'), given.pop('device')
+    function = given.pop('function')
+    device = given.pop('device')
     given.pop('command')
-    if not os.environ.get('TOKKIT_DEBUG'): warnings.showwarning = lambda message, *_, **__: say(f'tokkit: {message}')
+    if not os.environ.get('TOKKIT_DEBUG'):
+        warnings.showwarning = lambda message, *_, **__: say(f'tokkit: {message}')
     _hear_interrupts()
     if 'device' in docments(function, returns=False): given['device'] = device
     elif device: os.environ['TOKKIT_DEVICE'] = device
     try: return function(**given) or 0
-    except KeyboardInterrupt: say('\ntokkit: interrupted; the same command goes on from here'); return 130
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0
+    except KeyboardInterrupt:
+        say('\ntokkit: interrupted; the same command goes on from here')
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except Exception as e:
         if os.environ.get('TOKKIT_DEBUG'): raise
         told = ''.join(c for c in ' '.join(str(e).split()) if c.isprintable()) or type(e).__name__
-        if _expected(e): say(f'tokkit: {told}'); return 2
+        if _expected(e):
+            say(f'tokkit: {told}')
+            return 2
         say(f"tokkit: {type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: "
             f"what happened is written in {write_report(e)}, please report it")
         return 70

@@ -13,17 +13,23 @@ from .options import say, use_device
 
 # %% ../../nbs/cli/01_models.ipynb #94dc7b18
 def metric(
-    metric:Literal['rfid','pfid','ifid','all'], # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
+    # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
+    metric:Literal['rfid','pfid','ifid','all'],
     *,
     tokenizer:str,                       # folder of a saved tokenizer
     data:str = 'fashion_mnist',          # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'test', # part of the data, where it has parts
-    n:int|None = None,                   # images, drawn by the seed; 1000, or all where there are fewer, when left out
-    deltas:list[int]|None = None,        # pfid: neighbours to draw among; three that follow from K when left out
-    alphas:list[float]|None = None,      # pfid: fractions of an image's tokens redrawn; the paper's five when left out
-    train:str|None = None,               # ifid: other images, the neighbours; the other part of the data when left out
+    # images, drawn by the seed; 1000, or all where there are fewer, when left out
+    n:int|None = None,
+    # pfid: neighbours to draw among; three that follow from K when left out
+    deltas:list[int]|None = None,
+    # pfid: fractions of an image's tokens redrawn; the paper's five when left out
+    alphas:list[float]|None = None,
+    # ifid: other images, the neighbours; the other part of the data when left out
+    train:str|None = None,
     top_k:int|None = None,               # ifid: nearest neighbours to draw among; 10 when left out
-    reference:str|None = None,           # .npz file of statistics (mu, sigma) to compare with; the images themselves when left out
+    # .npz file of statistics (mu, sigma) to compare with; the images themselves when left out
+    reference:str|None = None,
     reference_n:int|None = None,         # images behind that file, where it does not say
     extractor:str|None = None,           # whose features; efficientnet_lite0 when left out
     bootstrap:int = 50,                  # replicates for the error; 0 for none
@@ -41,18 +47,21 @@ def metric(
     from tokkit.metrics import evaluate_tokenizer
     if json: file_to_write(json)          # a folder is refused now, and not after hours
     check_bootstrap(bootstrap)
-    given = {k:v for k,v in dict(deltas=deltas, alphas=alphas, train=train, top_k=top_k).items() if v is not None}
+    given = {k:v for k,v in dict(deltas=deltas, alphas=alphas, train=train, top_k=top_k).items()
+             if v is not None}
     for owner,own in dict(pfid=('deltas','alphas'), ifid=('train','top_k')).items():
         if metric not in (owner, 'all') and (wrong := [k for k in own if k in given]):
             raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
-    if metric == 'all' and 'top_k' in given: raise ValueError("--top-k belongs to ifid; the whole table takes 10")
+    if metric == 'all' and 'top_k' in given:
+        raise ValueError("--top-k belongs to ifid; the whole table takes 10")
     tok = _saved_tokenizer(tokenizer).to(use_device(device)).eval()
     how = dict(skip_broken=skip_broken, upscale=upscale)
     images = _images_for(tok, data, split, memory=0., **how)  # read as needed
     n = min(1000, len(images)) if n is None else n
     _check_metric(metric, reference, n)
     try:
-        if metric in ('ifid','all'): images,given['train'] = _apart(images, n, seed, train, data, split, tok, how)
+        if metric in ('ifid','all'):
+            images,given['train'] = _apart(images, n, seed, train, data, split, tok, how)
     except (ValueError, FileNotFoundError) as e:
         if metric == 'ifid' or train: raise
         say(f'tokkit: iFID is left out: {e}')
@@ -62,15 +71,19 @@ def metric(
     cards = made if isinstance(made, list) else [made]
     for card in cards: print(card)
     if metric != 'all' and card.se is not None:
-        spans = ('confidence', *card.interval()),('prediction, for another seed', *card.interval(kind='prediction'))
+        spans = ('confidence', *card.interval()),('prediction, for another seed',
+                                                  *card.interval(kind='prediction'))
         print('95% intervals: '+'; '.join(f'{lo:.4g} to {hi:.4g} ({what})' for what,lo,hi in spans))
-    if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else made.to_dict())   # the number is on the screen by now
+    # the number is on the screen by now
+    if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else made.to_dict())
 
 def _check_metric(metric, reference, n):
     "Raise one line about what would fail later, or in words of Python"
     if reference and not Path(reference).is_file():
-        raise FileNotFoundError(f"no file {reference}; --reference takes an .npz of mu and sigma, as tokkit.metrics.exchange.save_stats writes it")
-    if metric == 'all' and n < 6: raise ValueError(f"the whole table looks at 5 neighbours of each image and needs 6 images, got -n {n}")
+        raise FileNotFoundError(f"no file {reference}; --reference takes an .npz of mu and sigma, as "
+                                "tokkit.metrics.exchange.save_stats writes it")
+    if metric == 'all' and n < 6:
+        raise ValueError(f"the whole table looks at 5 neighbours of each image and needs 6 images, got -n {n}")
 
 def _saved_tokenizer(folder:str):
     "A tokenizer from its folder, or which folders below it hold one"
@@ -79,13 +92,15 @@ def _saved_tokenizer(folder:str):
     except (ValueError, OSError) as e:
         below = [p.parent.name for p in sorted(Path(folder).glob('*/config.json'))]
         if not below: raise e
-        raise FileNotFoundError(f"{folder} holds no tokenizer itself; below it are {', '.join(below)}: name one of them") from None
+        raise FileNotFoundError(f"{folder} holds no tokenizer itself; below it are {', '.join(below)}: name "
+                                "one of them") from None
 
 def _images_for(tok, data, split, n=None, **how):
     "Images in a tokenizer's size and channels"
     from tokkit.data import load_images
     if data == 'fashion_mnist' and tok.cfg.channels != 1:
-        raise ValueError(f"fashion_mnist, the default of --data, is grey; this tokenizer takes {tok.cfg.channels} channels: give a folder")
+        raise ValueError("fashion_mnist, the default of --data, is grey; this tokenizer takes "
+                         f"{tok.cfg.channels} channels: give a folder")
     return load_images(data, split, n, tok.cfg.size, tok.cfg.channels, **how)
 
 def _apart(images, n, seed, train, data, split, tok, how):
@@ -95,12 +110,14 @@ def _apart(images, n, seed, train, data, split, tok, how):
     if train: return images,_images_for(tok, train, 'train', memory=0., **how)
     others = _images_for(tok, data, 'test' if split == 'train' else 'train', memory=0., **how)
     if others.hash != images.hash: return images,others
-    order = torch.randperm(len(images), generator=make_rng(seed, 'images'))   # a folder without parts: the rest are the neighbours
+    # a folder without parts: the rest are the neighbours
+    order = torch.randperm(len(images), generator=make_rng(seed, 'images'))
     few,rest = (images.subset(i.sort().values) for i in (order[:n], order[n:]))
     if len(rest) < 10:
         left = f"and {len(rest)} images beside the {n} measured"
         raise ValueError(f"{data} has no train and test parts, {left}; give --train FOLDER, or a smaller -n")
-    say(f"tokkit: {data} has no train and test parts; the {len(rest)} images that are not measured are the neighbours")
+    say(f"tokkit: {data} has no train and test parts; the {len(rest)} images that are not measured are the "
+        "neighbours")
     return few,rest
 
 # %% ../../nbs/cli/01_models.ipynb #81c34d4c
@@ -111,13 +128,20 @@ def posttrain(
     out:str,                             # folder for the healed tokenizer
     data:str = 'fashion_mnist',          # fashion_mnist or a folder of images
     n:int|None = None,                   # images to train on; all when left out
-    mode:Literal['paired','unpaired'] = 'paired', # pairs of latents and images (the paper's), or free samples and the moments of features
-    sigma:list[float]|None = None,       # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
-    source:Literal['reencode','tokens']|None = None, # paired: re-encoded (default) or as drawn (default of --freeze official)
-    freeze:Literal['all','official']|None = None, # paired: all but the decoder (when left out), or what the released code freezes
-    clean:float|None = None,             # paired: share of pairs that are the image's own tokens; none when left out
-    moments:float|None = None,           # weight of the moments of features; 0 (paired) or 1 (unpaired, must be above 0) when left out
-    consistency:float|None = None,       # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
+    # pairs of latents and images (the paper's), or free samples and the moments of features
+    mode:Literal['paired','unpaired'] = 'paired',
+    # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
+    sigma:list[float]|None = None,
+    # paired: re-encoded (default) or as drawn (default of --freeze official)
+    source:Literal['reencode','tokens']|None = None,
+    # paired: all but the decoder (when left out), or what the released code freezes
+    freeze:Literal['all','official']|None = None,
+    # paired: share of pairs that are the image's own tokens; none when left out
+    clean:float|None = None,
+    # weight of the moments of features; 0 (paired) or 1 (unpaired, must be above 0) when left out
+    moments:float|None = None,
+    # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
+    consistency:float|None = None,
     lora:int = 0,                        # rank of the change of the decoder's matrices; 0 trains the matrices
     guidance:float = 1.5,                # guidance scale while the generator draws
     epochs:int = 2,                      # passes over the images
@@ -134,31 +158,42 @@ def posttrain(
     from tokkit.posttraining import check_fit, row_sigmas
     from tokkit.posttraining import check_options
     from tokkit.training import ImageTraining
-    place, folder = use_device(device), Path(out).absolute()
+    place = use_device(device)
+    folder = Path(out).absolute()
     if folder.exists(): raise FileExistsError(f"{out} is there already; choose another --out or delete it")
     owned = dict(sigma=sigma, source=source, freeze=freeze, clean=clean)
     if mode == 'unpaired' and (wrong := [k for k,v in owned.items() if v is not None]):
         raise ValueError(f"--{' and --'.join(wrong)} belong to --mode paired; got unpaired")
     if mode == 'unpaired' and moments == 0:
-        raise ValueError("--mode unpaired learns from samples by the moments alone; got --moments 0, give more")
-    check_count('epochs', epochs, 100_000); Guidance(guidance)
-    given = dict(lora=lora) | {k:v for k,v in dict(consistency=consistency, moments=moments).items() if v is not None}
+        raise ValueError("--mode unpaired learns from samples by the moments alone; got --moments 0, give "
+                         "more")
+    check_count('epochs', epochs, 100_000)
+    Guidance(guidance)
+    given = (dict(lora=lora)
+             | {k:v for k,v in dict(consistency=consistency, moments=moments).items() if v is not None})
     freeze = freeze or 'all'
     source = source or ('tokens' if freeze == 'official' else 'reencode')
     pairing = dict(sigma=[.9] if sigma is None else sigma, clean=clean or 0., source=source)
     row_sigmas(1, pairing['sigma'], pairing['clean'])
-    tok, gen = _saved_tokenizer(tokenizer).to(place).eval(), load_generator(generator).to(place)
-    check_fit(gen, tok); check_options(tok, freeze, source, **given)
+    tok = _saved_tokenizer(tokenizer).to(place).eval()
+    gen = load_generator(generator).to(place)
+    check_fit(gen, tok)
+    check_options(tok, freeze, source, **given)
     images = _images_for(tok, data, 'train', n, skip_broken=skip_broken, upscale=upscale)
-    how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3, perceptual_size=max(32, images.size))
+    how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3,
+                        perceptual_size=max(32, images.size))
     if (most := int(images.labels.max())) >= gen.classes:
-        raise ValueError(f"{data} has {most+1} classes, the generator knows {gen.classes}; give --data the images it was trained on")
+        raise ValueError(f"{data} has {most+1} classes, the generator knows {gen.classes}; give --data the "
+                         "images it was trained on")
     drawn = [tok.fingerprint, gen.fingerprint, images.hash, mode, guidance, seed, pairing]
     work = folder.with_name(f'.work-{folder.name}-{stable_hash(drawn)}')    # pairs of a killed call
     common = dict(given, work=work/stable_hash([given, freeze, epochs]), device=str(place), seed=seed)
     with writing(folder), locked(folder, f'post-training into {out}'):
-        if folder.exists(): raise FileExistsError(f"{out} is there already: another process has just made it; choose another --out")
-        clear_unfinished(folder); mark(work)
+        if folder.exists():
+            raise FileExistsError(f"{out} is there already: another process has just made it; choose another "
+                                  "--out")
+        clear_unfinished(folder)
+        mark(work)
         _train_decoder(folder, work, (tok, gen, images), how, mode=mode, freeze=freeze, pairing=pairing,
                        drawing=dict(guidance=guidance, seed=seed), common=common)
         delete(work)
@@ -179,4 +214,5 @@ def _train_decoder(folder, work, given, how, *, mode, freeze, pairing, drawing, 
         else:
             samples,_ = sample_batches(gen, images.labels, **drawing)
             healed, history = heal_unpaired(tok, samples, images, how, **common)
-        healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)
+        healed.save(tmp)
+        history.to_csv(tmp/'history.csv', index=False)

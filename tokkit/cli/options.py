@@ -46,15 +46,19 @@ def add_options(
         many = 'list[' in str(p.anno) and name not in ('params','grid')
         help_ = (p.docment or '').replace('%', '%%')+('; commas between' if many else '')
         flags = [f for f in (_SHORT.get(name), '--'+name.replace('_','-')) if f]
-        if name == 'params': parser.add_argument(*flags, nargs=2, action='append', metavar=('NAME','VALUE'), default=[], help=help_)
-        elif name == 'grid': parser.add_argument(*flags, action='append', metavar='NAME=V,V', default=[], help=help_)
+        if name == 'params':
+            parser.add_argument(*flags, nargs=2, action='append', metavar=('NAME','VALUE'), default=[],
+                                help=help_)
+        elif name == 'grid':
+            parser.add_argument(*flags, action='append', metavar='NAME=V,V', default=[], help=help_)
         elif name == 'root': parser.add_argument(name, nargs='?', help=help_)
         elif p.default is Parameter.empty and kinds[name].kind is Parameter.KEYWORD_ONLY:
             parser.add_argument(*flags, required=True, help=help_, **_reader(p.anno))
         elif p.default is Parameter.empty: parser.add_argument(name, help=help_, **_reader(p.anno))
         else:
             told = '' if p.default in (None, False, '') else f" (default {p.default})"
-            default = argparse.SUPPRESS if name == 'device' else p.default  # `tokkit --device cpu run ...` sets it too
+            # `tokkit --device cpu run ...` sets it too
+            default = argparse.SUPPRESS if name == 'device' else p.default
             parser.add_argument(*flags, default=default, help=help_+told, **_reader(p.anno))
 
 # %% ../../nbs/cli/00_options.ipynb #d33dc8dd
@@ -72,7 +76,8 @@ def terminal_table(
     "A table for the terminal: constant columns named once above it, long words cut"
     first = [c for c in table if c in ('metric','value','se')]
     fixed = [c for c in table if c not in first and len(table) > 1 and table[c].astype(str).nunique() == 1]
-    head = ' · '.join(f'{c} {table[c].iloc[0]}' for c in fixed if str(table[c].iloc[0]) not in ('', 'nan', 'None'))
+    head = ' · '.join(f'{c} {table[c].iloc[0]}' for c in fixed
+                      if str(table[c].iloc[0]) not in ('', 'nan', 'None'))
     shown = table.drop(columns=fixed).head(_ROWS).dropna(axis=1, how='all')
     body = shown.to_string(index=False, na_rep='', max_colwidth=56, float_format=lambda v: f'{v:.4g}')
     if len(table) > _ROWS: body += f'\n... and {len(table)-_ROWS} rows more: tokkit results --csv FILE'
@@ -84,7 +89,8 @@ def checkout_for(
     "The source tree, or an error that says why it is needed"
     from tokkit.runs import checkout
     if folder := checkout(): return folder
-    raise FileNotFoundError(f"{what} needs tokkit's notebooks, and this tokkit was installed without them; clone it and pip install -e it")
+    raise FileNotFoundError(f"{what} needs tokkit's notebooks, and this tokkit was installed without them; "
+                            "clone it and pip install -e it")
 
 def use_device(
     name:str|None, # cpu, cuda, cuda:1, mps; None takes the best there is
@@ -102,9 +108,13 @@ def read_grid(
     grid = {}
     for item in items:
         name, equals, text = item.partition('=')
-        if not equals or not name.isidentifier(): raise ValueError(f"-g expects NAME=VALUE,VALUE such as alpha=0,.5; got {item!r}")
-        if name in grid: raise ValueError(f"-g {name} is given twice; give all its values at once: -g {name}=VALUE,VALUE")
-        try: grid[name] = list(ast.literal_eval(f'[{text}]')) if '[' in text else [v for v in text.split(',') if v]
+        if not equals or not name.isidentifier():
+            raise ValueError(f"-g expects NAME=VALUE,VALUE such as alpha=0,.5; got {item!r}")
+        if name in grid:
+            raise ValueError(f"-g {name} is given twice; give all its values at once: -g {name}=VALUE,VALUE")
+        try:
+            grid[name] = (list(ast.literal_eval(f'[{text}]')) if '[' in text
+                          else [v for v in text.split(',') if v])
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise ValueError(f"-g {name}: cannot read {text!r}; write lists as [4,8],[16,32]") from None
     return grid
@@ -117,7 +127,8 @@ def read_params(
     twice = [name for name in names if names.count(name) > 1]
     if not twice: return dict(items)
     name = twice[0]
-    raise ValueError(f"-p {name} is given {names.count(name)} times; give it once, or take tokkit sweep -g {name}=VALUE,VALUE")
+    raise ValueError(f"-p {name} is given {names.count(name)} times; give it once, or take tokkit sweep -g "
+                     f"{name}=VALUE,VALUE")
 
 class _Sweep(TypedDict):
     notebook:str
@@ -133,7 +144,8 @@ def _plain_loader():
     import yaml
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent): raise yaml.YAMLError('it has an alias (*name); write the values out')
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError('it has an alias (*name); write the values out')
             return super().compose_node(parent, index)
         def construct_mapping(self, node, deep=False):
             keys = [key.value for key,_ in node.value]
@@ -149,16 +161,19 @@ def read_sweep(
     import yaml
     from tokkit.core import check_kind
     if path.stat().st_size > 2**20:
-        raise ValueError(f"{path} is larger than a megabyte, so it is no sweep; give a file with notebook and grid")
+        raise ValueError(f"{path} is larger than a megabyte, so it is no sweep; give a file with notebook "
+                         "and grid")
     try: spec = yaml.load(path.read_text(encoding='utf-8'), _plain_loader())
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())[:200]}") from None
     known = set(_Sweep.__annotations__)
     if not isinstance(spec, dict) or not {'notebook','grid'} <= set(spec) <= known:
-        raise ValueError(f"{path} must have notebook and grid, and may have params, workers, devices, threads, minutes; "
+        raise ValueError(f"{path} must have notebook and grid, and may have params, workers, devices, "
+                         "threads, minutes; "
                          f"got {str(list(spec) if isinstance(spec, dict) else spec)[:80]}")
     check_kind(spec, _Sweep, path)
-    for grid in spec['grid'] if isinstance(spec['grid'], list) else [spec['grid']]: check_kind(grid, dict[str,Any], f'{path}: grid')
+    for grid in spec['grid'] if isinstance(spec['grid'], list) else [spec['grid']]:
+        check_kind(grid, dict[str,Any], f'{path}: grid')
     beside = path.parent/spec['notebook']
     return spec | dict(notebook=beside if beside.is_file() else spec['notebook'])
 
@@ -166,7 +181,8 @@ def write_report(
     e:BaseException,  # that nobody expected
 ) -> str: # where it is
     "Write down what happened, for whoever mends it; nothing is sent anywhere"
-    told = [f'tokkit {tokkit.__version__}, Python {platform.python_version()}, {platform.platform()}', f"command: {sys.argv[1:]}",
+    told = [f'tokkit {tokkit.__version__}, Python {platform.python_version()}, {platform.platform()}',
+            f"command: {sys.argv[1:]}",
             ''.join(traceback.format_exception(e))]
     path = Path(tempfile.gettempdir())/f"tokkit-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     try: path.write_text('\n'.join(told), encoding='utf-8', errors='replace')

@@ -36,9 +36,11 @@ def check_count(
     "Raise a one-line `ValueError` unless `value` is a whole number from `least` to `most`"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
         limit = f'at least {least}' if most == math.inf else f'in {least}..{most:g}'
-        raise ValueError(f"{name} must be a whole number {limit}, got {value!r}" + (f"; {hint}" if hint else ''))
+        raise ValueError(f"{name} must be a whole number {limit}, got {value!r}"
+                         + (f"; {hint}" if hint else ''))
 
-LARGEST = dict(depth=1024, heads=1024, levels=1024, channels=1024, n=2**16, size=2**14, patch=2**14, width=2**16, codebook_size=2**24)
+LARGEST = dict(depth=1024, heads=1024, levels=1024, channels=1024, n=2**16, size=2**14, patch=2**14,
+               width=2**16, codebook_size=2**24)
                    # of any network: more is a slip of the hand, or a damaged file, and would fill the memory
 
 def check_sizes(
@@ -57,7 +59,8 @@ def check_finite(
     "Raise a one-line `ValueError` that names the first row with NaN or infinity"
     if torch.isfinite(t).all(): return
     bad = ~torch.isfinite(t).flatten(1).all(1) if t.ndim > 1 else ~torch.isfinite(t)
-    raise ValueError(f"{what} {int(bad.nonzero()[0])} must be finite, got NaN or infinity ({int(bad.sum())} of {len(t)} are so); {hint}")
+    raise ValueError(f"{what} {int(bad.nonzero()[0])} must be finite, got NaN or infinity ({int(bad.sum())} "
+                     f"of {len(t)} are so); {hint}")
 
 # %% ../../nbs/core/01_checks.ipynb #49a49b50
 def changed(

@@ -57,7 +57,9 @@ def atomic_path(
         yield temporary
         if special:
             with open(temporary, 'rb') as made, open(path, 'wb') as f: shutil.copyfileobj(made, f)
-        else: flush(temporary); os.replace(temporary, path)
+        else:
+            flush(temporary)
+            os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/core/03_files.ipynb #39800193
@@ -78,7 +80,8 @@ def write_json(
     o:Any,         # what `to_plain` understands
 ) -> Path:
     "Write `o` as readable JSON"
-    with atomic_path(path) as p: p.write_text(json.dumps(to_plain(o), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    with atomic_path(path) as p:
+        p.write_text(json.dumps(to_plain(o), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     return Path(path)
 
 def check_kind(
@@ -89,7 +92,8 @@ def check_kind(
     "Raise a one-line `ValueError` unless `o` has the shape of `kind`"
     try: msgspec.convert(o, kind)
     except (msgspec.ValidationError, RecursionError) as e:
-        raise ValueError(f"{where} does not hold what it should: {str(e).replace('`', '')}; it is damaged or was changed by hand") from None
+        raise ValueError(f"{where} does not hold what it should: {str(e).replace('`', '')}; it is damaged or "
+                         "was changed by hand") from None
     return o
 
 def read_json(

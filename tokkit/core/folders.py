@@ -18,7 +18,8 @@ from .files import flush, read_json, TEMPORARY, temporary_name, write_json
 from .hashes import file_sha256, stable_hash
 
 # %% ../../nbs/core/06_folders.ipynb #c717cd80
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
+         errno.EFBIG}
 
 def _full(root:Path) -> bool:
     "Less than one megabyte is left where `root` is or would be"
@@ -39,12 +40,15 @@ def writing(
     "Turn failures to write below `root` into one line that says what to do"
     try: yield
     except Exception as e:
-        if not (ours := _concerns(e, root)) and not _full(root): raise  # some libraries report a full disk as errors of their own
+        # some libraries report a full disk as errors of their own
+        if not (ours := _concerns(e, root)) and not _full(root): raise
         reason = os.strerror(e.errno if ours else errno.ENOSPC)
-        raise OSError(f"cannot write below {root}: {reason}; make room or choose another folder (--out, $TOKKIT_RUNS)") from e
+        raise OSError(f"cannot write below {root}: {reason}; make room or choose another folder (--out, "
+                      "$TOKKIT_RUNS)") from e
 
 # %% ../../nbs/core/06_folders.ipynb #41548144
-MARKER = '.tokkit'           # file that says that a folder was made here, and of what it consisted when it was finished
+# file that says that a folder was made here, and of what it consisted when it was finished
+MARKER = '.tokkit'
 
 class _Seal(TypedDict):
     made_by:str                         # tokkit and its version
@@ -73,7 +77,8 @@ def is_ours(
 
 def _contents(folder:Path) -> dict[str,Path]:
     "The regular files below a folder, by name; not the seal, nor what is still being written"
-    found = (p for p in sorted(folder.rglob('*')) if p.is_file() and p != folder/MARKER and not p.name.endswith(TEMPORARY))
+    found = (p for p in sorted(folder.rglob('*')) if p.is_file() and p != folder/MARKER
+             and not p.name.endswith(TEMPORARY))
     return {p.relative_to(folder).as_posix():p for p in found}
 
 def seal(
@@ -103,11 +108,14 @@ def damage(
     try: told = read_json(folder/MARKER, _Seal)
     except FileNotFoundError: return f'it has no {MARKER}, the file of its checksums'
     except ValueError: told = {}
-    sums, check = told.get('sha256'), told.pop('check', None)
-    if sums is None or check not in (None, stable_hash(told)): return f'its {MARKER}, the file of its checksums, is damaged'
+    sums = told.get('sha256')
+    check = told.pop('check', None)
+    if sums is None or check not in (None, stable_hash(told)):
+        return f'its {MARKER}, the file of its checksums, is damaged'
     gone = [name for name in sums if not (folder/name).is_file()]
     if gone: return f'{gone[0]} is missing'
-    now = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in (os.stat(folder/name) for name in [*sums, MARKER])]
+    now = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+           for s in (os.stat(folder/name) for name in [*sums, MARKER])]
     if _intact.get(folder) == now: return None
     changed = [name for name,sum_ in sums.items() if file_sha256(folder/name) != sum_]
     if changed: return f'{changed[0]} has changed'
@@ -123,16 +131,20 @@ def atomic_dir(
     path:str|Path, # final name of the folder
 ) -> Iterator[Path]:
     "A temporary folder to fill; it becomes `path`, sealed, when the block ends well. A folder of tokkit's that is there by then wins"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path); temporary.mkdir()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.mkdir()
     try:
         mark(temporary)
         yield temporary
-        seal(temporary); flush(temporary)
+        seal(temporary)
+        flush(temporary)
         if not path.exists(): os.rename(temporary, path)
         elif not is_ours(path):
             os.rename(temporary, kept := _free_name(path, 'kept'))
-            raise FileExistsError(f"{path} appeared while it was being made, by somebody else; the result is kept as {kept.name}")
+            raise FileExistsError(f"{path} appeared while it was being made, by somebody else; the result is "
+                                  f"kept as {kept.name}")
     finally: shutil.rmtree(temporary, ignore_errors=True)
 
 def sealed_folders(
@@ -150,7 +162,8 @@ def unsealed_folders(
 ) -> Iterator[Path]:
     "Finished runs and artifacts at and below `root` that have no seal: of an earlier version, or copied without hidden files"
     for about in sorted(root.rglob('params.json')):
-        hidden = any(part.startswith('.') or part.endswith(('.failed','.damaged')) for part in about.relative_to(root).parts)
+        hidden = any(part.startswith('.') or part.endswith(('.failed','.damaged'))
+                     for part in about.relative_to(root).parts)
         if not hidden and not (about.parent/MARKER).is_file(): yield about.parent
 
 def check_replaceable(
@@ -163,7 +176,8 @@ def check_replaceable(
     if not any(path.iterdir()): return
     remedy = 'choose another folder, or move it elsewhere'
     if not is_ours(path): raise FileExistsError(f"{path} holds files that tokkit did not put there; {remedy}")
-    if more := added(path): raise FileExistsError(f"{path} holds {more[0]} that tokkit did not put there; {remedy}")
+    if more := added(path):
+        raise FileExistsError(f"{path} holds {more[0]} that tokkit did not put there; {remedy}")
     if how := damage(path): raise FileExistsError(f"{path} was changed by hand: {how}; {remedy}")
 
 @contextmanager
@@ -171,13 +185,15 @@ def replaced_dir(
     path:str|Path, # final name of the folder, as `check_replaceable` wants it
 ) -> Iterator[Path]:
     "A temporary folder to fill; it takes the place of `path`, sealed, when the block ends well"
-    path = Path(os.path.realpath(path)); check_replaceable(path)
+    path = Path(os.path.realpath(path))
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = temporary_name(path)
     try:
         mark(new)
         yield new
-        seal(new); flush(new)
+        seal(new)
+        flush(new)
         check_replaceable(path)                         # the block may have taken minutes
         old = _free_name(path, 'old')
         if path.exists(): os.rename(path, old)

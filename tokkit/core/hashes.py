@@ -37,7 +37,8 @@ def tensors_hash(
     h = hashlib.sha256()
     for k in sorted(tensors):
         t = tensors[k].detach().cpu().contiguous()
-        h.update(f'{k}|{t.dtype}|{tuple(t.shape)}|'.encode()); h.update(t.flatten().view(torch.uint8).numpy().tobytes())
+        h.update(f'{k}|{t.dtype}|{tuple(t.shape)}|'.encode())
+        h.update(t.flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:n]
 
 def nested_hash(

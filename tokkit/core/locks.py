@@ -47,7 +47,8 @@ def _held_by(lock:Path) -> str:
     except (OSError, ValueError): return 'another process'
     return f"process {who['process']}" + (f" on {who['host']}" if who['host'] != socket.gethostname() else '')
 
-def _lock(file:Path) -> FileLock: return FileLock(file, fallback_to_soft=False)     # a file alone would outlive its process
+# a file alone would outlive its process
+def _lock(file:Path) -> FileLock: return FileLock(file, fallback_to_soft=False)
 
 def _take(lock:FileLock) -> bool:
     "Take the lock, or say that another process has it"
@@ -55,7 +56,8 @@ def _take(lock:FileLock) -> bool:
     except Timeout: return False
     except (OSError, NotImplementedError) as e:
         if getattr(e, 'errno', errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP): raise
-        raise OSError(f"{Path(lock.lock_file).parent} is on a disk without file locks; choose a folder on another one") from None
+        raise OSError(f"{Path(lock.lock_file).parent} is on a disk without file locks; choose a folder on "
+                      "another one") from None
     return True
 
 @contextmanager
@@ -72,9 +74,12 @@ def locked(
         raise InUse(f"{what} is being made by {_held_by(file)}; wait for it, or end that process first")
     if not mine:
         with bar(desc=f'waiting for {_held_by(file)}: {what}') as waiting:
-            while not _take(lock): time.sleep(.2); waiting.update()
+            while not _take(lock):
+                time.sleep(.2)
+                waiting.update()
     try:
-        file.write_text(json.dumps(dict(tokkit_lock=what, process=os.getpid(), host=socket.gethostname())), encoding='utf-8')
+        file.write_text(json.dumps(dict(tokkit_lock=what, process=os.getpid(), host=socket.gethostname())),
+                        encoding='utf-8')
         yield
     finally:
         with suppress(OSError): file.unlink()
@@ -114,7 +119,8 @@ def _is_lock(path:Path) -> bool:
 
 def _is_left(path:Path) -> bool:
     "Something of tokkit's that is no result"
-    if unfinished := _UNFINISHED.fullmatch(path.name): return is_unfinished(path) and not _alive(int(unfinished[1]))
+    if unfinished := _UNFINISHED.fullmatch(path.name):
+        return is_unfinished(path) and not _alive(int(unfinished[1]))
     if path.name.startswith('.') and path.name.endswith('.lock'): return _is_lock(path)
     return (path.name.startswith('.work-') or path.suffix in ('.failed','.damaged')) and is_ours(path)
 
@@ -131,7 +137,9 @@ def leftovers(
     finished:bool = False,   # finished runs and artifacts too, unless anybody is at work: they may be in use
 ) -> tuple[list[Path],list[str]]: # what can go, and what is left alone and why
     "Unfinished and working folders, locks, failed and damaged runs, except where a process is at work; only tokkit's own"
-    folders = [root, *sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith('.'))]
+    folders = [root,
+               *sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink()
+                       and not p.name.startswith('.'))]
     busy = {folder:who for folder in folders if (who := _at_work(folder))}
     alone = [f"{folder.name}: {', '.join(who)} is at work" for folder,who in busy.items()]
     if busy and finished: alone.append('finished runs and artifacts: they may be in use')

@@ -17,17 +17,23 @@ from tqdm.std import tqdm as tqdm_plain
 
 # %% ../../nbs/core/02_machine.ipynb #33ceb4d7
 def default_device(
-    name:str|None = None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None asks `$TOKKIT_DEVICE`, then takes the best there is
+    # 'cpu', 'cuda', 'cuda:1', 'mps'; None asks `$TOKKIT_DEVICE`, then takes the best there is
+    name:str|None = None,
 ) -> torch.device:
     "The device to compute on, checked"
     name = name or os.environ.get('TOKKIT_DEVICE')
-    if not name: return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    if not name:
+        return torch.device('cuda' if torch.cuda.is_available() else 'mps'
+                            if torch.backends.mps.is_available() else 'cpu')
     try: device = torch.device(name)
     except RuntimeError: raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}") from None
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()).get(device.type, True)
-    if not there: raise ValueError(f"device {name!r} was asked for and torch {torch.__version__} sees none here; use cpu")
+    if not there:
+        raise ValueError(f"device {name!r} was asked for and torch {torch.__version__} sees none here; use "
+                         "cpu")
     if device.type == 'cuda' and (device.index or 0) >= (n := torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} was asked for and there are {n} GPUs here; use cuda:0 to cuda:{n-1}")
+        raise ValueError(f"device {name!r} was asked for and there are {n} GPUs here; use cuda:0 to "
+                         f"cuda:{n-1}")
     return device
 
 def need(
@@ -50,7 +56,8 @@ def process_mean(
 ) -> torch.Tensor:
     "The mean over all processes, without gradient; with one process the tensor itself"
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return t
-    total = t.detach().clone(); dist.all_reduce(total)
+    total = t.detach().clone()
+    dist.all_reduce(total)
     return total/dist.get_world_size()
 
 # %% ../../nbs/core/02_machine.ipynb #a0269e8b
@@ -61,7 +68,8 @@ def bar(
     **kwargs,                    # further arguments of `tqdm`
 ) -> tqdm_plain:
     "A progress bar that appears after two seconds; `$TOKKIT_QUIET` switches it off, `$TOKKIT_PROGRESS` names a file to write it to"
-    log = os.environ.get('TOKKIT_PROGRESS')     # a run by papermill: no dead bars in its notebook, its parent reads the file instead
+    # a run by papermill: no dead bars in its notebook, its parent reads the file instead
+    log = os.environ.get('TOKKIT_PROGRESS')
     make,where = (tqdm_plain,dict(file=open(log, 'a'))) if log else (tqdm,{})
     return make(items, desc=desc, total=total, delay=2, dynamic_ncols=True, leave=False, mininterval=.5,
                 disable=bool(os.environ.get('TOKKIT_QUIET')), **where, **kwargs)

@@ -37,7 +37,8 @@ class LatentSpec:
 
     def __post_init__(self):
         if self.grid and math.prod(self.grid) != self.shape[0]:
-            raise ValueError(f"LatentSpec: grid {self.grid} holds {math.prod(self.grid)} tokens, shape {self.shape} says {self.shape[0]}")
+            raise ValueError(f"LatentSpec: grid {self.grid} holds {math.prod(self.grid)} tokens, shape "
+                             f"{self.shape} says {self.shape[0]}")
         if self.std <= 0: raise ValueError(f"LatentSpec: std must be > 0, got {self.std}")
 
     def normalize(self, z): return (z-self.mean)/self.std
@@ -46,7 +47,8 @@ class LatentSpec:
     @property
     def bits(self) -> float|None:
         "Bits an image costs when every code is equally likely; None for continuous latents"
-        return None if self.codebook_size is None else math.prod(self.ids_shape or self.shape[:1])*float(np.log2(self.codebook_size))
+        return (None if self.codebook_size is None
+                else math.prod(self.ids_shape or self.shape[:1])*float(np.log2(self.codebook_size)))
 
 # %% ../../nbs/core/05_models.ipynb #a7ecb9bb
 def save_tensors(
@@ -56,7 +58,8 @@ def save_tensors(
 ) -> Path:
     "Write named tensors as safetensors, with a checksum that `read_tensors` compares"
     state = {k:v.detach().cpu().contiguous() for k,v in state.items()}
-    told = json.dumps(dict(hash=tensors_hash(state, 64), **about))       # one entry: several would stand in another order each time
+    # one entry: several would stand in another order each time
+    told = json.dumps(dict(hash=tensors_hash(state, 64), **about))
     with atomic_path(path) as p: save_file(state, p, dict(tokkit=told))
     return Path(path)
 
@@ -76,22 +79,28 @@ def read_tensors(
     if isinstance(weights, dict): return weights
     if not Path(weights).is_file(): raise FileNotFoundError(f"no file {weights}; expected a safetensors file")
     try:
-        state,told = load_file(weights),read_about(weights).get('hash')              # other people's files have none
+        state = load_file(weights)
+        told = read_about(weights).get('hash')  # other people's files have none
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{weights} is damaged or no safetensors file ({str(e)[:80]}); make or fetch it again") from None
-    if told and tensors_hash(state, 64) != told: raise ValueError(f"{weights} is damaged: its checksum changed; make or fetch it again")
+        raise ValueError(f"{weights} is damaged or no safetensors file ({str(e)[:80]}); make or fetch it "
+                         "again") from None
+    if told and tensors_hash(state, 64) != told:
+        raise ValueError(f"{weights} is damaged: its checksum changed; make or fetch it again")
     return state
 
 def misfits(
-    model:nn.Module|dict[str,torch.Tensor], # what the tensors are for: a module, or named tensors of the right shapes
+    # what the tensors are for: a module, or named tensors of the right shapes
+    model:nn.Module|dict[str,torch.Tensor],
     state:dict[str,torch.Tensor],           # named tensors
 ) -> list[str]:
     "What keeps `state` from being the weights of `model`, a phrase a kind; empty when it fits"
     wanted = model if isinstance(model, dict) else model.state_dict()
     mine,given = ({k:tuple(v.shape) for k,v in o.items()} for o in (wanted, state))
     kinds = {'missing':[k for k in mine if k not in given], 'unknown':[k for k in given if k not in mine],
-             'of another shape':[f"{k}: {given[k]} instead of {mine[k]}" for k in mine if k in given and given[k] != mine[k]]}
-    def said(kind, names): return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+             'of another shape':[f"{k}: {given[k]} instead of {mine[k]}" for k in mine if k in given
+                                 and given[k] != mine[k]]}
+    def said(kind, names):
+        return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     return [said(kind, names) for kind,names in kinds.items() if names]
 
 def load_strictly(
@@ -101,7 +110,8 @@ def load_strictly(
 ) -> nn.Module:
     "Load exactly these weights, or say which keys do not fit"
     if wrong := misfits(model, state):
-        raise ValueError(f"{where}: {', '.join(wrong)}; expected the weights of a {type(model).__name__} of this size")
+        raise ValueError(f"{where}: {', '.join(wrong)}; expected the weights of a {type(model).__name__} of "
+                         "this size")
     model.load_state_dict(state)
     return model
 
@@ -112,8 +122,10 @@ def save_model(
     **extra,              # plain values kept in config.json
 ) -> Path:
     "Write weights and configuration"
-    folder, state = Path(folder), model.state_dict()
-    config = to_plain(dict(kind=type(model).__name__, cfg=asdict(model.cfg), weights=tensors_hash(state), **extra))
+    folder = Path(folder)
+    state = model.state_dict()
+    config = to_plain(dict(kind=type(model).__name__, cfg=asdict(model.cfg), weights=tensors_hash(state),
+                           **extra))
     save_tensors(state, folder/'model.safetensors', config=json.dumps(config))
     write_json(folder/'config.json', config)
     return folder
@@ -131,7 +143,8 @@ def first_difference(
 ) -> tuple[str,Any,Any]|None: # where they differ first, and both values
     "Where two nested dicts differ; None where they do not"
     if isinstance(a, dict) and isinstance(b, dict):
-        each = (first_difference(a.get(k), b.get(k), f'{at}.{k}' if at else k) for k in [*a, *[k for k in b if k not in a]])
+        each = (first_difference(a.get(k), b.get(k), f'{at}.{k}' if at else k)
+                for k in [*a, *[k for k in b if k not in a]])
         return next((found for found in each if found), None)
     return None if type(a) is type(b) and a == b else (at, a, b)
 
@@ -141,7 +154,8 @@ def _read_weights(path:Path) -> tuple[dict|None,dict[str,torch.Tensor]]:
     carried = read_about(path).get('config')
     try: return json.loads(carried) if carried else None, state
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is damaged: the configuration that it carries is no JSON; train or fetch it again") from None
+        raise ValueError(f"{path} is damaged: the configuration that it carries is no JSON; train or fetch "
+                         "it again") from None
 
 @contextmanager
 def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
@@ -152,7 +166,9 @@ def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
         nonlocal room
         if tensor is None or threading.get_ident() != mine: return
         room -= tensor.numel()
-        if room < 0: raise ValueError(f"{where} asks for a larger network than its weights are of; they belong to different models")
+        if room < 0:
+            raise ValueError(f"{where} asks for a larger network than its weights are of; they belong to "
+                             "different models")
     hook = registration.register_module_parameter_registration_hook(count)
     try: yield
     finally: hook.remove()
@@ -160,16 +176,20 @@ def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
 def _read_model(folder:Path, kind:str|None = None) -> tuple[dict,dict[str,torch.Tensor]]:
     "Configuration and weights as they were saved, or one line about what is not as it was"
     config = read_json(folder/'config.json', _Config)
-    if kind not in (None, config['kind']): raise ValueError(f"{folder} holds a {config['kind']}, expected a {kind}")
+    if kind not in (None, config['kind']):
+        raise ValueError(f"{folder} holds a {config['kind']}, expected a {kind}")
     try: carried,state = _read_weights(folder/'model.safetensors')
-    except FileNotFoundError: raise ValueError(f"{folder/'model.safetensors'} is missing; train or fetch it again") from None
+    except FileNotFoundError:
+        raise ValueError(f"{folder/'model.safetensors'} is missing; train or fetch it again") from None
     if carried is None:
-        warnings.warn(f"{folder} was written by an earlier version: its weights carry no copy of config.json, so that a change of it "
+        warnings.warn(f"{folder} was written by an earlier version: its weights carry no copy of "
+                      "config.json, so that a change of it "
                       "would not be noticed; load it and save it again", stacklevel=4)
     if found := carried and first_difference(config, carried):
         where,now,then = found
         remedy = f"remove {where}" if then is None else f"write {json.dumps(then)} there again"
-        raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved with {then!r}; "
+        raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved "
+                         f"with {then!r}; "
                          f"{remedy}, or train a model of the other kind")
     if config['weights'] != tensors_hash(state):
         raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
@@ -198,6 +218,7 @@ def load_model(
     except (TypeError, RuntimeError, MemoryError) as e:
         raise ValueError(f"{folder/'config.json'} is of another version of tokkit, or damaged ({str(e)[:80]})") from None
     if wrong := misfits(model, state):
-        raise ValueError(f"{folder}: tensors do not fit config.json: {', '.join(wrong)}; config and weights belong to different models")
+        raise ValueError(f"{folder}: tensors do not fit config.json: {', '.join(wrong)}; config and weights "
+                         "belong to different models")
     model.load_state_dict(state)
     return model.eval()

@@ -25,4 +25,6 @@ def set_seed(
     seed:int, # moves Python's, NumPy's and torch's global generators
 ):
     "Seed the global generators, for foreign code that draws from them"
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

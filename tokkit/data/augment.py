@@ -25,7 +25,8 @@ def resize_shorter(
 ) -> Image.Image:
     "The whole image at another scale"
     if side < 1: raise ValueError(f"resize_shorter: side must be at least 1 pixel, got {side}")
-    while min(image.size) >= 2*side: image = image.resize((image.width//2, image.height//2), Image.Resampling.BOX)
+    while min(image.size) >= 2*side:
+        image = image.resize((image.width//2, image.height//2), Image.Resampling.BOX)
     scale = side/min(image.size)
     return image.resize((round(image.width*scale), round(image.height*scale)), Image.Resampling.BICUBIC)
 
@@ -51,7 +52,8 @@ def _below(n:int, rng:torch.Generator) -> int:
 def _check_crop(size:int, larger:float):
     "Raise unless a square of `size` can be drawn with `larger`"
     if size < 1: raise ValueError(f"size must be at least 1 pixel, got {size}")
-    if not 1 <= larger < math.inf: raise ValueError(f"larger must be at least 1 (1 never enlarges the image), got {larger}")
+    if not 1 <= larger < math.inf:
+        raise ValueError(f"larger must be at least 1 (1 never enlarges the image), got {larger}")
 
 def random_crop(
     image:Image.Image,      # any Pillow image
@@ -63,9 +65,11 @@ def random_crop(
     "A square of `image` at a random place and scale"
     _check_crop(size, larger)
     if min(image.size) < size and not upscale:
-        raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; take a smaller size or pass upscale=True")
+        raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; take a smaller "
+                         "size or pass upscale=True")
     image = resize_shorter(image, size+_below(int(larger*size)-size+1, rng))
-    top, left = _below(image.height-size+1, rng), _below(image.width-size+1, rng)
+    top = _below(image.height-size+1, rng)
+    left = _below(image.width-size+1, rng)
     return image.crop((left, top, left+size, top+size))
 
 # %% ../../nbs/data/04_augment.ipynb #e8c5f7c9
@@ -81,10 +85,13 @@ def mirror(
 # %% ../../nbs/data/04_augment.ipynb #a75dd30d
 def _picture(ds:ImageSet|ImageFolder, i:int) -> tuple[Image.Image, str]:
     "The whole image at position `i`, and what to call it in an error"
-    if isinstance(ds, ImageSet): return Image.fromarray(ds.images[i].permute(1,2,0).squeeze(2).numpy()), f"{ds.name}[{i}]"
+    if isinstance(ds, ImageSet):
+        return Image.fromarray(ds.images[i].permute(1,2,0).squeeze(2).numpy()), f"{ds.name}[{i}]"
     try: return read_image(ds.files[i], ds.channels), str(ds.files[i])
-    except Exception as e:                                              # decoders of damaged files raise whatever they like
-        raise OSError(f"{ds.files[i]} cannot be read ({e}); repair or remove it, or open the folder with skip_broken=True") from e
+    # decoders of damaged files raise whatever they like
+    except Exception as e:
+        raise OSError(f"{ds.files[i]} cannot be read ({e}); repair or remove it, or open the folder with "
+                      "skip_broken=True") from e
 
 class Augmented(Indexed):
     "Images with another crop and mirror each epoch; what an image becomes depends on (seed, epoch, position) alone"
@@ -97,14 +104,24 @@ class Augmented(Indexed):
         upscale:bool = False,       # enlarge images smaller than `size` instead of refusing them
     ):
         if not isinstance(ds, (ImageSet, ImageFolder)):
-            raise ValueError(f"Augmented: expected an ImageSet or ImageFolder, got {type(ds).__name__}; wrap the images themselves")
-        if ds.channels not in (1,3): raise ValueError(f"Augmented: images need 1 or 3 channels, got {ds.channels}")
-        self.ds, self.size, self.larger, self.mirror, self.seed = ds, ds.size if size is None else size, larger, mirror, seed
+            raise ValueError(f"Augmented: expected an ImageSet or ImageFolder, got {type(ds).__name__}; wrap "
+                             "the images themselves")
+        if ds.channels not in (1,3):
+            raise ValueError(f"Augmented: images need 1 or 3 channels, got {ds.channels}")
+        self.ds = ds
+        self.size = ds.size if size is None else size
+        self.larger = larger
+        self.mirror = mirror
+        self.seed = seed
         self.upscale = upscale or getattr(ds, 'upscale', False)
         _check_crop(self.size, larger)
         if isinstance(ds, ImageSet) and ds.size < self.size and not upscale:
-            raise ValueError(f"{ds.name} is {ds.size}x{ds.size}, smaller than size={self.size}; take a smaller size or pass upscale=True")
-        self.labels, self.classes, self.name, self.channels = ds.labels, ds.classes, ds.name, ds.channels
+            raise ValueError(f"{ds.name} is {ds.size}x{ds.size}, smaller than size={self.size}; take a "
+                             "smaller size or pass upscale=True")
+        self.labels = ds.labels
+        self.classes = ds.classes
+        self.name = ds.name
+        self.channels = ds.channels
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     @property
@@ -132,6 +149,8 @@ class Augmented(Indexed):
     @cached_property
     def hash(self) -> str:
         "A short name for these images, changed in this way"
-        return stable_hash([self.ds.hash, self.size, float(self.larger), bool(self.mirror), self.seed, self.upscale])
+        return stable_hash([self.ds.hash, self.size, float(self.larger), bool(self.mirror), self.seed,
+                            self.upscale])
     def __repr__(self):
-        return f"{super().__repr__()}, sides {self.size}..{int(self.larger*self.size)}{', mirrored'*self.mirror}, epoch {self.epoch}"
+        return (f"{super().__repr__()}, sides "
+                f"{self.size}..{int(self.larger*self.size)}{', mirrored'*self.mirror}, epoch {self.epoch}")

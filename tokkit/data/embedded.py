@@ -21,21 +21,27 @@ from ..core import atomic_path, data_home
 from .images import ImageSet
 
 # %% ../../nbs/data/01_embedded.ipynb #fa7a2d63
-FASHION_CLASSES = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag','Ankle boot']
+FASHION_CLASSES = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag',
+                   'Ankle boot']
 _FASHION_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
 _CHECKOUT = Path(find_spec('tokkit').origin).resolve().parents[1]
 _FASHION = { # split -> (file, SHA-256 of what is in it) of the images and of the labels
-    'train': (('train-images-idx3-ubyte.gz', 'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888'),
-              ('train-labels-idx1-ubyte.gz', 'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9')),
-    'test':  (('t10k-images-idx3-ubyte.gz',  '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b'),
-              ('t10k-labels-idx1-ubyte.gz',  '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34'))}
+    'train': (('train-images-idx3-ubyte.gz',
+               'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888'),
+              ('train-labels-idx1-ubyte.gz',
+               'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9')),
+    'test':  (('t10k-images-idx3-ubyte.gz',
+               '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b'),
+              ('t10k-labels-idx1-ubyte.gz',
+               '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34'))}
 
 def _unpack(path:Path, sha256:str, name:str) -> bytes:
     "What is in a gzip file, its checksum verified"
     try: raw = gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error): raw = b''
     if hashlib.sha256(raw).hexdigest() == sha256: return raw
-    remedy = 'restore it with git checkout' if Path(name).is_relative_to(_CHECKOUT) else 'delete it where it lies, and it is fetched anew'
+    remedy = ('restore it with git checkout' if Path(name).is_relative_to(_CHECKOUT)
+              else 'delete it where it lies, and it is fetched anew')
     raise ValueError(f"{name} is damaged: what is in it has not the SHA-256 {sha256[:12]}...; {remedy}")
 
 def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
@@ -43,12 +49,15 @@ def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
     home = data_home()/'fashion_mnist'
     for folder in ([_CHECKOUT/'data'/'fashion_mnist', home] if root is None else [Path(root)]):
         if (folder/name).is_file(): return folder/name
-    if root is not None: raise FileNotFoundError(f"no file {Path(root)/name}; expected the four .gz files of Fashion-MNIST in {root}")
+    if root is not None:
+        raise FileNotFoundError(f"no file {Path(root)/name}; expected the four .gz files of Fashion-MNIST in "
+                                f"{root}")
     try:
         with atomic_path(home/name) as p:
             with urllib.request.urlopen(_FASHION_URL+name, timeout=30) as r: p.write_bytes(r.read())
             _unpack(p, sha256, _FASHION_URL+name)
-    except OSError as e: raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put that file into {home} by hand") from e
+    except OSError as e:
+        raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put that file into {home} by hand") from e
     return home/name
 
 @lru_cache(maxsize=8)
@@ -63,7 +72,8 @@ def fashion_mnist(
     split:str = 'train',          # 'train' (60,000 images) or 'test' (10,000)
     n:int|None = None,            # the first `n` images only; the order is already mixed
     size:int = 28,                # side in pixels; above 28 the images get a black border
-    root:str|Path|None = None,    # folder with the four .gz files; None looks in the checkout, then in `data_home()`
+    # folder with the four .gz files; None looks in the checkout, then in `data_home()`
+    root:str|Path|None = None,
 ) -> ImageSet:
     "Fashion-MNIST: grey 28x28 images of ten kinds of clothing"
     if split not in _FASHION: raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -71,4 +81,6 @@ def fashion_mnist(
     images, labels = (_idx(_fashion_file(name, sha, root), sha) for name, sha in _FASHION[split])
     ds = ImageSet(images[:,None], labels, FASHION_CLASSES, f'fashion_mnist/{split}')
     if n is not None: ds = ds.subset(n)
-    return ds if size == 28 else ImageSet(pad(ds.images, ((size-28)//2, (size-27)//2)*2), ds.labels, ds.classes, f'{ds.name}@{size}')
+    return (ds if size == 28
+            else ImageSet(pad(ds.images, ((size-28)//2, (size-27)//2)*2), ds.labels, ds.classes,
+                          f'{ds.name}@{size}'))

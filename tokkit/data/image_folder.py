@@ -26,7 +26,8 @@ from .images import _draw, center_crop, from_uint8, ImageSet, Indexed
 
 # %% ../../nbs/data/02_image_folder.ipynb #ac50fb79
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
-OTHER_SUFFIXES = ('.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.tga', '.psd', '.svg')  # images that are not read
+# images that are not read
+OTHER_SUFFIXES = ('.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.tga', '.psd', '.svg')
 
 def read_image(
     path:str|Path,     # image file
@@ -36,10 +37,12 @@ def read_image(
     with Image.open(path) as image:
         image.load()
         image = ImageOps.exif_transpose(image)
-    if image.mode == 'F': raise ValueError("floating point pixels have no fixed range; save it with 8 or 16 bits")
+    if image.mode == 'F':
+        raise ValueError("floating point pixels have no fixed range; save it with 8 or 16 bits")
     if image.mode.startswith('I'):                                      # 16 bits (some writers say 32)
         wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535: raise ValueError("more than 16 bits a pixel; save it with 8 or 16 bits")
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("more than 16 bits a pixel; save it with 8 or 16 bits")
         image = Image.fromarray(((wide+128)//257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
@@ -61,21 +64,27 @@ def _images_of(root:Path) -> list[Path]:
     other = [p.suffix.lower() for p in every if p.suffix.lower() in OTHER_SUFFIXES]
     if other:
         counted = ', '.join(f'{other.count(kind)} {kind}' for kind in sorted(set(other)))
-        warnings.warn(f"{root}: {len(other)} images of kinds that are not read are left out: {counted}; save them as PNG", stacklevel=4)
+        warnings.warn(f"{root}: {len(other)} images of kinds that are not read are left out: {counted}; save "
+                      "them as PNG", stacklevel=4)
     return [p for p in every if p.suffix.lower() in SUFFIXES]
 
 def _find_images(root:Path) -> tuple[list[Path], list[int], list[str]]:
     "The images below `root`, their labels and the class names: one class a subfolder, or one class in all"
     if not root.is_dir():
-        raise (NotADirectoryError if root.exists() else FileNotFoundError)(f"no folder {root}; expected one with images or class folders")
+        raise (NotADirectoryError if root.exists() else FileNotFoundError)(f"no folder {root}; expected one "
+                                                                           "with images or class folders")
     found = _images_of(root)
-    if not found: raise ValueError(f"no images in {root}; expected {' '.join(SUFFIXES)} there or in its subfolders")
+    if not found:
+        raise ValueError(f"no images in {root}; expected {' '.join(SUFFIXES)} there or in its subfolders")
     parts = [p.relative_to(root).parts for p in found]
     loose = [q[0] for q in parts if len(q) == 1]
     if len(loose) == len(found): return found, [0]*len(found), [root.resolve().name]
-    if loose: raise ValueError(f"{root} holds {len(loose)} images ({loose[0]}, ...) beside its class folders; move them into one")
+    if loose:
+        raise ValueError(f"{root} holds {len(loose)} images ({loose[0]}, ...) beside its class folders; move "
+                         "them into one")
     classes = sorted({q[0] for q in parts})
-    hollow = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in classes and not p.samefile(root)]
+    hollow = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in classes
+              and not p.samefile(root)]
     if hollow: raise ValueError(f"class folder {hollow[0]} holds no images; fill it or remove it")
     return found, [classes.index(q[0]) for q in parts], classes
 
@@ -88,7 +97,8 @@ def _threaded(f:Callable, items:Sequence, desc:str|None = None) -> Iterator:
 
 def _some(broken:Sequence[str], n:int) -> str:
     "How many of `n` images are broken, and the first three"
-    return f"{len(broken)} of {n} images cannot be read: " + '; '.join(broken[:3]) + ('; ...' if len(broken) > 3 else '')
+    return (f"{len(broken)} of {n} images cannot be read: " + '; '.join(broken[:3])
+            + ('; ...' if len(broken) > 3 else ''))
 
 class ImageFolder(Indexed):
     "Images in a folder, one subfolder a class, cropped to a square and read when asked for"
@@ -101,40 +111,50 @@ class ImageFolder(Indexed):
     ):
         if channels not in (1,3): raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}")
         check_count('size', size, 2**14, 'it is the side of the square, in pixels')
-        self.path, self.size, self.channels, self.upscale = Path(path), size, channels, upscale
+        self.path = Path(path)
+        self.size = size
+        self.channels = channels
+        self.upscale = upscale
         self.files, labels, self.classes = _find_images(self.path)
-        self.labels, self.name = torch.tensor(labels), '/'.join(self.path.resolve().parts[-2:]).lstrip('/')
+        self.labels = torch.tensor(labels)
+        self.name = '/'.join(self.path.resolve().parts[-2:]).lstrip('/')
         if skip_broken: self._skip(self.check())
 
     def _read(self, position:int) -> np.ndarray|str:
         "One image as bytes (h w c), or why it cannot be read"
         path = self.files[position]
         name = path.relative_to(self.path).as_posix()
-        if not path.is_file(): return f"{name} (no regular file)"       # reading a pipe or a device might never end
+        # reading a pipe or a device might never end
+        if not path.is_file(): return f"{name} (no regular file)"
         try: image = read_image(path, self.channels)
-        except Exception as e:                                          # decoders of damaged files raise whatever they like
+        # decoders of damaged files raise whatever they like
+        except Exception as e:
             return f"{name} ({' '.join(str(e).split()).replace(str(path), path.name) or type(e).__name__})"
         try: return np.atleast_3d(np.array(center_crop(image, self.size, self.upscale)))
         except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
     def _bytes(self, positions:Tensor, desc:str|None = None) -> UInt8[Tensor, "b c h w"]:
         "The images at `positions`, or one error for all that cannot be read"
-        out, broken = torch.empty(len(positions), self.channels, self.size, self.size, dtype=torch.uint8), []
+        out = torch.empty(len(positions), self.channels, self.size, self.size, dtype=torch.uint8)
+        broken = []
         for i, image in enumerate(_threaded(self._read, positions.tolist(), desc)):
             if isinstance(image, str): broken.append(image)
             else: out[i] = torch.from_numpy(image).permute(2,0,1)
         if not broken: return out
         told = _some(broken, len(positions))
-        raise OSError(f"{self.path}: {told}; repair or remove them, or leave them out (skip_broken=True, --skip-broken)")
+        raise OSError(f"{self.path}: {told}; repair or remove them, or leave them out (skip_broken=True, "
+                      "--skip-broken)")
 
     def _batch(self, positions): return from_uint8(self._bytes(positions)), self.labels[positions]
     def _keep(self, positions:Sequence[int]):
-        self.files, self.labels = [self.files[i] for i in positions], self.labels[list(positions)]
+        self.files = [self.files[i] for i in positions]
+        self.labels = self.labels[list(positions)]
         self.__dict__.pop('hash', None)
     @cached_property
     def hash(self) -> str:
         "A short name for these files' names and contents, cropped this way"
-        names, digests = [p.relative_to(self.path).as_posix() for p in self.files], [*_threaded(file_sha256, self.files, 'hashing images')]
+        names = [p.relative_to(self.path).as_posix() for p in self.files]
+        digests = [*_threaded(file_sha256, self.files, 'hashing images')]
         return stable_hash([names, digests, self.classes, self.size, self.channels, self.upscale])
 
 # %% ../../nbs/data/02_image_folder.ipynb #bc0b39c6
@@ -146,8 +166,10 @@ def content_hash(
     "A hash of the names and contents of all files that are not hidden; each is read once a process, and again when it was touched"
     path = Path(path).absolute()
     files = {'':path} if path.is_file() else {p.relative_to(path).as_posix():p for p in _files(path)}
-    regular = {name:p for name,p in files.items() if p.is_file()}                # reading a pipe or a device might never end
-    state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name,s in ((n, os.stat(p)) for n,p in regular.items())]
+    # reading a pipe or a device might never end
+    regular = {name:p for name,p in files.items() if p.is_file()}
+    state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name,
+             s in ((n, os.stat(p)) for n,p in regular.items())]
     if _known.get(path, (None,))[0] != state:
         sums = _threaded(file_sha256, list(regular.values()), f'reading {path.name}')
         _known[path] = state, stable_hash([[*zip(regular, sums)], sorted(set(files)-set(regular))])
@@ -157,7 +179,8 @@ def content_hash(
 @patch
 def check(self:ImageFolder) -> dict[int,str]: # position -> file and reason
     "Read every image once; what cannot be read, and why"
-    return {i:image for i,image in enumerate(_threaded(self._read, range(len(self)), 'checking images')) if isinstance(image, str)}
+    return {i:image for i,image in enumerate(_threaded(self._read, range(len(self)), 'checking images'))
+            if isinstance(image, str)}
 
 @patch
 def _skip(self:ImageFolder, broken:dict[int,str]):
@@ -175,7 +198,8 @@ def subset(self:ImageFolder,
     positions, name = _draw(i, self)
     if isinstance(i, Integral): positions = torch.randperm(len(self), generator=make_rng(0, 'subset'))[:i]
     part = copy.copy(self)
-    part.name = name; part._keep(positions.tolist())
+    part.name = name
+    part._keep(positions.tolist())
     return part
 
 @patch
@@ -184,7 +208,8 @@ def load(self:ImageFolder,
 ) -> ImageSet:
     "The images in memory, in the fixed mixed order of `subset`"
     part = self.subset(len(self) if n is None else n)
-    return ImageSet(part._bytes(torch.arange(len(part)), f'reading {part.name}'), part.labels, self.classes, part.name)
+    return ImageSet(part._bytes(torch.arange(len(part)), f'reading {part.name}'), part.labels, self.classes,
+                    part.name)
 
 # %% ../../nbs/data/02_image_folder.ipynb #6b8cc151
 _SPLITS = dict(train=('train','training'), test=('test','val','valid','validation'))
@@ -194,11 +219,14 @@ def _part(root:Path, split:str) -> Path:
     there = {k:[name for name in names if (root/name).is_dir()] for k,names in _SPLITS.items()}
     parts = sum(there.values(), [])
     others = (p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in parts)
-    beside = [p.name for p in others if any(f.suffix.lower() in SUFFIXES for f in _files(p))] if parts and not all(there.values()) else []
+    beside = ([p.name for p in others if any(f.suffix.lower() in SUFFIXES for f in _files(p))] if parts
+              and not all(there.values()) else [])
     if beside:
-        raise ValueError(f"{root} holds {', '.join(parts)} beside {', '.join(beside[:3])}: is {parts[0]} a part of the data, or a class? "
+        raise ValueError(f"{root} holds {', '.join(parts)} beside {', '.join(beside[:3])}: is {parts[0]} a "
+                         "part of the data, or a class? "
                          f"Rename it if it is a class; if it is a part, name {root/parts[0]} itself")
-    if parts and not there[split]: raise FileNotFoundError(f"{root} has {', '.join(parts)} and no {split!r}; name the folder you mean")
+    if parts and not there[split]:
+        raise FileNotFoundError(f"{root} has {', '.join(parts)} and no {split!r}; name the folder you mean")
     return root.joinpath(*there[split][:1])
 
 def load_images(
@@ -213,10 +241,13 @@ def load_images(
 ) -> ImageSet|ImageFolder:
     "Images by name: the embedded ones, or a folder, in memory when they fit"
     if split not in _SPLITS: raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    if not str(source).strip(): raise ValueError("data must be 'fashion_mnist' or a folder of images, got nothing; . is the current folder")
+    if not str(source).strip():
+        raise ValueError("data must be 'fashion_mnist' or a folder of images, got nothing; . is the current "
+                         "folder")
     if str(source) == 'fashion_mnist': return fashion_mnist(split, n, size or 28)
     root = Path(source).expanduser()
-    if not root.is_dir(): raise FileNotFoundError(f"no data {str(source)!r}; expected 'fashion_mnist' or a folder of images")
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data {str(source)!r}; expected 'fashion_mnist' or a folder of images")
     ds = ImageFolder(_part(root, split), size or 64, channels, skip_broken, upscale)
     if n is not None: ds = ds.subset(n)
     return ds.load() if len(ds)*channels*ds.size**2 <= memory*1e9 else ds

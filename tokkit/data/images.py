@@ -30,7 +30,8 @@ def to_uint8(
     x:Float[Tensor, "*shape"],  # image in [-1,1]; what lies outside is clamped
 ) -> UInt8[Tensor, "*shape"]:   # 0..255
     "Floats in [-1,1] to bytes, rounded to the nearest level"
-    if x.isnan().any(): raise ValueError("to_uint8: expected numbers in [-1,1], got NaN; look at the network that made them")
+    if x.isnan().any():
+        raise ValueError("to_uint8: expected numbers in [-1,1], got NaN; look at the network that made them")
     return x.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/data/00_images.ipynb #4f2fadcb
@@ -44,10 +45,12 @@ def center_crop(
     if min(image.size) < size and not upscale:
         raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; "
                          "leave it out, lower size, or have it enlarged (upscale=True, --upscale)")
-    while min(image.size) >= 2*size: image = image.resize((image.width//2, image.height//2), Image.Resampling.BOX)
+    while min(image.size) >= 2*size:
+        image = image.resize((image.width//2, image.height//2), Image.Resampling.BOX)
     scale = size/min(image.size)
     image = image.resize((round(image.width*scale), round(image.height*scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width-size)//2, (image.height-size)//2
+    left = (image.width-size)//2
+    top = (image.height-size)//2
     return image.crop((left, top, left+size, top+size))
 
 # %% ../../nbs/data/00_images.ipynb #c245f6bf
@@ -55,11 +58,13 @@ def _positions(i, n:int) -> Tensor:
     "Slice, list, mask or tensor `i` as positions 0..n-1"
     if isinstance(i, slice): return torch.arange(n)[i]
     if (i := torch.as_tensor(i)).dtype == torch.bool:
-        if i.shape != (n,): raise IndexError(f"a mask needs one entry for each of the {n} items, got shape {tuple(i.shape)}")
+        if i.shape != (n,):
+            raise IndexError(f"a mask needs one entry for each of the {n} items, got shape {tuple(i.shape)}")
         return i.nonzero()[:,0]
     if i.numel() == 0: return i.long()
     if i.is_floating_point(): raise IndexError(f"expected whole numbers as indices, got {i.dtype}")
-    if not -n <= int(i.min()) <= int(i.max()) < n: raise IndexError(f"index must be in 0..{n-1}, got {int(i.min())}..{int(i.max())}")
+    if not -n <= int(i.min()) <= int(i.max()) < n:
+        raise IndexError(f"index must be in 0..{n-1}, got {int(i.min())}..{int(i.max())}")
     return i.long() % n
 
 class Indexed(Dataset):
@@ -76,8 +81,11 @@ class Indexed(Dataset):
     def __getitems__(self, indices): return self._batch(torch.as_tensor(indices))
     def _batch(self, positions): raise NotImplementedError
     def __repr__(self):
-        k, some, shape = len(self.classes), ', '.join(self.classes[:10]), f"{self.channels}x{self.size}x{self.size}"
-        return f"{type(self).__name__} {self.name}: {len(self):,} images {shape}, {k} class{'es'*(k != 1)} ({some}{', ...'*(k > 10)})"
+        k = len(self.classes)
+        some = ', '.join(self.classes[:10])
+        shape = f"{self.channels}x{self.size}x{self.size}"
+        return (f"{type(self).__name__} {self.name}: {len(self):,} images {shape}, {k} class{'es'*(k != 1)} "
+                f"({some}{', ...'*(k > 10)})")
 
 # %% ../../nbs/data/00_images.ipynb #630b9402
 def check_labels(
@@ -89,14 +97,17 @@ def check_labels(
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be whole numbers in 0..{n_classes-1}, got {labels.dtype}")
     bad = labels[(labels < 0) | (labels >= n_classes)]
-    if len(bad): raise ValueError(f"labels must be in 0..{n_classes-1} ({n_classes} classes), got {len(bad)} outside, first {int(bad[0])}")
+    if len(bad):
+        raise ValueError(f"labels must be in 0..{n_classes-1} ({n_classes} classes), got {len(bad)} outside, "
+                         f"first {int(bad[0])}")
     return labels.long()
 
 # %% ../../nbs/data/00_images.ipynb #9168d553
 def _draw(i, ds:Indexed) -> tuple[Tensor, str]:
     "Positions that `subset(i)` keeps, and what the part is called"
     if not isinstance(i, Integral): return (p := _positions(i, len(ds))), f"{ds.name}[{len(p)} chosen]"
-    if not 1 <= i <= len(ds): raise ValueError(f"{ds.name} has {len(ds)} images, so n must be in 1..{len(ds)}, got {i}")
+    if not 1 <= i <= len(ds):
+        raise ValueError(f"{ds.name} has {len(ds)} images, so n must be in 1..{len(ds)}, got {i}")
     return torch.arange(int(i)), ds.name if i == len(ds) else f"{ds.name}[:{i}]"
 
 class ImageSet(Indexed):
@@ -108,13 +119,18 @@ class ImageSet(Indexed):
         name:str = 'images',                      # shown in reprs and on cards
     ):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
-            raise ValueError(f"ImageSet: images must be square and uint8 (n c h w), got {images.dtype} {tuple(images.shape)}; see to_uint8")
+            raise ValueError(f"ImageSet: images must be square and uint8 (n c h w), got {images.dtype} "
+                             f"{tuple(images.shape)}; see to_uint8")
         labels = torch.zeros(len(images), dtype=torch.long) if labels is None else torch.as_tensor(labels)
         if labels.shape != images.shape[:1]:
             raise ValueError(f"ImageSet: {len(images)} images need as many labels, got {tuple(labels.shape)}")
-        self.classes = [str(i) for i in range(int(labels.max())+1 if len(labels) else 0)] if classes is None else list(classes)
-        self.images, self.labels, self.name = images, check_labels(labels, len(self.classes)), name
-        self.channels, self.size = images.shape[1], images.shape[-1]
+        self.classes = ([str(i) for i in range(int(labels.max())+1 if len(labels) else 0)] if classes is None
+                        else list(classes))
+        self.images = images
+        self.labels = check_labels(labels, len(self.classes))
+        self.name = name
+        self.channels = images.shape[1]
+        self.size = images.shape[-1]
 
     def _batch(self, positions): return from_uint8(self.images[positions]), self.labels[positions]
 
@@ -126,4 +142,5 @@ class ImageSet(Indexed):
         return ImageSet(self.images[positions], self.labels[positions], self.classes, name)
 
     @cached_property
-    def hash(self) -> str: return stable_hash([tensors_hash(dict(images=self.images, labels=self.labels)), self.classes])
+    def hash(self) -> str:
+        return stable_hash([tensors_hash(dict(images=self.images, labels=self.labels)), self.classes])

@@ -18,7 +18,11 @@ class EpochSampler(Sampler):
         n:int,                # number of items
         seed:int = 0,         # the run's seed
         shuffle:bool = True,  # False gives 0, 1, 2, ...
-    ): self.n, self.seed, self.shuffle, self.epoch = n, seed, shuffle, 0
+    ):
+        self.n = n
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
 
     def set_epoch(self, epoch:int): self.epoch = epoch
     def __len__(self): return self.n
@@ -42,7 +46,10 @@ def loader(
 ) -> EpochLoader:
     "Batches of `ds` in the order of (seed, epoch); `set_epoch` before each epoch"
     if drop_last and batch_size > len(ds):
-        raise ValueError(f"batch_size={batch_size} leaves no batch of {len(ds)} items; use fewer or pass drop_last=False")
-    return EpochLoader(ds, batch_size, sampler=EpochSampler(len(ds), seed, shuffle), drop_last=drop_last, num_workers=workers,
-                       collate_fn=_same if hasattr(ds, '__getitems__') else None, pin_memory=torch.cuda.is_available(),
+        raise ValueError(f"batch_size={batch_size} leaves no batch of {len(ds)} items; use fewer or pass "
+                         "drop_last=False")
+    return EpochLoader(ds, batch_size, sampler=EpochSampler(len(ds), seed, shuffle), drop_last=drop_last,
+                       num_workers=workers,
+                       collate_fn=_same if hasattr(ds, '__getitems__') else None,
+                       pin_memory=torch.cuda.is_available(),
                        persistent_workers=workers > 0, generator=make_rng(seed, 'workers'))

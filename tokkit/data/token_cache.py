@@ -24,10 +24,13 @@ def _narrow(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.ndarray:
     real = a.dtype.kind == 'f'
     kind = np.dtype(dtype or ('float16' if real else 'uint16' if (codebook_size or 0) <= 65536 else 'int32'))
     if a.dtype.kind not in 'fiu' or (kind.kind == 'f') != real:
-        raise ValueError(f"TokenCache: encode returned {a.dtype}, which cannot be kept as {kind}; expected code ids or latents")
-    lo, hi = (-np.finfo(kind).max, np.finfo(kind).max) if real else (0, min(codebook_size or 2**31, np.iinfo(kind).max+1)-1)
+        raise ValueError(f"TokenCache: encode returned {a.dtype}, which cannot be kept as {kind}; expected "
+                         "code ids or latents")
+    lo, hi = ((-np.finfo(kind).max, np.finfo(kind).max) if real
+              else (0, min(codebook_size or 2**31, np.iinfo(kind).max+1)-1))
     if a.size and not lo <= a.min() <= a.max() <= hi:
-        raise ValueError(f"TokenCache: {'latents' if real else 'ids'} must be in {lo}..{hi} to be kept as {kind}, got {a.min()}..{a.max()}")
+        raise ValueError(f"TokenCache: {'latents' if real else 'ids'} must be in {lo}..{hi} to be kept as "
+                         f"{kind}, got {a.min()}..{a.max()}")
     return a.astype(kind)
 
 def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
@@ -35,9 +38,14 @@ def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
     with open(path, 'wb') as f:
         rows = 0
         for a in arrays:
-            if not rows: np.lib.format.write_array_header_1_0(f, dict(descr=a.dtype.str, fortran_order=False, shape=(n, *a.shape[1:])))
-            f.write(np.ascontiguousarray(a).tobytes()); rows += len(a)
-    if rows != n: raise ValueError(f"TokenCache: encode returned {rows} rows for {n} images; expected one an image")
+            if not rows:
+                np.lib.format.write_array_header_1_0(f,
+                                                     dict(descr=a.dtype.str, fortran_order=False,
+                                                          shape=(n, *a.shape[1:])))
+            f.write(np.ascontiguousarray(a).tobytes())
+            rows += len(a)
+    if rows != n:
+        raise ValueError(f"TokenCache: encode returned {rows} rows for {n} images; expected one an image")
 
 # %% ../../nbs/data/05_token_cache.ipynb #05b9d052
 _DTYPES = (None, 'uint16', 'int32', 'float16', 'float32')
@@ -53,17 +61,25 @@ class _About(TypedDict):
 class TokenCache(Indexed):
     "Tokens or latents of a whole data set in a folder, memory-mapped; indexed like images: (ids, label)"
     def __init__(self, folder:Path, array:np.ndarray, labels:Tensor, about:dict):
-        self.folder, self.array, self.labels, self.about = folder, array, labels, about
-        self.classes, self.name, self.key = about['classes'], about['name'], about['key']
+        self.folder = folder
+        self.array = array
+        self.labels = labels
+        self.about = about
+        self.classes = about['classes']
+        self.name = about['name']
+        self.key = about['key']
         self.kind = 'latents' if array.dtype.kind == 'f' else 'ids'
 
     @classmethod
     def build(cls,
-        folder:str|Path,                    # the cache's folder, made here; one that is there already is opened
+        # the cache's folder, made here; one that is there already is opened
+        folder:str|Path,
         ds:Indexed,                         # images
         encode:Callable,                    # x (b c h w) -> ids (b n) or latents (b n d)
-        dtype:str|None = None,              # 'uint16' 'int32' 'float16' 'float32'; None takes the smallest that fits
-        key:str = '',                       # what made the tokens, e.g. hashes of the tokenizer and of the images
+        # 'uint16' 'int32' 'float16' 'float32'; None takes the smallest that fits
+        dtype:str|None = None,
+        # what made the tokens, e.g. hashes of the tokenizer and of the images
+        key:str = '',
         codebook_size:int|None = None,      # K: ids are checked against it, and it chooses the type
         batch_size:int = 256,               # images encoded at once
     ) -> 'TokenCache':
@@ -79,7 +95,8 @@ class TokenCache(Indexed):
 
     @staticmethod
     def _write(folder, ds, encode, dtype, key, codebook_size, batch_size):
-        if dtype not in _DTYPES: raise ValueError(f"TokenCache: dtype must be one of {_DTYPES}, got {dtype!r}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"TokenCache: dtype must be one of {_DTYPES}, got {dtype!r}")
         def arrays():
             for i in bar(range(0, len(ds), batch_size), f'encoding {ds.name}'):
                 with torch.no_grad(): t = encode(ds[i:i+batch_size][0]).detach().cpu()
@@ -97,23 +114,35 @@ class TokenCache(Indexed):
         verify:bool = True,       # compare the checksums; False trusts the disk
     ) -> 'TokenCache':
         "Open a cache, or say in one line what is wrong with it"
-        folder, again = Path(folder), "delete the folder and build it again"
-        if not folder.is_dir(): raise FileNotFoundError(f"no token cache {folder}; make it with TokenCache.build")
+        folder = Path(folder)
+        again = "delete the folder and build it again"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no token cache {folder}; make it with TokenCache.build")
         missing = [f for f in ('cache.json', *_CACHE_FILES) if not (folder/f).is_file()]
-        if missing: raise FileNotFoundError(f"token cache {folder} is incomplete: {', '.join(missing)} missing; {again}")
+        if missing:
+            raise FileNotFoundError(f"token cache {folder} is incomplete: {', '.join(missing)} missing; "
+                                    f"{again}")
         sealed = (folder/MARKER).is_file()
-        if verify and sealed and (how := damage(folder)): raise ValueError(f"token cache {folder} is damaged: {how}; {again}")
+        if verify and sealed and (how := damage(folder)):
+            raise ValueError(f"token cache {folder} is damaged: {how}; {again}")
         about = read_json(folder/'cache.json', _About)
-        if verify and not sealed:                                # of an earlier version, or copied without hidden files
+        # of an earlier version, or copied without hidden files
+        if verify and not sealed:
             changed = [f for f, sha in zip(_CACHE_FILES, about['sha256']) if file_sha256(folder/f) != sha]
-            if changed: raise ValueError(f"token cache {folder} is damaged: {changed[0]} has changed; {again}")
+            if changed:
+                raise ValueError(f"token cache {folder} is damaged: {changed[0]} has changed; {again}")
         if key is not None and about['key'] != key:
-            raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another folder, or {again}")
-        try: return cls(folder, np.load(folder/'tokens.npy', mmap_mode='r'), torch.from_numpy(np.load(folder/'labels.npy')), about)
-        except (ValueError, OSError, EOFError) as e: raise ValueError(f"token cache {folder} is damaged: {e}; {again}") from e
+            raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another "
+                             f"folder, or {again}")
+        try:
+            return cls(folder, np.load(folder/'tokens.npy', mmap_mode='r'),
+                       torch.from_numpy(np.load(folder/'labels.npy')), about)
+        except (ValueError, OSError, EOFError) as e:
+            raise ValueError(f"token cache {folder} is damaged: {e}; {again}") from e
 
     def _only(self, kind:str) -> np.ndarray:
-        if kind != self.kind: raise ValueError(f"{self.folder} holds {self.kind}, not {kind}; use .{self.kind}")
+        if kind != self.kind:
+            raise ValueError(f"{self.folder} holds {self.kind}, not {kind}; use .{self.kind}")
         return self.array
     @property
     def ids(self) -> np.ndarray: return self._only('ids')
@@ -123,6 +152,9 @@ class TokenCache(Indexed):
     def hash(self) -> str: return stable_hash([self.about['sha256'], self.key])
 
     def _batch(self, positions):
-        return torch.from_numpy(self.array[positions.numpy()].astype('f4' if self.kind == 'latents' else 'i8')), self.labels[positions]
+        return (torch.from_numpy(self.array[positions.numpy()].astype('f4' if self.kind == 'latents'
+                                                                      else 'i8')), self.labels[positions])
     def __reduce__(self): return TokenCache.open, (self.folder, self.key, False)
-    def __repr__(self): return f"TokenCache {self.name}: {self.kind} {tuple(self.array.shape)} {self.array.dtype}, key {self.key!r}"
+    def __repr__(self):
+        return (f"TokenCache {self.name}: {self.kind} {tuple(self.array.shape)} {self.array.dtype}, key "
+                f"{self.key!r}")

@@ -24,26 +24,33 @@ from ..training import Learner, Log, Phase, WarmupCosine
 # %% ../../nbs/demo/03_cards.ipynb #087d75ff
 class SmallClassifier(nn.Module):
     "A few convolutions that tell the classes apart"
-    def __init__(self, channels:int, classes:int, width:int = 16): # image channels, number of labels, channels of the first layer
+    # image channels, number of labels, channels of the first layer
+    def __init__(self, channels:int, classes:int, width:int = 16):
         super().__init__()
-        def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+        def block(i, o):
+            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
         self.net = nn.Sequential(block(channels, width), block(width, 2*width), block(2*width, 4*width),
                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, classes))
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]: return self.net(x)
 
 def _classifier(self:Demo) -> SmallClassifier:
     "A classifier of the training images"
-    train,c = self.images[0],self.cfg
+    train = self.images[0]
+    c = self.cfg
     def new():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(c.seed); return SmallClassifier(train.channels, len(train.classes))
+            torch.manual_seed(c.seed)
+            return SmallClassifier(train.channels, len(train.classes))
     def make(tmp):
         model = new()
         def step(learner, batch): return dict(loss=F.cross_entropy(model(batch[0]), batch[1]))
         phase = Phase(step, torch.optim.AdamW(model.parameters(), lr=2e-3), WarmupCosine())
-        Learner(model, loader(train, c.batch, c.seed), phase, 2, [Log()], str(self.device), c.seed, desc='classifier').fit()
+        Learner(model, loader(train, c.batch, c.seed), phase, 2, [Log()], str(self.device), c.seed,
+                desc='classifier').fit()
         save_tensors(model.state_dict(), tmp/'classifier.safetensors')
-    def load(folder): return load_strictly(new(), read_tensors(path := folder/'classifier.safetensors'), path).to(self.device).eval()
+    def load(folder):
+        return load_strictly(new(), read_tensors(path := folder/'classifier.safetensors'),
+                             path).to(self.device).eval()
     return self._stage('classifier', 'small', dict(images=train.hash, batch=c.batch, seed=c.seed), make, load)
 
 @torch.no_grad()
@@ -65,9 +72,11 @@ def class_accuracy(
 def _decoded(self:Demo, kind:str, stage:str) -> Tensor:
     "The samples as 8-bit images"
     tok = self.decoder(kind, stage)
-    return _in_batches(lambda z: from_uint8(to_uint8(tok.from_latents(z.to(self.device)))), self.samples(kind))
+    return _in_batches(lambda z: from_uint8(to_uint8(tok.from_latents(z.to(self.device)))),
+                       self.samples(kind))
 
-NOISE = dict(kind='gaussian', strengths=(.1, .2, .3, .4, .5))    # our doses of pFID for continuous latents; the paper has none
+# our doses of pFID for continuous latents; the paper has none
+NOISE = dict(kind='gaussian', strengths=(.1, .2, .3, .4, .5))
 
 @torch.no_grad()
 def _in_batches(f:Callable, x:Tensor, batch:int = 500) -> Tensor:
@@ -75,21 +84,32 @@ def _in_batches(f:Callable, x:Tensor, batch:int = 500) -> Tensor:
 
 def _cards(self:Demo, kind:str, stage:str) -> list[Card]:
     "Everything measured on one tokenizer and one state of its decoder"
-    c,test,tok = self.cfg,self.images[1],self.decoder(kind, stage)
-    params = dict(tokenizer=tok.fingerprint, images=test.hash, samples=tensors_hash(dict(latents=self.samples(kind))),
-                  sampler=self.sampling, extractor=c.extractor, n=len(test), n_pfid=c.n_pfid, bootstrap=c.bootstrap, seed=c.seed)
+    c = self.cfg
+    test = self.images[1]
+    tok = self.decoder(kind, stage)
+    params = dict(tokenizer=tok.fingerprint, images=test.hash,
+                  samples=tensors_hash(dict(latents=self.samples(kind))),
+                  sampler=self.sampling, extractor=c.extractor, n=len(test), n_pfid=c.n_pfid,
+                  bootstrap=c.bootstrap, seed=c.seed)
     def make(tmp):
-        judge,how = get_extractor(c.extractor, test.size),dict(bootstrap=c.bootstrap, seed=c.seed, device=str(self.device))
-        drawn,labels = self.decoded(kind, stage),torch.arange(len(test))%len(test.classes)
+        judge = get_extractor(c.extractor, test.size)
+        how = dict(bootstrap=c.bootstrap, seed=c.seed, device=str(self.device))
+        drawn = self.decoded(kind, stage)
+        labels = torch.arange(len(test))%len(test.classes)
         rebuilt = _in_batches(lambda x: tok.reconstruct(x.to(self.device)), test[:][0])
-        sampler = dict(generator=c.generator, weights=self.generator(kind).fingerprint, **{k:str(v) for k,v in self.sampling.items()})
+        sampler = dict(generator=c.generator, weights=self.generator(kind).fingerprint,
+                       **{k:str(v) for k,v in self.sampling.items()})
         doses = dict(deltas=None if c.codebook_size >= 256 else (2, 3, 4)) if c.codebook_size else NOISE
-        cards = [rfid(tok, test, judge, **how), pfid(tok, test.subset(min(c.n_pfid, len(test))), extractor=judge, **doses, **how),
-                 *evaluate_generator(drawn, test, judge, metrics=('gFID','precision','recall'), settings=sampler, **how),
+        cards = [rfid(tok, test, judge, **how),
+                 pfid(tok, test.subset(min(c.n_pfid, len(test))), extractor=judge, **doses, **how),
+                 *evaluate_generator(drawn, test, judge, metrics=('gFID','precision','recall'),
+                                     settings=sampler, **how),
                  class_accuracy(self.classifier(), drawn, labels, 'accuracy of samples', **sampler),
                  class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions')]
         write_json(tmp/'cards.json', [card.to_dict() for card in cards])
     def load(folder): return [Card.from_dict(d) for d in read_json(folder/'cards.json', list[dict])]
     return self._stage('cards', f'{kind}-{stage}', params, make, load)
 
-Demo.classifier,Demo.decoded,Demo.cards = _classifier,_decoded,_cards
+Demo.classifier = _classifier
+Demo.decoded = _decoded
+Demo.cards = _cards

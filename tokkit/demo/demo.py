@@ -28,15 +28,21 @@ def check_demo(
     c:DemoCfg, # all settings
 ):
     "Raise one line about a setting that no stage could use: the last of them comes hours after the first"
-    for name in ('train_images','batch','branch_epochs','generator_epochs','post_epochs','pairs','perceptual_every'):
+    for name in ('train_images','batch','branch_epochs','generator_epochs','post_epochs','pairs',
+                 'perceptual_every'):
         check_count(name, getattr(c, name), 10**9)
-    for name in ('n','n_pfid'): check_count(name, getattr(c, name), 10**9, 'a distance is between sets of images', least=2)
-    for name in ('base_epochs','bootstrap','codebook_size'): check_count(name, getattr(c, name), 2**24, least=0)
-    for name in ('perceptual','adversarial','semantic'): check_range(name, getattr(c, name), 0, 1e6, 'it is a weight')
-    check_range('generator_lr', c.generator_lr, 1e-12, 100); check_range('temperature', c.temperature, 1e-6, 1e6)
+    for name in ('n','n_pfid'):
+        check_count(name, getattr(c, name), 10**9, 'a distance is between sets of images', least=2)
+    for name in ('base_epochs','bootstrap','codebook_size'):
+        check_count(name, getattr(c, name), 2**24, least=0)
+    for name in ('perceptual','adversarial','semantic'):
+        check_range(name, getattr(c, name), 0, 1e6, 'it is a weight')
+    check_range('generator_lr', c.generator_lr, 1e-12, 100)
+    check_range('temperature', c.temperature, 1e-6, 1e6)
     Guidance(c.guidance, c.power)
     row_sigmas(1, c.sigma)
-    if c.source not in SOURCES: raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {c.source!r}")
+    if c.source not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {c.source!r}")
     LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(0, 1, c.end_ratio), strength=c.strength)
     if c.codebook_size and c.beta: check_delta(c.delta, c.codebook_size)
     get_extractor(c.extractor, c.size)
@@ -44,7 +50,8 @@ def check_demo(
     make_generator(c.generator, tok.spec, width=c.width, depth=c.depth)
 
 KINDS = 'plain', 'perturbed'                   # how a tokenizer was trained
-STAGES = 'before', 'control', 'after'          # its decoder: untouched, trained on clean tokens, trained on generated ones
+# its decoder: untouched, trained on clean tokens, trained on generated ones
+STAGES = 'before', 'control', 'after'
 
 class Demo:
     "The demo's stages; each is made when first asked for, or found"
@@ -54,8 +61,11 @@ class Demo:
         device:str|None = None,        # where; None: the best there is
     ):
         check_demo(cfg)
-        self.cfg,self.root,self.device = cfg,runs_root(root),default_device(device)
-        self._kept,self._folders = {},{}
+        self.cfg = cfg
+        self.root = runs_root(root)
+        self.device = default_device(device)
+        self._kept = {}
+        self._folders = {}
 
     @property
     def sampling(self) -> dict:
@@ -66,9 +76,11 @@ class Demo:
     def images(self) -> tuple[ImageSet, ImageSet]:
         "Training and test images, which never overlap"
         c = self.cfg
-        train,test = split_images(c.data, c.train_images, c.n, c.size, skip_broken=c.skip_broken, upscale=c.upscale)
+        train,test = split_images(c.data, c.train_images, c.n, c.size, skip_broken=c.skip_broken,
+                                  upscale=c.upscale)
         if min(c.pairs, len(train)) < c.batch:
-            raise ValueError(f"post-training takes {c.batch} pairs a step and there are {min(c.pairs, len(train))}; "
+            raise ValueError(f"post-training takes {c.batch} pairs a step and there are "
+                             f"{min(c.pairs, len(train))}; "
                              "lower batch, or give more images or pairs")
         return train,test
 
@@ -82,13 +94,16 @@ class Demo:
 
     def histories(self, kind:str, only:tuple[str,...]|None = None) -> dict[str,pd.DataFrame]:
         "Losses of the stages made so far, by name"
-        found = {slug:folder/'history.csv' for (k,slug),folder in self._folders.items() if k == kind and (only is None or slug in only)}
+        found = {slug:folder/'history.csv' for (k,slug),folder in self._folders.items() if k == kind
+                 and (only is None or slug in only)}
         return {slug:pd.read_csv(p) for slug,p in found.items() if p.exists()}
 
     def _training(self, epochs, **changes):
         c = self.cfg
-        perceptual = dict(perceptual=c.perceptual, perceptual_every=c.perceptual_every, perceptual_size=c.size)
-        return replace(ImageTraining(epochs, c.batch, adversarial=c.adversarial, semantic=c.semantic, **perceptual), **changes)
+        perceptual = dict(perceptual=c.perceptual, perceptual_every=c.perceptual_every,
+                          perceptual_size=c.size)
+        return replace(ImageTraining(epochs, c.batch, adversarial=c.adversarial, semantic=c.semantic,
+                                     **perceptual), **changes)
 
 def split_images(
     data:str,    # 'fashion_mnist', a folder with train and test (or val) folders, or one without
@@ -98,11 +113,15 @@ def split_images(
     **how,       # skip_broken and upscale of `load_images`
 ) -> tuple[ImageSet, ImageSet]:
     "Disjoint training and test images"
-    if data == 'fashion_mnist': return tuple(load_images(data, s, n, size) for s,n in (('train', n_train), ('test', n_test)))
+    if data == 'fashion_mnist':
+        return tuple(load_images(data, s, n, size) for s,n in (('train', n_train), ('test', n_test)))
     named = data and any((Path(data).expanduser()/s).is_dir() for s in ('train','training'))
-    if named: return tuple(load_images(data, s, n, size, **how) for s,n in (('train', n_train), ('test', n_test)))
+    if named:
+        return tuple(load_images(data, s, n, size, **how) for s,n in (('train', n_train), ('test', n_test)))
     whole = load_images(data, 'train', None, size, **how)
     whole = whole.subset(len(whole))        # in the fixed mixed order, also when the folder stays on disk
     n_test = min(n_test, len(whole)//4)
-    if not n_test: raise ValueError(f"{data} holds {len(whole)} images; the demo needs at least 4, and reasonably thousands")
+    if not n_test:
+        raise ValueError(f"{data} holds {len(whole)} images; the demo needs at least 4, and reasonably "
+                         "thousands")
     return whole.subset(range(n_test, min(len(whole), n_test+n_train))),whole.subset(range(n_test))

@@ -34,7 +34,8 @@ class DemoCfg:
     alpha:float = 1.               # perturbation rate at full strength
     beta:float = .25               # fraction of perturbed images
     delta:int = 11                 # perturbation strength: neighbours to draw from
-    strength:float = .5            # of the noise in its place where latents are continuous, in their standard deviations
+    # of the noise in its place where latents are continuous, in their standard deviations
+    strength:float = .5
     end_ratio:float = .5           # annealing: what is left of alpha, delta and strength at the end, 0..1
     # generators
     generator:str = 'ar'           # preset of `tokkit.generators.registry`: ar, rar, masked, flow
@@ -57,14 +58,18 @@ class DemoCfg:
     bootstrap:int = 20             # resamples behind every standard error
 
 DEMOS = {
-    'smoke':   DemoCfg(train_images=1_000, base_epochs=1, branch_epochs=1, generator_epochs=1, width=64, depth=2, pairs=250, post_epochs=1,
+    'smoke':   DemoCfg(train_images=1_000, base_epochs=1, branch_epochs=1, generator_epochs=1, width=64,
+                       depth=2, pairs=250, post_epochs=1,
                        n=200, n_pfid=150, bootstrap=10),
     'default': DemoCfg(),
-    'full':    DemoCfg(train_images=60_000, base_epochs=4, branch_epochs=4, generator_epochs=6, width=128, depth=4,
+    'full':    DemoCfg(train_images=60_000, base_epochs=4, branch_epochs=4, generator_epochs=6, width=128,
+                       depth=4,
                        pairs=20_000, n=5_000, n_pfid=1_000, bootstrap=50),
     # of studies that train many tokenizers: no shared start
-    'study':   DemoCfg(train_images=4_000, base_epochs=0, branch_epochs=8, semantic=.1, generator_epochs=8, width=64, depth=2),
-    'study-large': DemoCfg(train_images=60_000, base_epochs=0, branch_epochs=16, semantic=.1, generator_epochs=16, width=192, depth=6,
+    'study':   DemoCfg(train_images=4_000, base_epochs=0, branch_epochs=8, semantic=.1, generator_epochs=8,
+                       width=64, depth=2),
+    'study-large': DemoCfg(train_images=60_000, base_epochs=0, branch_epochs=16, semantic=.1,
+                           generator_epochs=16, width=192, depth=6,
                        batch=128, n=5_000, n_pfid=2_000, bootstrap=50),
 }
 
@@ -72,16 +77,21 @@ GENERATOR_SETTINGS = {     # what a preset of generators changes, where it is no
     'masked': dict(generator_lr=4e-3),
     'flow': dict(generator_lr=4e-3, tokenizer='tiny-kl', codebook_size=0),       # continuous latents
 }
-GENERATOR_PASSES = dict(rar=2., masked=2., flow=2.) # times the epochs of an autoregressive one: these learn slower
+# times the epochs of an autoregressive one: these learn slower
+GENERATOR_PASSES = dict(rar=2., masked=2., flow=2.)
 
 def demo_cfg(
-    preset:str = 'default',  # 'smoke' (seconds), 'default' (minutes), 'full' (an hour, or a GPU); 'study', 'study-large': of experiments
+    # 'smoke' (seconds), 'default' (minutes), 'full' (an hour, or a GPU); 'study', 'study-large': of
+    # experiments
+    preset:str = 'default',
     **overrides,             # fields of `DemoCfg`; None leaves the preset's value
 ) -> DemoCfg:
     "A preset with some settings changed"
     if preset not in DEMOS: raise ValueError(f"preset must be one of {', '.join(DEMOS)}, got {preset!r}")
     given = {k:v for k,v in overrides.items() if v is not None}
     generator = given.get('generator', DEMOS[preset].generator)
-    if generator not in GENERATORS: raise ValueError(f"generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
+    if generator not in GENERATORS:
+        raise ValueError(f"generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
     epochs = dict(generator_epochs=round(DEMOS[preset].generator_epochs*GENERATOR_PASSES.get(generator, 1)))
-    return changed(DEMOS[preset], 'the demo has no setting', **epochs|GENERATOR_SETTINGS.get(generator, {})|given)
+    return changed(DEMOS[preset], 'the demo has no setting', **epochs|GENERATOR_SETTINGS.get(generator, {})
+                   |given)

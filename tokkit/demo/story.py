@@ -21,9 +21,11 @@ def stages(
     demo:Demo, # whose stages
 ) -> dict[str, Callable]:
     "Every stage by name, in order"
-    out = {f'{k} tokenizer':(lambda k=k: demo.tokenizer(k)) for k in (('base',) if demo.cfg.base_epochs else ())+KINDS}
+    out = {f'{k} tokenizer':(lambda k=k: demo.tokenizer(k))
+           for k in (('base',) if demo.cfg.base_epochs else ())+KINDS}
     for k in KINDS:
-        out |= {f'{what} of {k}':lambda k=k,what=what: getattr(demo, what)(k) for what in ('tokens', 'generator', 'samples')}
+        out |= {f'{what} of {k}':lambda k=k,what=what: getattr(demo, what)(k)
+                for what in ('tokens', 'generator', 'samples')}
         out |= {f'{s} decoder of {k}':lambda k=k,s=s: demo.decoder(k, s) for s in ('control', 'after')}
     out['classifier'] = demo.classifier
     return out | {f'cards of {k}, {s}':lambda k=k,s=s: demo.cards(k, s) for k in KINDS for s in STAGES}
@@ -74,7 +76,8 @@ def verdict(
     se:float|None, # its standard error
 ) -> str:
     "'lower', 'higher' or 'not clearly different', and the difference"
-    word = 'not clearly different' if se is None or not abs(value) > 2*se else 'lower' if value < 0 else 'higher'
+    word = ('not clearly different' if se is None or not abs(value) > 2*se else 'lower' if value < 0
+            else 'higher')
     return f'{word} ({value:+.1f} ± {se:.1f})' if se is not None else word
 
 def finding(
@@ -86,6 +89,9 @@ def finding(
     said = {(r['tokenizer'], r['against'], r['metric']):verdict(r['value'], r['se']) for r in compared}
     p,r,g = (said['perturbed','plain',f'Δ{m}'] for m in ('pFID','rFID','gFID'))
     plain,perturbed = (said[k,'control','ΔgFID'] for k in KINDS)
-    return (f"Beside the plain tokenizer, the one trained on damaged latents has a pFID that is {p}, an rFID that is {r}, "
-            f"and a generator whose gFID is {g}. Beside a control trained equally long on clean tokens, post-training on generated "
-            f"tokens left a gFID that is {plain} for the plain tokenizer and {perturbed} for the perturbed one.")
+    return (f"Beside the plain tokenizer, the one trained on damaged latents has a pFID that is {p}, an rFID "
+            f"that is {r}, "
+            f"and a generator whose gFID is {g}. Beside a control trained equally long on clean tokens, "
+            "post-training on generated "
+            f"tokens left a gFID that is {plain} for the plain tokenizer and {perturbed} for the perturbed "
+            "one.")

@@ -34,84 +34,118 @@ def _preview(make:Callable, work:Path) -> Callable:
     return show
 
 def _perturbation(self:Demo, kind:str) -> LatentPerturbation|None:
-    c,e = self.cfg,self.cfg.branch_epochs
+    c = self.cfg
+    e = self.cfg.branch_epochs
     if kind != 'perturbed': return None
-    return LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(e*.2, e*.6, c.end_ratio), strength=c.strength)
+    return LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(e*.2, e*.6, c.end_ratio),
+                              strength=c.strength)
 
 def _tokenizer(self:Demo, kind:str) -> Tokenizer:
     "The tokenizer 'base', 'plain' or 'perturbed'"
     c = self.cfg
     base = None if kind == 'base' or not c.base_epochs else self.tokenizer('base')
     train,test = self.images
-    shape = replace(make_tokenizer(c.tokenizer).cfg, size=train.size, channels=train.channels, codebook_size=c.codebook_size)
-    cfg,damage = self._training(c.base_epochs if kind == 'base' else c.branch_epochs),self._perturbation(kind)
-    params = dict(images=train.hash, shape=shape, training=cfg, perturbation=damage, seed=c.seed, base=base and base.fingerprint)
+    shape = replace(make_tokenizer(c.tokenizer).cfg, size=train.size, channels=train.channels,
+                    codebook_size=c.codebook_size)
+    cfg = self._training(c.base_epochs if kind == 'base' else c.branch_epochs)
+    damage = self._perturbation(kind)
+    params = dict(images=train.hash, shape=shape, training=cfg, perturbation=damage, seed=c.seed, base=base
+                  and base.fingerprint)
     def make(tmp, work):
         tok = make_tokenizer(shape, c.seed)
         if base is not None: tok.load_state_dict(base.state_dict())
         look = test[:8][0].to(self.device)
         preview = _preview(lambda: tok.eval().reconstruct(look), work)
-        history = train_tokenizer(tok, train, cfg, damage, work, preview, str(self.device), c.seed, f'{kind} tokenizer')
-        if tok.spec.codebook_size is None: fit_spec(tok, train[:1000][0])       # a generator asks how large latents are
-        tok.save(tmp); history.to_csv(tmp/'history.csv', index=False)
+        history = train_tokenizer(tok, train, cfg, damage, work, preview, str(self.device), c.seed,
+                                  f'{kind} tokenizer')
+        # a generator asks how large latents are
+        if tok.spec.codebook_size is None: fit_spec(tok, train[:1000][0])
+        tok.save(tmp)
+        history.to_csv(tmp/'history.csv', index=False)
     return self._stage('tokenizer', kind, params, make, lambda p: Tokenizer.load(p).to(self.device))
 
-Demo._perturbation,Demo.tokenizer = _perturbation,_tokenizer
+Demo._perturbation = _perturbation
+Demo.tokenizer = _tokenizer
 
 # %% ../../nbs/demo/02_trainings.ipynb #ab2671b2
 def _tokens(self:Demo, kind:str) -> TokenCache:
     "The training images as ids or latents of a tokenizer"
-    tok,train = self.tokenizer(kind),self.images[0]
+    tok = self.tokenizer(kind)
+    train = self.images[0]
     params = dict(images=train.hash, tokenizer=tok.fingerprint)
-    def make(tmp): TokenCache.build(tmp/'cache', train, lambda x: tok.to_latents(x.to(self.device)), codebook_size=tok.spec.codebook_size)
-    return self._stage('tokens', kind, params, make, lambda p: TokenCache.open(p/'cache', verify=False))      # the artifact was
+    def make(tmp):
+        TokenCache.build(tmp/'cache', train, lambda x: tok.to_latents(x.to(self.device)),
+                         codebook_size=tok.spec.codebook_size)
+    # the artifact was
+    return self._stage('tokens', kind, params, make, lambda p: TokenCache.open(p/'cache', verify=False))
 
 def _generator(self:Demo, kind:str) -> LatentGenerator:
     "A generator of a tokenizer's latents"
-    c,tok,tokens = self.cfg,self.tokenizer(kind),self.tokens(kind)
+    c = self.cfg
+    tok = self.tokenizer(kind)
+    tokens = self.tokens(kind)
     gen = make_generator(c.generator, tok.spec, len(tokens.classes), c.seed, width=c.width, depth=c.depth)
     cfg = GeneratorTraining(epochs=c.generator_epochs, batch=c.batch, lr=c.generator_lr)
-    params = dict(tokenizer=tok.fingerprint, tokens=tokens.hash, generator=c.generator, shape=gen.cfg, training=cfg, seed=c.seed)
+    params = dict(tokenizer=tok.fingerprint, tokens=tokens.hash, generator=c.generator, shape=gen.cfg,
+                  training=cfg, seed=c.seed)
     def make(tmp, work):
         look = torch.arange(8, device=self.device)%gen.classes
-        def picture(): return tok.from_latents(gen.eval().sample(look, rng=make_rng(c.seed, 'preview'), **self.sampling))
-        history = train_generator(gen, tokens, cfg, work, _preview(picture, work), str(self.device), c.seed, f'generator ({kind})')
-        save_generator(gen, tmp); history.to_csv(tmp/'history.csv', index=False)
+        def picture():
+            return tok.from_latents(gen.eval().sample(look, rng=make_rng(c.seed, 'preview'), **self.sampling))
+        history = train_generator(gen, tokens, cfg, work, _preview(picture, work), str(self.device), c.seed,
+                                  f'generator ({kind})')
+        save_generator(gen, tmp)
+        history.to_csv(tmp/'history.csv', index=False)
     return self._stage('generator', kind, params, make, lambda p: load_generator(p).to(self.device))
 
-Demo.tokens,Demo.generator = _tokens,_generator
+Demo.tokens = _tokens
+Demo.generator = _generator
 
 # %% ../../nbs/demo/02_trainings.ipynb #cdc979f7
 def _pairs(self:Demo, kind:str, stage:str) -> LatentPairs:
     "What a decoder is trained on: generated latents ('after') or clean ones ('control')"
-    c,tok,gen = self.cfg,self.tokenizer(kind),self.generator(kind) if stage == 'after' else None
+    c = self.cfg
+    tok = self.tokenizer(kind)
+    gen = self.generator(kind) if stage == 'after' else None
     images = self.images[0].subset(min(c.pairs, len(self.images[0])))
     params = dict(images=images.hash, tokenizer=tok.fingerprint)
-    if gen is not None: params |= dict(generator=gen.fingerprint, sigma=c.sigma, source=c.source, seed=c.seed, **self.sampling)
+    if gen is not None:
+        params |= dict(generator=gen.fingerprint, sigma=c.sigma, source=c.source, seed=c.seed,
+                       **self.sampling)
     def make(tmp): write_pairs(tmp, gen, tok, images, c.sigma, c.source, c.seed, **self.sampling)
-    return self._stage('pairs', f'{kind}-{stage}', params, make, lambda p: open_pairs(p, images, verify=False))           # the artifact was
+    # the artifact was
+    return self._stage('pairs', f'{kind}-{stage}', params, make,
+                       lambda p: open_pairs(p, images, verify=False))
 
 def _decoder(self:Demo, kind:str, stage:str) -> Tokenizer:
     "The tokenizer with its decoder as it is ('before'), or trained on clean ('control') or generated latents ('after')"
     tok = self.tokenizer(kind)
     if stage == 'before': return tok
-    c,pairs = self.cfg,self.pairs(kind, stage)
+    c = self.cfg
+    pairs = self.pairs(kind, stage)
     cfg = self._training(c.post_epochs, lr=1e-3)
     params = dict(tokenizer=tok.fingerprint, pairs=[pairs.hash, pairs.about], training=cfg, seed=c.seed)
     def make(tmp, work):
         look = self.samples(kind)[:8].to(self.device)
-        healed,history = posttrain_decoder(tok, pairs, cfg, work, None, str(self.device), c.seed, f'{stage} ({kind})')
+        healed,history = posttrain_decoder(tok, pairs, cfg, work, None, str(self.device), c.seed,
+                                           f'{stage} ({kind})')
         with torch.no_grad(): to_pil_grid(healed.from_latents(look)).save(work/'preview.png')
-        healed.save(tmp); history.to_csv(tmp/'history.csv', index=False)
-    return self._stage('tokenizer', f'{kind}-{stage}', params, make, lambda p: Tokenizer.load(p).to(self.device))
+        healed.save(tmp)
+        history.to_csv(tmp/'history.csv', index=False)
+    return self._stage('tokenizer', f'{kind}-{stage}', params, make,
+                       lambda p: Tokenizer.load(p).to(self.device))
 
 def _samples(self:Demo, kind:str) -> torch.Tensor:
     "Latents a generator draws, labels in turn; the same ones are decoded before and after post-training"
-    c,gen = self.cfg,self.generator(kind)
+    c = self.cfg
+    gen = self.generator(kind)
     params = dict(generator=gen.fingerprint, n=len(self.images[1]), seed=c.seed, **self.sampling)
     def make(tmp):
         latents,labels = sample_batches(gen, len(self.images[1]), seed=c.seed+1, **self.sampling)
         torch.save(dict(latents=latents, labels=labels), tmp/'samples.pt')
-    return self._stage('samples', kind, params, make, lambda p: torch.load(p/'samples.pt', weights_only=True)['latents'])
+    return self._stage('samples', kind, params, make,
+                       lambda p: torch.load(p/'samples.pt', weights_only=True)['latents'])
 
-Demo.pairs,Demo.decoder,Demo.samples = _pairs,_decoder,_samples
+Demo.pairs = _pairs
+Demo.decoder = _decoder
+Demo.samples = _samples

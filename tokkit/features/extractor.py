@@ -22,22 +22,30 @@ from ..core import bar, default_device, stable_hash, tensors_hash
 from ..data import to_uint8
 
 # %% ../../nbs/features/00_extractor.ipynb #8f21e465
-IMAGENET_MEAN, IMAGENET_STD = (.485,.456,.406), (.229,.224,.225)
+IMAGENET_MEAN = (.485,.456,.406)
+IMAGENET_STD = (.229,.224,.225)
 
 class _Prepare(nn.Module):
     "[0,1] images, grey or RGB, as a network was trained to see them"
     def __init__(self, size, mean, std, resize='bilinear'):
         super().__init__()
-        if resize not in ('bilinear', 'bicubic'): raise ValueError(f"resize must be bilinear or bicubic, got {resize!r}")
-        self.size,self.channels,self.resize = size,len(mean),resize
-        for name,v in (('mean', mean), ('std', std)): self.register_buffer(name, torch.tensor(v).view(1,-1,1,1), persistent=False)
+        if resize not in ('bilinear', 'bicubic'):
+            raise ValueError(f"resize must be bilinear or bicubic, got {resize!r}")
+        self.size = size
+        self.channels = len(mean)
+        self.resize = resize
+        for name,v in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(v).view(1,-1,1,1), persistent=False)
 
-    def forward(self, x):                                                                   # (b c h w) in [0,1]
+    # (b c h w) in [0,1]
+    def forward(self, x):
         if x.ndim != 4 or x.shape[1] not in (1, self.channels):
-            raise ValueError(f"expected images (b c h w) with 1 or {self.channels} channels, got {tuple(x.shape)}")
+            raise ValueError(f"expected images (b c h w) with 1 or {self.channels} channels, got "
+                             f"{tuple(x.shape)}")
         if self.size and x.shape[-2:] != (self.size,)*2:
             x = F.interpolate(x, (self.size,)*2, mode=self.resize, antialias=True)          # (b c size size)
-            if self.resize == 'bicubic': x = x.clamp(0, 1)                                  # it overshoots at edges
+            # it overshoots at edges
+            if self.resize == 'bicubic': x = x.clamp(0, 1)
         return (x-self.mean)/self.std                                                       # (b 3 size size)
 
 # %% ../../nbs/features/00_extractor.ipynb #a7452a7d
@@ -47,11 +55,15 @@ def check_images(
     x:Tensor, # said to be images (b c h w) in [-1,1]
 ) -> Tensor:  # the same
     "Refuse what are no images in [-1,1], in one line; a decoder's overshoot is let through"
-    if not x.is_floating_point(): raise ValueError(f"expected images in [-1,1], got {x.dtype}; see from_uint8")
-    if x.ndim != 4 or not x.numel(): raise ValueError(f"expected images (b c h w) in [-1,1], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"expected images in [-1,1], got {x.dtype}; see from_uint8")
+    if x.ndim != 4 or not x.numel():
+        raise ValueError(f"expected images (b c h w) in [-1,1], got {tuple(x.shape)}")
     lo,hi = (v.item() for v in x.aminmax())
-    if not math.isfinite(lo+hi): raise ValueError("expected images in [-1,1], got NaN or infinity; look at the network that made them")
-    if lo < -FAR or hi > FAR: raise ValueError(f"expected images in [-1,1], got numbers from {lo:.4g} to {hi:.4g}; see from_uint8")
+    if not math.isfinite(lo+hi):
+        raise ValueError("expected images in [-1,1], got NaN or infinity; look at the network that made them")
+    if lo < -FAR or hi > FAR:
+        raise ValueError(f"expected images in [-1,1], got numbers from {lo:.4g} to {hi:.4g}; see from_uint8")
     return x
 
 # %% ../../nbs/features/00_extractor.ipynb #487b16de
@@ -66,9 +78,11 @@ def _function(f, say) -> list:
 def _object(o, say) -> list:
     "Any other object: its class, the code of classes that are not torch's own, and what it holds"
     def foreign(c): return c.__module__.split('.')[0] in ('torch', 'numpy', 'builtins')
-    name,module = f'{type(o).__module__}.{type(o).__qualname__}',isinstance(o, nn.Module)
+    name = f'{type(o).__module__}.{type(o).__qualname__}'
+    module = isinstance(o, nn.Module)
     if foreign(type(o)) and not module: return [name, _nowhere(o)]
-    methods = [[k, say(getattr(f, 'fget', None) or getattr(f, '__func__', f))] for c in type(o).__mro__ if not foreign(c)
+    methods = [[k, say(getattr(f, 'fget', None) or getattr(f, '__func__', f))] for c in type(o).__mro__
+               if not foreign(c)
                for k,f in sorted(vars(c).items()) if callable(f) or isinstance(f, (property, classmethod))]
     if not module: return [name, methods, say(vars(o))]
     own = {k:v for k,v in vars(o).items() if k not in _BLANK}
@@ -85,16 +99,19 @@ def _said(v, seen:dict) -> list|str:
     if isinstance(v, np.ndarray) and v.dtype.kind not in 'biufc': v = v.tolist()
     if isinstance(v, (Tensor, np.ndarray)): return tensors_hash({'': torch.as_tensor(v)}, 64)
     if isinstance(v, tuple): return ['tuple', *map(say, v)]
-    if isinstance(v, (set, frozenset)): return ['set', *sorted(map(str, map(say, v)))]  # its own order is another in every process
+    # its own order is another in every process
+    if isinstance(v, (set, frozenset)): return ['set', *sorted(map(str, map(say, v)))]
     if isinstance(v, CodeType): return [v.co_code.hex(), v.co_names, *map(say, v.co_consts)]
     if isinstance(v, MethodType): return ['method', say(v.__func__), say(v.__self__)]
     if isinstance(v, ModuleType): return v.__name__
     f = inspect.unwrap(v) if callable(v) and not isinstance(v, partial) else v
     if not hasattr(f, '__code__') and hasattr(f, '__qualname__'):                       # a class, or built in
-        return [f'{f.__module__}.{f.__qualname__}', *([say(f.__self__)] if isinstance(f, BuiltinFunctionType) else [])]
+        return [f'{f.__module__}.{f.__qualname__}',
+                *([say(f.__self__)] if isinstance(f, BuiltinFunctionType) else [])]
     if not (hasattr(f, '__dict__') or isinstance(f, (list, dict))): return _nowhere(f)  # numbers, text, ...
     if id(f) in seen: return ['again', seen[id(f)][0]]
-    seen[id(f)] = f'{len(seen)}',f                                                      # held, so that no other gets its id
+    # held, so that no other gets its id
+    seen[id(f)] = f'{len(seen)}',f
     if isinstance(f, list): return ['list', *map(say, f)]
     if isinstance(f, dict): return ['dict', *[[say(k), say(x)] for k,x in f.items()]]
     if isinstance(f, partial): return ['partial', say(f.func), say(f.args), say(f.keywords)]
@@ -113,15 +130,20 @@ _BLANK = set(vars(nn.Module()))     # what every module has
 class FeatureExtractor(nn.Module):
     "A named network that turns images into feature vectors"
     def __init__(self,
-        name:str,                           # what numbers made with it are called, e.g. 'classifier.penultimate@28'
-        module:nn.Module,                   # (b 3 size size) -> (b d), or (b d h w), which is averaged over space
+        # what numbers made with it are called, e.g. 'classifier.penultimate@28'
+        name:str,
+        # (b 3 size size) -> (b d), or (b d h w), which is averaged over space
+        module:nn.Module,
         size:int|None = None,               # side the images are resized to, pixels; None leaves them
-        mean:Sequence[float] = IMAGENET_MEAN,  # subtracted, on the [0,1] scale; its length is the number of channels
+        # subtracted, on the [0,1] scale; its length is the number of channels
+        mean:Sequence[float] = IMAGENET_MEAN,
         std:Sequence[float] = IMAGENET_STD,    # divided by
         resize:str = 'bilinear',            # 'bilinear' or 'bicubic', both antialiased
     ):
         super().__init__()
-        self.name,self.module,self.prepare = name,module,_Prepare(size, mean, std, resize)
+        self.name = name
+        self.module = module
+        self.prepare = _Prepare(size, mean, std, resize)
         self.eval().requires_grad_(False)
 
     def train(self, mode=True): return super().train(False)     # a judge never learns
@@ -132,7 +154,8 @@ class FeatureExtractor(nn.Module):
         f = self.module(self.prepare(to_uint8(check_images(x)).float()/255))
         if not isinstance(f, Tensor) or f.ndim < 2 or len(f) != len(x):
             got = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
-            raise ValueError(f"{self.name}: expected features (b d) or maps (b d h w) for {len(x)} images, got {got}")
+            raise ValueError(f"{self.name}: expected features (b d) or maps (b d h w) for {len(x)} images, "
+                             f"got {got}")
         return f.mean((2,3)) if f.ndim == 4 else f.flatten(1)
 
     @property
@@ -150,16 +173,22 @@ def chunks(
     n:int,   # images a chunk
 ) -> Iterator[Tensor]:
     "Images in chunks of `n`, whatever sizes the batches have; the last chunk may be smaller"
-    if isinstance(images, Tensor): yield from images.split(n) if len(images) else (); return
-    if hasattr(images, '__getitem__') and hasattr(images, '__len__') and not isinstance(images, (list, tuple)):
+    if isinstance(images, Tensor):
+        yield from images.split(n) if len(images) else ()
+        return
+    if hasattr(images, '__getitem__') and hasattr(images, '__len__') and not isinstance(images,
+                                                                                        (list, tuple)):
         for i in range(0, len(images), n): yield images[i:i+n][0]
         return
     held = None
     for x in (images() if callable(images) else images):
         if held is not None and held.shape[1:] != x.shape[1:]:
-            raise ValueError(f"expected images of one shape (c h w), got {tuple(held.shape[1:])} and then {tuple(x.shape[1:])}")
+            raise ValueError(f"expected images of one shape (c h w), got {tuple(held.shape[1:])} and then "
+                             f"{tuple(x.shape[1:])}")
         held = x if held is None else torch.cat([held, x.to(held)])
-        while len(held) >= n: yield held[:n]; held = held[n:]
+        while len(held) >= n:
+            yield held[:n]
+            held = held[n:]
     if held is not None and len(held): yield held
 
 @torch.inference_mode()
@@ -179,14 +208,18 @@ def stream(
 # %% ../../nbs/features/00_extractor.ipynb #907a80a5
 def extract(
     extractor:FeatureExtractor,  # who looks
-    images,                      # (n c h w) in [-1,1], an indexable set of (x, y), batches, or a function that returns batches
+    # (n c h w) in [-1,1], an indexable set of (x, y), batches, or a function that returns batches
+    images,
     device:str|torch.device|None = None, # where to compute; None takes `default_device()`
     desc:str|None = None,        # text of the bar
 ) -> Float[Tensor, "n d"]:       # features, float32, on the CPU
     "Features of many images"
-    total = len(images) if hasattr(images, '__len__') and (isinstance(images, Tensor) or hasattr(images, 'classes')) else None
+    total = (len(images) if hasattr(images, '__len__')
+             and (isinstance(images, Tensor) or hasattr(images, 'classes')) else None)
     parts = []
     with bar(total=total, desc=desc or extractor.name, unit='image') as progress:
-        for f in stream(extractor, images, device): parts.append(f); progress.update(len(f))
+        for f in stream(extractor, images, device):
+            parts.append(f)
+            progress.update(len(f))
     if not parts: raise ValueError(f"extract: expected at least one image for {extractor.name}, got none")
     return torch.cat(parts)

@@ -18,8 +18,10 @@ from torch import nn, Tensor
 from ..core import data_home, load_strictly, need, read_tensors
 
 # %% ../../nbs/features/04_lpips.ipynb #3548c71f
-SLICES = (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)  # torchvision's numbers of the convolutions, slice by slice
-SHIFT, SCALE = (-.030,-.088,-.188), (.458,.448,.450)               # of the channels of an image in [-1,1], before the VGG
+# torchvision's numbers of the convolutions, slice by slice
+SLICES = (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)
+SHIFT = (-.030,-.088,-.188)
+SCALE = (.458,.448,.450)  # of the channels of an image in [-1,1], before the VGG
 
 def _slice(numbers, given, width) -> nn.Sequential:
     "Convolutions with ReLU, after a pooling if it is not the first slice"
@@ -35,23 +37,29 @@ class _VGG(nn.Module):
     "VGG16 up to its last convolution; gives the map after each slice"
     def __init__(self, channels):
         super().__init__()
-        for i,sizes in enumerate(zip(SLICES, (3,*channels), channels), 1): self.add_module(f'slice{i}', _slice(*sizes))
+        for i,sizes in enumerate(zip(SLICES, (3,*channels), channels), 1):
+            self.add_module(f'slice{i}', _slice(*sizes))
 
     def forward(self, x):                                                        # (b 3 h w)
         maps = []
-        for part in self.children(): x = part(x); maps.append(x)
+        for part in self.children():
+            x = part(x)
+            maps.append(x)
         return maps
 
 class _Scaling(nn.Module):
     "Images in [-1,1] as the VGG was trained to see them"
     def __init__(self):
         super().__init__()
-        for name,v in (('shift', SHIFT), ('scale', SCALE)): self.register_buffer(name, torch.tensor(v).view(1,-1,1,1))
+        for name,v in (('shift', SHIFT), ('scale', SCALE)):
+            self.register_buffer(name, torch.tensor(v).view(1,-1,1,1))
     def forward(self, x): return (x.expand(-1, 3, -1, -1)-self.shift)/self.scale
 
 class _Lin(nn.Module):
     "A weight for each channel; what was a dropout is nothing here"
-    def __init__(self, channels): super().__init__(); self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+    def __init__(self, channels):
+        super().__init__()
+        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
     def forward(self, x): return self.model(x)
 
 # %% ../../nbs/features/04_lpips.ipynb #960a68fb
@@ -60,11 +68,13 @@ def _unit(f): return f/(f.square().sum(1, keepdim=True).sqrt()+1e-10)
 class LPIPS(nn.Module):
     "How different two images look; frozen, and the same in every mode"
     def __init__(self,
-        weights:dict[str,Tensor]|str|Path|Sequence|None = None, # as in `lpips_weights`; None leaves random ones
+        # as in `lpips_weights`; None leaves random ones
+        weights:dict[str,Tensor]|str|Path|Sequence|None = None,
         channels:Sequence[int] = (64,128,256,512,512),          # channels of the five slices
     ):
         super().__init__()
-        self.scaling_layer,self.net = _Scaling(),_VGG(channels)
+        self.scaling_layer = _Scaling()
+        self.net = _VGG(channels)
         for i,c in enumerate(channels): self.add_module(f'lin{i}', _Lin(c))
         if weights is not None: load_strictly(self, lpips_weights(weights), _named(weights))
         self.eval().requires_grad_(False)
@@ -77,10 +87,12 @@ class LPIPS(nn.Module):
     ) -> Float[Tensor, "b"]:
         "Distance of each pair"
         if x.shape != xh.shape or x.shape[1] not in (1,3) or min(x.shape[-2:]) < 16:
-            raise ValueError("LPIPS compares two batches of images of one shape, 1 or 3 channels, at least 16 pixels; "
+            raise ValueError("LPIPS compares two batches of images of one shape, 1 or 3 channels, at least "
+                             "16 pixels; "
                              f"got {tuple(x.shape)} and {tuple(xh.shape)}")
         pairs = zip(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(xh)))
-        return sum(getattr(self, f'lin{i}')((_unit(a)-_unit(b)).square()).mean((1,2,3)) for i,(a,b) in enumerate(pairs))
+        return sum(getattr(self, f'lin{i}')((_unit(a)-_unit(b)).square()).mean((1,2,3)) for i,
+                   (a,b) in enumerate(pairs))
 
 # %% ../../nbs/features/04_lpips.ipynb #2a79b6d2
 def _named(source) -> str:
@@ -88,7 +100,8 @@ def _named(source) -> str:
     if isinstance(source, dict): return 'these weights'
     return ' and '.join(map(str, source)) if isinstance(source, (list, tuple)) else str(source)
 
-UNREADABLE = pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError   # what torch.load says of a damaged file
+# what torch.load says of a damaged file
+UNREADABLE = pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError
 
 def _none(why) -> str: return f"no LPIPS weights: put lpips.safetensors in {data_home()} or pass files; {why}"
 
@@ -101,16 +114,19 @@ def _read(path) -> dict[str,Tensor]:
     if Path(path).suffix not in ('.pth', '.pt', '.bin'): return read_tensors(path)
     if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}; expected LPIPS weights")
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except UNREADABLE as e: raise ValueError(_none(f"{path} is damaged or no file of tensors ({_said(e)})")) from None
+    except UNREADABLE as e:
+        raise ValueError(_none(f"{path} is damaged or no file of tensors ({_said(e)})")) from None
     if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(_none(f"{path} holds {type(state).__name__}, expected named tensors"))
 
 def lpips_weights(
-    source:dict[str,Tensor]|str|Path|Sequence, # tensors; a safetensors or .pth file; several of them; or 'pretrained'
+    # tensors; a safetensors or .pth file; several of them; or 'pretrained'
+    source:dict[str,Tensor]|str|Path|Sequence,
 ) -> dict[str,Tensor]:                         # as `LPIPS` names them
     "LPIPS weights, whatever form they come in: one file, or VGG16 and channel weights apart"
     if source == 'pretrained': source = _pretrained()
-    if isinstance(source, (list, tuple)): state = {k:v for part in source for k,v in lpips_weights(part).items()}
+    if isinstance(source, (list, tuple)):
+        state = {k:v for part in source for k,v in lpips_weights(part).items()}
     else: state = source if isinstance(source, dict) else _read(source)
     of = {n:f'slice{i}' for i,numbers in enumerate(SLICES, 1) for n in numbers}
     def ours(k): return re.sub(r'^features\.(\d+)\.', lambda m: f'net.{of.get(int(m[1]), "?")}.{m[1]}.', k)
@@ -122,20 +138,25 @@ def _pretrained() -> dict[str,Tensor]|Path:
     here = data_home()/'lpips.safetensors'
     if here.is_file(): return here
     theirs = need('lpips', 'pretrained')
-    try: return theirs.LPIPS(net='vgg', verbose=False).state_dict()          # fetches the VGG unless it has it
-    except UNREADABLE as e: raise FileNotFoundError(_none(f"the lpips package could not get them ({_said(e)})")) from None
+    # fetches the VGG unless it has it
+    try: return theirs.LPIPS(net='vgg', verbose=False).state_dict()
+    except UNREADABLE as e:
+        raise FileNotFoundError(_none(f"the lpips package could not get them ({_said(e)})")) from None
 
 # %% ../../nbs/features/04_lpips.ipynb #a35b4037
 class LPIPSLoss(nn.Module):
     "Mean LPIPS distance of reconstructions from their targets"
     def __init__(self,
         weights:dict[str,Tensor]|str|Path|Sequence = 'pretrained', # as in `lpips_weights`
-        size:int|None = None,                                      # images are resized to this side; None (the original) leaves them
+        # images are resized to this side; None (the original) leaves them
+        size:int|None = None,
         **options,                                                 # further arguments of `LPIPS`
     ):
         super().__init__()
-        self.metric,self.size = LPIPS(weights, **options),size
+        self.metric = LPIPS(weights, **options)
+        self.size = size
 
     def forward(self, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"]) -> Tensor:
-        if self.size: x,xh = (F.interpolate(t, (self.size,)*2, mode='bilinear', antialias=True) for t in (x, xh))
+        if self.size:
+            x,xh = (F.interpolate(t, (self.size,)*2, mode='bilinear', antialias=True) for t in (x, xh))
         return self.metric(x, xh).mean()

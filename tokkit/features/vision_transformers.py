@@ -16,7 +16,8 @@ from .extractor import FeatureExtractor
 from ..layers import load_vit, ViT
 
 # %% ../../nbs/features/02_vision_transformers.ipynb #c281a1e0
-CLIP_MEAN, CLIP_STD = (.48145466,.4578275,.40821073), (.26862954,.26130258,.27577711)
+CLIP_MEAN = (.48145466,.4578275,.40821073)
+CLIP_STD = (.26862954,.26130258,.27577711)
 SIZES = {(384,12): 'vits', (768,12): 'vitb', (1024,24): 'vitl'}     # (width, depth) -> the field's name
 
 class _QuickGELU(nn.Module):
@@ -28,7 +29,9 @@ class _Summary(nn.Module):
     def __init__(self, vit, out=None):
         super().__init__()
         width = vit.norm.normalized_shape[0]
-        self.vit,self.norm_pre,self.head = vit,nn.LayerNorm(width) if out else nn.Identity(),nn.Linear(width, out) if out else nn.Identity()
+        self.vit = vit
+        self.norm_pre = nn.LayerNorm(width) if out else nn.Identity()
+        self.head = nn.Linear(width, out) if out else nn.Identity()
 
     def forward(self, x): return self.head(self.vit.run(self.norm_pre(self.vit.embed(x)))[:,0])     # (b d)
 
@@ -37,28 +40,36 @@ def _vit(who, weights, size, **kwargs):
     path = data_home()/f'{who}.safetensors' if weights is None else weights
     where = 'these weights' if isinstance(path, dict) else path
     if not isinstance(path, dict) and not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; {who.split('_')[0]} wants its weights there as safetensors in timm's names, "
+        raise FileNotFoundError(f"no file {path}; {who.split('_')[0]} wants its weights there as safetensors "
+                                "in timm's names, "
                                 "or weights=PATH")
     state = read_tensors(path)
-    kernel,token = state.get('patch_embed.proj.weight'),state.get('cls_token')
+    kernel = state.get('patch_embed.proj.weight')
+    token = state.get('cls_token')
     if token is None or kernel is None or kernel.ndim != 4:
-        raise ValueError(f"{where}: expected a ViT in timm's names with cls_token and patch_embed.proj.weight, "
+        raise ValueError(f"{where}: expected a ViT in timm's names with cls_token and "
+                         "patch_embed.proj.weight, "
                          f"got {', '.join(sorted(state)[:3])}, ...")
-    width,patch,depth = token.shape[-1],kernel.shape[-1],1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
+    width = token.shape[-1]
+    patch = kernel.shape[-1]
+    depth = 1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
     vit = ViT(size, patch, 3, width, depth, max(1, width//64), **kwargs)
     return dict(state), where, vit, f"{SIZES.get((width, depth), f'w{width}d{depth}p')}{patch}"
 
 # %% ../../nbs/features/02_vision_transformers.ipynb #0f0155d9
 def dinov2(
-    weights:dict[str,Tensor]|str|Path|None = None, # in timm's names, or a file of them; None: 'dinov2_vitb14' in the data folder
+    # in timm's names, or a file of them; None: 'dinov2_vitb14' in the data folder
+    weights:dict[str,Tensor]|str|Path|None = None,
     size:int = 224,   # side the images are resized to, pixels; a multiple of the patch
 ) -> FeatureExtractor:
     "DINOv2's class token; width, depth and patch follow from the weights"
     state,where,vit,kind = _vit('dinov2_vitb14', weights, size)
-    return FeatureExtractor(f'dinov2.{kind}@{size}', _Summary(load_vit(vit, state, where)), size, resize='bicubic')
+    return FeatureExtractor(f'dinov2.{kind}@{size}', _Summary(load_vit(vit, state, where)), size,
+                            resize='bicubic')
 
 def clip(
-    weights:dict[str,Tensor]|str|Path|None = None, # in timm's names, or a file of them; None: 'clip_vitb32' in the data folder
+    # in timm's names, or a file of them; None: 'clip_vitb32' in the data folder
+    weights:dict[str,Tensor]|str|Path|None = None,
     size:int = 224,          # side the images are resized to, pixels; a multiple of the patch
     quick_gelu:bool = True,  # as OpenAI's weights want it; False for those trained with GELU
 ) -> FeatureExtractor:
@@ -73,4 +84,5 @@ def clip(
     for m in tower.modules():
         if isinstance(m, nn.LayerNorm): m.eps = 1e-5
     for block in vit.blocks if quick_gelu else (): block.mlp[1] = _QuickGELU()
-    return FeatureExtractor(f"clip.{kind}{'' if quick_gelu else '-gelu'}@{size}", tower, size, CLIP_MEAN, CLIP_STD, 'bicubic')
+    return FeatureExtractor(f"clip.{kind}{'' if quick_gelu else '-gelu'}@{size}", tower, size, CLIP_MEAN,
+                            CLIP_STD, 'bicubic')

@@ -36,21 +36,26 @@ class ARCfg:
     dropout:float = 0.          # in the blocks
     label_dropout:float = .1    # fraction of labels replaced by the null class in training
     levels:int = 1              # codes a token, each out of K
-    order:str = 'raster'        # training order: 'raster', or 'random' at first and raster in the end; sampling is raster
+    # training order: 'raster', or 'random' at first and raster in the end; sampling is raster
+    order:str = 'raster'
     modulated:bool = False      # label and step shift, scale and gate every block
     qk_norm:bool = False        # normalise queries and keys
     target_aware:bool = False   # every token knows the place of the next one
 
     def __post_init__(self):
         check_sizes(self, 'n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels')
-        check_range('label_dropout', self.label_dropout); check_range('dropout', self.dropout, 0, .99)
-        if self.order not in ORDERS: raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        check_range('label_dropout', self.label_dropout)
+        check_range('dropout', self.dropout, 0, .99)
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if self.order == 'random' and not self.target_aware:
-            raise ValueError("order='random' needs target_aware=True: nothing else tells the model which place comes next")
+            raise ValueError("order='random' needs target_aware=True: nothing else tells the model which "
+                             "place comes next")
 
 _rar = dict(order='random', modulated=True, qk_norm=True, target_aware=True, dropout=.1)
 _imagenet = dict(n=256, codebook_size=4096, classes=1000, depth=24, heads=16, **_rar)
-AR_PRESETS = {'ar': ARCfg(), 'rar': ARCfg(**_rar), 'rar-b': ARCfg(width=768, **_imagenet), 'rar-l': ARCfg(width=1024, **_imagenet)}
+AR_PRESETS = {'ar': ARCfg(), 'rar': ARCfg(**_rar), 'rar-b': ARCfg(width=768, **_imagenet),
+              'rar-l': ARCfg(width=1024, **_imagenet)}
 
 # %% ../../nbs/generators/04_autoregressive.ipynb #22f0a058
 class ModulatedNorm(nn.Module):
@@ -72,18 +77,25 @@ class ARGenerator(LatentGenerator):
     "A causal transformer over code ids"
     def __init__(self, cfg:ARCfg): # sizes and switches
         super().__init__()
-        self.cfg,self.classes,self.label_dropout,self.codebook_size = cfg,cfg.classes,cfg.label_dropout,cfg.codebook_size
+        self.cfg = cfg
+        self.classes = cfg.classes
+        self.label_dropout = cfg.label_dropout
+        self.codebook_size = cfg.codebook_size
         self.shape = (cfg.n,) if cfg.levels == 1 else (cfg.n, cfg.levels)
-        self.steps,self.prefix,self.blank = cfg.n+cfg.levels-1,1+cfg.target_aware,cfg.levels*cfg.codebook_size
+        self.steps = cfg.n+cfg.levels-1
+        self.prefix = 1+cfg.target_aware
+        self.blank = cfg.levels*cfg.codebook_size
         d = cfg.width
         def table(n): return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, d), std=.02))
-        self.embeddings = nn.Embedding(self.blank+1+cfg.classes+1, d)            # codes of each level, no code, labels, no label
+        # codes of each level, no code, labels, no label
+        self.embeddings = nn.Embedding(self.blank+1+cfg.classes+1, d)
         self.pos_embed = table(self.steps+(1024 if cfg.target_aware else 1))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if cfg.target_aware else None
         self.target_aware_pos_embed = table(self.steps+1024) if cfg.target_aware else None
         self.timesteps_embeddings = table(self.steps+100) if cfg.modulated else None
         kwargs = dict(causal=True, ratio=cfg.ratio, dropout=cfg.dropout, qk_norm=cfg.qk_norm)
-        if cfg.modulated: self.blocks = nn.ModuleList([ModulatedBlock(d, cfg.heads, **kwargs) for _ in range(cfg.depth)])
+        if cfg.modulated:
+            self.blocks = nn.ModuleList([ModulatedBlock(d, cfg.heads, **kwargs) for _ in range(cfg.depth)])
         else: self.blocks = transformer(cfg.depth, d, cfg.heads, **kwargs)
         self.norm = None if cfg.modulated else nn.LayerNorm(d, eps=1e-6)
         self.adaln_before_head = ModulatedNorm(d) if cfg.modulated else None
@@ -95,7 +107,8 @@ class ARGenerator(LatentGenerator):
         nn.init.trunc_normal_(self.embeddings.weight, std=.02)
         for name,m in self.named_modules():
             if not self.cfg.modulated or not isinstance(m, nn.Linear): continue
-            nn.init.zeros_(m.bias); nn.init.zeros_(m.weight) if 'adaLN' in name else nn.init.trunc_normal_(m.weight, std=.02)
+            nn.init.zeros_(m.bias)
+            nn.init.zeros_(m.weight) if 'adaLN' in name else nn.init.trunc_normal_(m.weight, std=.02)
 
     def condition(self, labels:Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
         "Embeddings of labels; the null class is `classes`"
@@ -110,29 +123,40 @@ class ARGenerator(LatentGenerator):
                orders:Int[Tensor, "b n"]|None = None) -> Float[Tensor, "b s1 l k"]:
         "Scores of every level before the first step and after each of the given frames"
         b,s,P,n = *frames.shape[:2],self.prefix,self.cfg.n
-        c,places = self.condition(labels)[:,None],torch.arange(self.steps, device=frames.device).expand(b, -1)
+        c = self.condition(labels)[:,None]
+        places = torch.arange(self.steps, device=frames.device).expand(b, -1)
         if orders is not None: places = torch.cat([orders, places[:,n:]], 1)
-        x = torch.cat([c, self.embeddings(frames).sum(2)], 1)+self.pos_embed[0][F.pad(places[:,:s]+P, (1,0), value=P-1)]      # (b s+1 d)
+        # (b s+1 d)
+        x = (torch.cat([c, self.embeddings(frames).sum(2)], 1)
+             +self.pos_embed[0][F.pad(places[:,:s]+P, (1,0), value=P-1)])
         if self.target_aware_pos_embed is not None:
-            next_ = self.target_aware_pos_embed[0][places[:,:s+1]+P]                                    # the last step has no next one
-            x = torch.cat([(self.cls_token+self.pos_embed[:,:1]).expand(b, -1, -1), x+F.pad(next_, (0,0,0,s+1-next_.shape[1]))], 1)
+            # the last step has no next one
+            next_ = self.target_aware_pos_embed[0][places[:,:s+1]+P]
+            x = torch.cat([(self.cls_token+self.pos_embed[:,:1]).expand(b, -1, -1), x
+                           +F.pad(next_, (0,0,0,s+1-next_.shape[1]))], 1)
         if self.cfg.modulated: c = c+self.timesteps_embeddings[:,:x.shape[1]]
         for block in self.blocks: x = block(x, block.modulation(c)) if self.cfg.modulated else block(x)
-        x = self.adaln_before_head(x, self.adaln_before_head.folded(c)) if self.cfg.modulated else self.norm(x)
+        x = (self.adaln_before_head(x, self.adaln_before_head.folded(c)) if self.cfg.modulated
+             else self.norm(x))
         return self.lm_head(x[:,P-1:]).unflatten(-1, (self.cfg.levels, -1))
 
-    def logits(self, ids:Int[Tensor, "b *t"], labels:Int[Tensor, "b"], orders:Int[Tensor, "b n"]|None = None) -> Float[Tensor, "b *s"]:
+    def logits(self, ids:Int[Tensor, "b *t"], labels:Int[Tensor, "b"], orders:Int[Tensor, "b n"]
+               |None = None) -> Float[Tensor, "b *s"]:
         "Scores of the first token and of the one after each given token; `ids` are in the order in which they are generated"
         frames = self.frames(ids)
-        if ids.shape[1] < self.cfg.n: frames = frames[:,:ids.shape[1]]           # of unfinished tokens, what is set by then
+        # of unfinished tokens, what is set by then
+        if ids.shape[1] < self.cfg.n: frames = frames[:,:ids.shape[1]]
         scores = self.scores(frames, labels, orders)
         return scores[:,:,0] if self.cfg.levels == 1 else scores
 
     def losses(self, latents, labels, rng=None, done=1.):
         "Mean cross-entropy of the next code in nats, and how often the likeliest code is the right one"
-        check_labels(self, labels); check_latents(self, latents, len(labels))
+        check_labels(self, labels)
+        check_latents(self, latents, len(labels))
         ratio = random_ratio(done) if self.cfg.order == 'random' else 0.
-        latents,labels,orders = latents.long(),drop_labels(labels, self.label_dropout, self.classes, rng),None
+        latents = latents.long()
+        labels = drop_labels(labels, self.label_dropout, self.classes, rng)
+        orders = None
         if ratio:
             orders = draw_orders(len(labels), self.cfg.n, ratio, rng).to(labels.device)
             latents = latents.gather(1, orders.view(*orders.shape, *[1]*(latents.ndim-2)).expand_as(latents))
@@ -145,16 +169,19 @@ class ARGenerator(LatentGenerator):
         "The steps of one call of `sample`"
         return ARSampler(self, labels, guided)
 
-    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None):
+    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
+               callback=None):
         return sample_ar(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback)
 
     def cache_bytes(self, rows:int) -> int:
         "Size of the keys and values of so many sequences, in bytes"
-        return 2*rows*self.cfg.depth*(self.prefix+self.steps-1)*self.cfg.width*self.embeddings.weight.element_size()
+        return (2*rows*self.cfg.depth*(self.prefix
+                                       +self.steps-1)*self.cfg.width*self.embeddings.weight.element_size())
 
     @property
     def sample_bytes(self) -> int:
-        rows,c = 2,self.cfg
+        rows = 2
+        c = self.cfg
         return self.cache_bytes(rows)+4*rows*(4*self.blank+(12+2*int(c.ratio))*c.width)
 
 # %% ../../nbs/generators/04_autoregressive.ipynb #da3642bd
@@ -172,14 +199,16 @@ def load_official_generator(
     "Load weights of the released RAR, strictly"
     return load_strictly(generator, {from_timm(k):v for k,v in state.items()}, where)
 
-NO_DECAY = 'ln', 'bias', 'latent_tokens', 'mask_token', 'embedding', 'norm', 'gamma', 'embed'  # parts of names
+# parts of names
+NO_DECAY = 'ln', 'bias', 'latent_tokens', 'mask_token', 'embedding', 'norm', 'gamma', 'embed'
 
 def released_decay(
     model:nn.Module,            # an `ARGenerator`
     weight_decay:float = .03,   # of the others
 ) -> list[dict]:
     "Parameter groups for AdamW: without decay what the released training spares, with decay the rest"
-    spared,others = [],[]
+    spared = []
+    others = []
     for name,p in model.named_parameters():
         if p.requires_grad: (spared if p.ndim < 2 or any(w in name for w in NO_DECAY) else others).append(p)
     return [dict(params=spared, weight_decay=0.), dict(params=others, weight_decay=weight_decay)]

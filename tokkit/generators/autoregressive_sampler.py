@@ -24,12 +24,18 @@ class ARSampler:
         labels:Int[Tensor, "b"],     # 0..classes-1
         guided:bool,                 # each image has an unconditional row too
     ):
-        self.g,self.guided,self.b,c = generator,guided,len(labels),generator.cfg
-        like,rows = generator.embeddings.weight,len(labels)*(1+guided)
-        self.length,self.rows = generator.prefix+generator.steps-1,labels.new_empty(rows)
+        self.g = generator
+        self.guided = guided
+        self.b = len(labels)
+        c = generator.cfg
+        like = generator.embeddings.weight
+        rows = len(labels)*(1+guided)
+        self.length = generator.prefix+generator.steps-1
+        self.rows = labels.new_empty(rows)
         self.caches = [KVCache(rows, c.heads, self.length, c.width//c.heads, like) for _ in generator.blocks]
         places = torch.arange(generator.prefix, self.length+1, device=like.device)
-        self.places = generator.pos_embed[0][places-1]                           # row s belongs to the token that enters step s
+        # row s belongs to the token that enters step s
+        self.places = generator.pos_embed[0][places-1]
         if c.target_aware: self.places = self.places+generator.target_aware_pos_embed[0][places]
         self.at = torch.arange(self.length, device=like.device)
         self.relabel(labels)
@@ -37,13 +43,16 @@ class ARSampler:
     def relabel(self, labels:Int[Tensor, "b"]):
         "Begin again with other labels, as many as before; the tensors that `step` reads stay where they are"
         if self.guided: labels = torch.cat([labels, torch.full_like(labels, self.g.classes)])
-        self.kinds,rows = labels.unique(return_inverse=True)                     # distinct labels; which of them a row has
+        # distinct labels; which of them a row has
+        self.kinds,rows = labels.unique(return_inverse=True)
         self.rows.copy_(rows)
-        self.table,self.first = [],0
+        self.table = []
+        self.first = 0
 
     def start(self) -> Float[Tensor, "r l k"]:
         "Class token and label, once a distinct label; the scores of the first step"
-        g,P = self.g,self.g.prefix
+        g = self.g
+        P = self.g.prefix
         x = (g.condition(self.kinds)+self.places[0])[:,None]                     # (kinds 1 d)
         if P == 2: x = torch.cat([(g.cls_token+g.pos_embed[:,:1]).expand(len(x), -1, -1), x], 1)
         if g.cfg.modulated: c = g.condition(self.kinds)[:,None]+g.timesteps_embeddings[:,:P]
@@ -62,8 +71,10 @@ class ARSampler:
         if not self.first <= s < self.first+(len(self.table[0]) if self.table else 0):
             each = len(self.kinds)*(6*g.cfg.depth+2)*g.cfg.width*self.places.element_size()
             last = min(g.steps, s+max(1, most//each))
-            c = g.condition(self.kinds)+g.timesteps_embeddings[0,g.prefix-1+s:g.prefix-1+last,None]        # (steps kinds d)
-            self.table,self.first = [m.folded(c) for m in (*g.blocks, g.adaln_before_head)],s
+            # (steps kinds d)
+            c = g.condition(self.kinds)+g.timesteps_embeddings[0,g.prefix-1+s:g.prefix-1+last,None]
+            self.table = [m.folded(c) for m in (*g.blocks, g.adaln_before_head)]
+            self.first = s
         return [t[s-self.first] for t in self.table]
 
     def step(self,
@@ -72,15 +83,18 @@ class ARSampler:
         modulations:list[Float[Tensor, "kinds _ d"]], # of `modulations`
         at:int|Int[Tensor, "1"],                 # the new token's place in the caches
         length:int,                              # places to attend to
-        mask:Float[Tensor, "length"]|None = None, # 0 or -inf a place; needed when `length` is more than `at`+1
+        # 0 or -inf a place; needed when `length` is more than `at`+1
+        mask:Float[Tensor, "length"]|None = None,
     ) -> Float[Tensor, "r l k"]:
         "The scores after one more token, conditional rows first. Its shapes change with `length` alone, so it can be compiled or replayed"
         g = self.g
         x = (g.embeddings(frame).sum(1) if g.cfg.levels > 1 else g.embeddings(frame[:,0]))+place
         if self.guided: x = x.repeat(2, 1)
         for i,(block,cache) in enumerate(zip(g.blocks, self.caches)):
-            x = block.step(x, *(m.index_select(0, self.rows) for m in modulations[i:i+1]), cache, at, length, mask)
-        x = g.adaln_before_head(x, modulations[-1].index_select(0, self.rows)) if g.cfg.modulated else g.norm(x)
+            x = block.step(x, *(m.index_select(0, self.rows) for m in modulations[i:i+1]), cache, at, length,
+                           mask)
+        x = (g.adaln_before_head(x, modulations[-1].index_select(0, self.rows)) if g.cfg.modulated
+             else g.norm(x))
         return g.lm_head(x).unflatten(-1, (g.cfg.levels, -1))
 
     def __call__(self, s:int, frame:Int[Tensor, "b l"]|None) -> Float[Tensor, "r l k"]:
@@ -100,20 +114,29 @@ def sample_ar(
     top_p:float|None = None,           # only the best codes that together have this probability
     keep:tuple[Tensor, float]|None = None, # (real ids, sigma in 0..1)
     rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
-    callback:Callable|None = None,     # gets dict(i, steps, latents, known, new, logits, position) after every step
+    # gets dict(i, steps, latents, known, new, logits, position) after every step
+    callback:Callable|None = None,
 ) -> Int[Tensor, "b *n"]:
     "Draw ids in raster order"
-    g,b,device = generator,len(labels),labels.device
+    g = generator
+    b = len(labels)
+    device = labels.device
     guidance = check_sampling(g, labels, guidance, temperature, top_k, top_p, keep)
-    scales,seeds = guidance.scales(g.steps).tolist(),row_seeds(rng, b)
+    scales = guidance.scales(g.steps).tolist()
+    seeds = row_seeds(rng, b)
     if b == 0: return torch.zeros(0, *g.shape, dtype=torch.long, device=device)
     def drawn(stream): return delay(row_noise(seeds, g.shape, stream, device=device).view(b, g.cfg.n, -1))
-    u,kept = drawn('draw'),None if keep is None else drawn('keep') < keep[1]
+    u = drawn('draw')
+    kept = None if keep is None else drawn('keep') < keep[1]
     real = None if keep is None else delay(keep[0].to(device).reshape(b, g.cfg.n, -1))
-    there = delay(torch.ones(1, g.cfg.n, g.cfg.levels, dtype=torch.bool, device=device))[0]         # (s l) where a level has a code
+    # (s l) where a level has a code
+    there = delay(torch.ones(1, g.cfg.n, g.cfg.levels, dtype=torch.bool, device=device))[0]
     rows = torch.arange(g.cfg.levels, device=device)*g.codebook_size
     guided = any(s != 1 for s in scales)
-    steps,ids,frame,fine = g.sampler(labels, guided),torch.zeros_like(u, dtype=torch.long),None,[]
+    steps = g.sampler(labels, guided)
+    ids = torch.zeros_like(u, dtype=torch.long)
+    frame = None
+    fine = []
     for s,scale in enumerate(scales):
         logits = steps(s, frame)                                                 # (r l k)
         if guided: logits = guide(logits[:b], logits[b:], scale) if scale != 1 else logits[:b]
@@ -127,7 +150,8 @@ def sample_ar(
 
 def _report(g, s, ids, logits, there, kept) -> dict:
     "What a callback gets after step `s`"
-    step,b = torch.arange(g.steps, device=ids.device)[:,None],len(ids)
+    step = torch.arange(g.steps, device=ids.device)[:,None]
+    b = len(ids)
     set_,new = (undelay((there & when).expand(b, -1, -1)) for when in (step <= s, step == s))
     if kept is not None: new = new & ~undelay(kept)
     known,new,latents = (t.reshape(b, *g.shape) for t in (set_, new, undelay(ids)*set_))

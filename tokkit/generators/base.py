@@ -34,19 +34,27 @@ GUIDANCE_KINDS = 'constant', 'linear', 'cosine'
 @dataclass(frozen=True)
 class Guidance:
     "How hard guidance pulls, and when"
-    scale:float = 1.                             # g, where it pulls in full, >= 0; 1 = none, 0 = conditional only, no second pass
-    power:float|None = None                      # p of the power-cosine curve, > 0; given, the kind is 'cosine'
-    kind:str|None = None                         # 'constant', 'linear' or 'cosine'; None: 'cosine' with a power, else 'constant'
-    interval:tuple[float,float] = (0., 1.)       # part of the sampling in which it pulls; outside the scale is 1, the curve runs on
+    # g, where it pulls in full, >= 0; 1 = none, 0 = conditional only, no second pass
+    scale:float = 1.
+    # p of the power-cosine curve, > 0; given, the kind is 'cosine'
+    power:float|None = None
+    # 'constant', 'linear' or 'cosine'; None: 'cosine' with a power, else 'constant'
+    kind:str|None = None
+    # part of the sampling in which it pulls; outside the scale is 1, the curve runs on
+    interval:tuple[float,float] = (0., 1.)
 
     def __post_init__(self):
         check_range('guidance', self.scale, 0, 1e6, '1 means no guidance')
         if self.kind not in (None, *GUIDANCE_KINDS):
-            raise ValueError(f"the kind of guidance must be one of {', '.join(GUIDANCE_KINDS)}, got {self.kind!r}")
+            raise ValueError(f"the kind of guidance must be one of {', '.join(GUIDANCE_KINDS)}, got "
+                             f"{self.kind!r}")
         if self.power is not None and not (self.power > 0 and self.kind in (None, 'cosine')):
-            raise ValueError(f"power must be > 0 and belongs to the kind 'cosine', got {self.power} with {self.kind!r}")
+            raise ValueError(f"power must be > 0 and belongs to the kind 'cosine', got {self.power} with "
+                             f"{self.kind!r}")
         lo,hi = self.interval
-        if not 0 <= lo < hi <= 1: raise ValueError(f"the interval of guidance must be 0 <= from < to <= 1, got {tuple(self.interval)}")
+        if not 0 <= lo < hi <= 1:
+            raise ValueError("the interval of guidance must be 0 <= from < to <= 1, got "
+                             f"{tuple(self.interval)}")
 
     def scales(self, steps:int) -> Float[Tensor, "steps"]:
         "The scale at every step"
@@ -56,14 +64,16 @@ class Guidance:
     def at(self, t:Float[Tensor, "m"]) -> Float[Tensor, "m"]:
         "The scale when so much of the sampling is done, 0..1"
         kind = self.kind or ('constant' if self.power is None else 'cosine')
-        grown = dict(constant=torch.ones_like(t), linear=t, cosine=(1-torch.cos(math.pi*t**(self.power or 1.)))/2)[kind]
+        grown = dict(constant=torch.ones_like(t), linear=t,
+                     cosine=(1-torch.cos(math.pi*t**(self.power or 1.)))/2)[kind]
         lo,hi = self.interval
         pulls = (t >= lo) & (t < hi) if self.scale else torch.zeros_like(t, dtype=torch.bool)
         return torch.where(pulls, 1+(self.scale-1)*grown, 1.).float()
 
     def __str__(self):
         kind = self.kind or ('constant' if self.power is None else 'cosine')
-        return f'{self.scale:g}' if kind == 'constant' else f'{self.scale:g} {kind}'+(f' p={self.power:g}' if self.power else '')
+        return (f'{self.scale:g}' if kind == 'constant' else f'{self.scale:g} {kind}'
+                +(f' p={self.power:g}' if self.power else ''))
 
 def guide(
     conditional:Tensor,     # c, logits or velocities
@@ -92,7 +102,8 @@ def row_seeds(
 ) -> Int[Tensor, "b"]:
     "One seed a sample; the first ones do not depend on how many follow"
     if isinstance(rng, Tensor):
-        if tuple(rng.shape) != (b,): raise ValueError(f"rng must hold one seed a row, got shape {tuple(rng.shape)} for {b} rows")
+        if tuple(rng.shape) != (b,):
+            raise ValueError(f"rng must hold one seed a row, got shape {tuple(rng.shape)} for {b} rows")
         return rng.cpu()
     drawn = [torch.randint(2**62, (), generator=rng, device=rng.device if rng else None) for _ in range(b)]
     return torch.stack(drawn).cpu() if drawn else torch.empty(0, dtype=torch.long)
@@ -118,8 +129,11 @@ def chances(
 ) -> Float[Tensor, "*b k"]:
     "The distribution that `draw` draws from"
     logits = logits.float()
-    logits = (logits-logits.amax(-1, keepdim=True))/temperature                 # the best code stays at 0, however small the temperature
-    if top_k is not None: logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[...,-1:], -torch.inf)
+    # the best code stays at 0, however small the temperature
+    logits = (logits-logits.amax(-1, keepdim=True))/temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[...,-1:],
+                                    -torch.inf)
     if top_p is not None and top_p < 1: logits = logits.masked_fill(_tail(logits, top_p), -torch.inf)
     return logits.softmax(-1)
 
@@ -133,7 +147,8 @@ def draw(
     "Draw a code from each distribution by inverting its cumulative sum"
     cumulative = chances(logits, temperature, top_k, top_p).cumsum(-1)
     total = cumulative[...,-1:]
-    place = torch.minimum(u[...,None]*total, torch.nextafter(total, torch.zeros_like(total)))     # below the end, whatever rounding did
+    # below the end, whatever rounding did
+    place = torch.minimum(u[...,None]*total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, place, right=True)[...,0]
 
 def _tail(logits, top_p) -> Bool[Tensor, "*b k"]:
@@ -152,16 +167,20 @@ class LatentGenerator(nn.Module, ABC):
     default_steps:int|None = None # of a sampler that lets one choose; None: it goes code by code
 
     @abstractmethod
-    def losses(self, latents:Tensor, labels:Int[Tensor, "b"], rng:torch.Generator|None = None, done:float = 1.) -> dict:
+    def losses(self, latents:Tensor, labels:Int[Tensor, "b"], rng:torch.Generator|None = None,
+               done:float = 1.) -> dict:
         "The 'loss' of a batch of real latents, and what else is worth watching; `done` is the fraction of training behind"
 
     @abstractmethod
-    def sample(self, labels:Int[Tensor, "b"], guidance:float|Guidance = 1., temperature:float = 1., top_k:int|None = None,
-               top_p:float|None = None, keep:tuple[Tensor, float]|None = None, rng:torch.Generator|Int[Tensor, "b"]|None = None,
+    def sample(self, labels:Int[Tensor, "b"], guidance:float|Guidance = 1., temperature:float = 1., top_k:int
+               |None = None,
+               top_p:float|None = None, keep:tuple[Tensor, float]|None = None, rng:torch.Generator
+               |Int[Tensor, "b"]|None = None,
                callback:Callable|None = None) -> Tensor:
         "Draw latents for the labels; with `keep=(latents, sigma)` real latents stay: all of them at sigma 1, none at 0"
 
-    def loss(self, latents:Tensor, labels:Int[Tensor, "b"], rng:torch.Generator|None = None, done:float = 1.) -> Tensor:
+    def loss(self, latents:Tensor, labels:Int[Tensor, "b"], rng:torch.Generator|None = None,
+             done:float = 1.) -> Tensor:
         "Training loss of a batch of real latents"
         return self.losses(latents, labels, rng, done)['loss']
 
@@ -176,8 +195,10 @@ class LatentGenerator(nn.Module, ABC):
         return 64*math.prod(self.shape)*(self.codebook_size or 1)
 
     def __repr__(self):
-        what = f"ids {self.shape} of {self.codebook_size} codes" if self.codebook_size else f"latents {self.shape}"
-        return f"{type(self).__name__}: {what}, {self.classes} classes, {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters"
+        what = (f"ids {self.shape} of {self.codebook_size} codes" if self.codebook_size
+                else f"latents {self.shape}")
+        return (f"{type(self).__name__}: {what}, {self.classes} classes, "
+                f"{sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters")
 
 # %% ../../nbs/generators/00_base.ipynb #e793f38a
 def drop_labels(
@@ -196,9 +217,11 @@ def check_labels(
 ):
     "Raise one line unless these are labels of this generator"
     if labels.dtype not in (torch.int32, torch.int64) or labels.ndim != 1:
-        raise ValueError(f"labels must be a vector of whole numbers, got {labels.dtype} of shape {tuple(labels.shape)}")
+        raise ValueError(f"labels must be a vector of whole numbers, got {labels.dtype} of shape "
+                         f"{tuple(labels.shape)}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < generator.classes:
-        raise ValueError(f"labels must be in 0..{generator.classes-1}, got {int(labels.min())}..{int(labels.max())}")
+        raise ValueError(f"labels must be in 0..{generator.classes-1}, got "
+                         f"{int(labels.min())}..{int(labels.max())}")
 
 def check_latents(
     generator:LatentGenerator, # what they are for
@@ -210,9 +233,11 @@ def check_latents(
     kind = 'ids (whole numbers)' if generator.codebook_size else 'continuous latents'
     wrong = latents.dtype == torch.bool or latents.is_floating_point() == bool(generator.codebook_size)
     if wrong or tuple(latents.shape) != (b, *generator.shape):
-        raise ValueError(f"{what} must be {kind} of shape {(b, *generator.shape)}, got {latents.dtype} of shape {tuple(latents.shape)}")
+        raise ValueError(f"{what} must be {kind} of shape {(b, *generator.shape)}, got {latents.dtype} of "
+                         f"shape {tuple(latents.shape)}")
     if generator.codebook_size and latents.numel() and not 0 <= int(latents.min()) <= int(latents.max()) < generator.codebook_size:
-        raise ValueError(f"{what} must hold ids in 0..{generator.codebook_size-1}, got {int(latents.min())}..{int(latents.max())}; "
+        raise ValueError(f"{what} must hold ids in 0..{generator.codebook_size-1}, got "
+                         f"{int(latents.min())}..{int(latents.max())}; "
                          "they are of another tokenizer")
 
 def check_sampling(
@@ -227,9 +252,11 @@ def check_sampling(
     "Raise one line about whatever cannot be sampled; returns the guidance"
     check_labels(generator, labels)
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    if not 0 < temperature < math.inf: raise ValueError(f"temperature must be > 0, got {temperature}; for the likeliest code use top_k=1")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be > 0, got {temperature}; for the likeliest code use top_k=1")
     if (top_k is not None or top_p is not None) and not generator.codebook_size:
-        raise ValueError("top_k and top_p choose among codes, and these latents are continuous; leave them out")
+        raise ValueError("top_k and top_p choose among codes, and these latents are continuous; leave them "
+                         "out")
     if top_k is not None: check_count('top_k', top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}; for the likeliest code use top_k=1")
@@ -237,7 +264,8 @@ def check_sampling(
         check_range('sigma', keep[1], hint='1 keeps all of the real latents, 0 nothing')
         check_latents(generator, keep[0], len(labels), 'keep')
     if guidance.scale not in (0, 1) and not generator.label_dropout:
-        warnings.warn(f"{type(generator).__name__} was trained with label_dropout 0: guidance {guidance} pulls away from a prediction "
+        warnings.warn(f"{type(generator).__name__} was trained with label_dropout 0: guidance {guidance} "
+                      "pulls away from a prediction "
                       "it never learned; use guidance=1, or train with label_dropout > 0", stacklevel=3)
     return guidance
 
@@ -247,7 +275,8 @@ def check_steps(
     "Raise one line that names the first step whose prediction was not finite; asked once, after the last step"
     fine = torch.stack(list(fine))
     if fine.all(): return
-    raise FloatingPointError(f"the generator's prediction is not finite at step {int((~fine).int().argmax())} of {len(fine)}; "
+    raise FloatingPointError("the generator's prediction is not finite at step "
+                             f"{int((~fine).int().argmax())} of {len(fine)}; "
                              "its weights are damaged, or its precision is too low")
 
 # %% ../../nbs/generators/00_base.ipynb #ff1dfbe6
@@ -256,7 +285,8 @@ def free_memory(
 ) -> int:
     "Bytes that are free there; on a CPU rather too few, since caches of the system are not counted"
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 2**31
+    return (os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if 'SC_AVPHYS_PAGES' in os.sysconf_names
+            else 2**31)
 
 def fit_batch(
     generator:LatentGenerator,    # that will sample
@@ -281,7 +311,8 @@ def sample_batches(
     "Sampled latents and their labels"
     device = next((p.device for p in generator.parameters()), torch.device('cpu'))
     if isinstance(labels, int):
-        check_count('labels', labels, hint='it is how many images to draw, or a tensor of their labels', least=0)
+        check_count('labels', labels, hint='it is how many images to draw, or a tensor of their labels',
+                    least=0)
         labels = torch.arange(labels)%generator.classes
     if keep is not None and len(keep[0]) != len(labels):
         raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")

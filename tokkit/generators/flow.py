@@ -40,7 +40,8 @@ def path_at(
     if path == 'linear': return PathPoint(t, 1-t, torch.ones_like(t), -torch.ones_like(t))
     if path != 'cosine': raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     half = math.pi/2
-    a,s = (half*t).sin(), (half*t).cos()
+    a = (half*t).sin()
+    s = (half*t).cos()
     return PathPoint(a, s, half*s, -half*a)
 
 # %% ../../nbs/generators/06_flow.ipynb #9b5ae55c
@@ -82,7 +83,8 @@ def draw_times(
 def _follow(move, velocity, z, times, callback):
     "Through all steps: `move` says where one leads, given its number, its ends, the point and the velocity there"
     for i,(t,u) in enumerate(zip(times.tolist(), times.tolist()[1:])):
-        v,before = velocity(z, t),z
+        v = velocity(z, t)
+        before = z
         z = move(i, t, u, z, v)
         if callback: callback(dict(i=i, steps=len(times)-1, t=u, z=z, velocity=v, before=before, since=t))
     return z
@@ -91,7 +93,8 @@ def sample_euler(
     velocity:Callable,               # (z, time) -> how z moves
     z:Float[Tensor, "b *n"],         # start, at the first time
     times:Float[Tensor, "m"],        # growing, 0 = noise, 1 = data; on the CPU
-    callback:Callable|None = None,   # gets dict(i, steps, t, z; velocity, before and since when) after every step
+    # gets dict(i, steps, t, z; velocity, before and since when) after every step
+    callback:Callable|None = None,
 ) -> Float[Tensor, "b *n"]:
     "Follow the velocity in straight steps"
     return _follow(lambda i, t, u, z, v: z+(u-t)*v, velocity, z, times, callback)
@@ -122,9 +125,11 @@ def sample_sde(
     check_range('churn', churn, hint='it is how much of the noise is replaced')
     a,s,_,_ = path_at(times.double(), path)
     kept = (1-churn**2*(1-(a[:-1]*s[1:]/(a[1:]*s[:-1])).square())).clamp(0, 1).sqrt().tolist()
-    a,s = a.tolist(),s.tolist()
+    a = a.tolist()
+    s = s.tolist()
     def move(i, t, u, z, v):
-        clean,old = (convert(v, 'velocity', wanted, z, torch.as_tensor(t, dtype=z.dtype), path) for wanted in ('clean', 'noise'))
+        clean,old = (convert(v, 'velocity', wanted, z, torch.as_tensor(t, dtype=z.dtype), path)
+                     for wanted in ('clean', 'noise'))
         return a[i+1]*clean+s[i+1]*(kept[i]*old+(1-kept[i]**2)**.5*noise[:,i])
     return _follow(move, velocity, z, times, callback)
 
@@ -150,11 +155,14 @@ class FlowCfg:
 
     def __post_init__(self):
         for name,known in dict(path=PATHS, predict=PREDICTIONS, times=TIMES).items():
-            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         check_sizes(self, 'n', 'dim', 'classes', 'width', 'depth', 'heads')
-        check_range('label_dropout', self.label_dropout); check_range('dropout', self.dropout, 0, .99)
+        check_range('label_dropout', self.label_dropout)
+        check_range('dropout', self.dropout, 0, .99)
         object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
-        if not 0 < self.std < math.inf: raise ValueError(f"std must be > 0, got {self.std}; it is LatentSpec's, as `fit_spec` measures it")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std must be > 0, got {self.std}; it is LatentSpec's, as `fit_spec` measures it")
 
 def time_embedding(
     t:Float[Tensor, "b"],  # times in [0,1]
@@ -177,20 +185,31 @@ class FlowGenerator(LatentGenerator):
     def __init__(self, cfg:FlowCfg): # sizes, scale and kind of path
         super().__init__()
         w = cfg.width
-        self.cfg,self.shape,self.classes,self.label_dropout,self.codebook_size = cfg,(cfg.n, cfg.dim),cfg.classes,cfg.label_dropout,None
-        self.embed,self.pos = nn.Linear(cfg.dim, w),nn.Parameter(_places(cfg.grid or (1, cfg.n), w))
-        self.time,self.label = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w)),nn.Embedding(cfg.classes+1, w)
+        self.cfg = cfg
+        self.shape = (cfg.n, cfg.dim)
+        self.classes = cfg.classes
+        self.label_dropout = cfg.label_dropout
+        self.codebook_size = None
+        self.embed = nn.Linear(cfg.dim, w)
+        self.pos = nn.Parameter(_places(cfg.grid or (1, cfg.n), w))
+        self.time = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))
+        self.label = nn.Embedding(cfg.classes+1, w)
         block = dict(dim=w, heads=cfg.heads, affine=False, dropout=cfg.dropout, ratio=cfg.ratio)
         self.blocks = nn.ModuleList([ModulatedBlock(**block) for _ in range(cfg.depth)])
         self.norm = nn.LayerNorm(w, eps=1e-6, elementwise_affine=False)
-        self.final,self.head = nn.Sequential(nn.SiLU(), nn.Linear(w, 2*w)),nn.Linear(w, cfg.dim)
+        self.final = nn.Sequential(nn.SiLU(), nn.Linear(w, 2*w))
+        self.head = nn.Linear(w, cfg.dim)
         nn.init.normal_(self.label.weight, std=.02)
-        for layer in (self.final[1], self.head): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+        for layer in (self.final[1], self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, zt:Float[Tensor, "b n d"], t:Float[Tensor, "b"], labels:Int[Tensor, "b"]) -> Float[Tensor, "b n d"]:
+    def forward(self, zt:Float[Tensor, "b n d"], t:Float[Tensor, "b"],
+                labels:Int[Tensor, "b"]) -> Float[Tensor, "b n d"]:
         "Velocity of latents at unit scale; label `classes` is none"
         a,s,da,ds = path_at(t.float()[:,None,None], self.cfg.path)                            # (b 1 1)
-        q,kind = (a*a+s*s).sqrt(),self.pos.dtype
+        q = (a*a+s*s).sqrt()
+        kind = self.pos.dtype
         c = (self.time(time_embedding(t).to(kind))+self.label(labels))[:,None]                 # (b 1 w)
         x = self.embed((zt/q).to(kind))+self.pos                                              # (b n w)
         for block in self.blocks: x = block(x, block.modulation(c))
@@ -199,23 +218,30 @@ class FlowGenerator(LatentGenerator):
         return (da*a+ds*s)/q**2*zt+(a*ds-s*da)/q*rest
 
     def losses(self, latents, labels, rng=None, done=1.):
-        check_labels(self, labels); check_latents(self, latents, len(labels))
-        c,where = self.cfg,rng.device if rng else None
+        check_labels(self, labels)
+        check_latents(self, latents, len(labels))
+        c = self.cfg
+        where = rng.device if rng else None
         labels = drop_labels(labels, c.label_dropout, self.classes, rng)
         t = draw_times(len(labels), c.times, rng).to(latents.device)
-        z,noise = (latents.float()-c.mean)/c.std,torch.randn(latents.shape, generator=rng, device=where).to(latents.device)
+        z = (latents.float()-c.mean)/c.std
+        noise = torch.randn(latents.shape, generator=rng, device=where).to(latents.device)
         at = t[:,None,None]
         a,s,da,ds = path_at(at, c.path)
         zt = a*z+s*noise                                                                      # (b n d)
         v = self(zt, t, labels)
-        loss = F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path), dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict])
-        return dict(loss=loss, clean_error=F.mse_loss(convert(v.detach(), 'velocity', 'clean', zt, at, c.path), z))
+        loss = F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path),
+                          dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict])
+        return dict(loss=loss,
+                    clean_error=F.mse_loss(convert(v.detach(), 'velocity', 'clean', zt, at, c.path), z))
 
     default_steps = 16
 
-    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None,
+    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
+               callback=None,
                steps=None, method='sde', churn=1.):
-        return sample_flow(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps, method, churn)
+        return sample_flow(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps,
+                           method, churn)
 
     @property
     def sample_bytes(self) -> int:
@@ -240,7 +266,8 @@ def sample_flow(
     temperature:float = 1.,                 # scales all noise, > 0
     top_k:int|None = None,                  # for ids only
     top_p:float|None = None,                # for ids only
-    keep:tuple[Tensor, float]|None = None,  # (real latents, sigma in 0..1, the time at which to start from them)
+    # (real latents, sigma in 0..1, the time at which to start from them)
+    keep:tuple[Tensor, float]|None = None,
     rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
     callback:Callable|None = None,          # gets dict(i, steps, t, latents, clean) after every step
     steps:int|None = None,                  # of the whole path; None: 16
@@ -251,23 +278,32 @@ def sample_flow(
     guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
     if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     steps = generator.default_steps if steps is None else steps
-    check_count('steps', steps, hint='16 is a good number'); check_range('churn', churn, hint='it is how much of the noise is replaced')
-    c,b,device,sigma = generator.cfg,len(labels),labels.device,0. if keep is None else float(keep[1])
+    check_count('steps', steps, hint='16 is a good number')
+    check_range('churn', churn, hint='it is how much of the noise is replaced')
+    c = generator.cfg
+    b = len(labels)
+    device = labels.device
+    sigma = 0. if keep is None else float(keep[1])
     if sigma == 1: return keep[0].to(device, torch.float32, copy=True)
-    seeds,left = row_seeds(rng, b),max(1, math.ceil(round(steps*(1-sigma), 6)))     # steps that remain
+    seeds = row_seeds(rng, b)
+    left = max(1, math.ceil(round(steps*(1-sigma), 6)))  # steps that remain
     times = torch.linspace(sigma, 1, left+1, dtype=torch.float64)
-    velocity,fine = _velocity(generator, labels, guidance, times),[]
+    velocity = _velocity(generator, labels, guidance, times)
+    fine = []
     def note(at):
         fine.append(at['z'].isfinite().all())
         if callback is None: return
-        clean = convert(at['velocity'], 'velocity', 'clean', at['before'], torch.as_tensor(at['since'], dtype=at['z'].dtype), c.path)
-        callback(dict(i=at['i'], steps=left, t=at['t'], latents=at['z']*c.std+c.mean, clean=clean*c.std+c.mean))
+        clean = convert(at['velocity'], 'velocity', 'clean', at['before'],
+                        torch.as_tensor(at['since'], dtype=at['z'].dtype), c.path)
+        callback(dict(i=at['i'], steps=left, t=at['t'], latents=at['z']*c.std+c.mean, clean=clean*c.std
+                      +c.mean))
     z = temperature*row_noise(seeds, generator.shape, 'noise', normal=True, device=device)
     if sigma:
         a,s,_,_ = path_at(times[0], c.path)
         z = a.item()*(keep[0].to(device, z.dtype)-c.mean)/c.std+s.item()*z
     if method == 'sde':
-        fresh = temperature*row_noise(seeds, (left, *generator.shape), 'fresh noise', normal=True, device=device)
+        fresh = (temperature*row_noise(seeds, (left, *generator.shape), 'fresh noise', normal=True,
+                                       device=device))
         z = sample_sde(velocity, z, times, fresh, c.path, churn, note)
     else: z = dict(euler=sample_euler, heun=sample_heun)[method](velocity, z, times, note)
     check_steps(fine)

@@ -23,25 +23,33 @@ class _Packed:
     made = weakref.WeakValueDictionary()
     count = 0
     def __init__(self, weight, scales, bias, scale, zero):
-        engine,torch.backends.quantized.engine = torch.backends.quantized.engine,'fbgemm'
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = 'fbgemm'
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter('ignore')                                  # quantized tensors are on their way out of PyTorch
-                q = torch.quantize_per_channel(weight, scales.double(), torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
+                # quantized tensors are on their way out of PyTorch
+                warnings.simplefilter('ignore')
+                q = torch.quantize_per_channel(weight, scales.double(),
+                                               torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
             self.weight = torch.ops.quantized.linear_prepack(q, bias)
         finally: torch.backends.quantized.engine = engine
-        self.scale,self.zero,self.key = scale,zero,_Packed.count
+        self.scale = scale
+        self.zero = zero
+        self.key = _Packed.count
         _Packed.made[self.key] = self
         _Packed.count += 1
     def __deepcopy__(self, memo): return self
 
-    def __call__(self, x): return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, self.scale, self.zero, self.weight)
+    def __call__(self, x):
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, self.scale, self.zero,
+                                                                                 self.weight)
 
 def _int8_linear(x, key, out): return _Packed.made[key.item()](x)
 def _int8_linear_shape(x, key, out): return x.new_empty(*x.shape[:-1], out)
 
 _ops = torch.library.Library('tokkit', 'FRAGMENT')
-if not hasattr(torch.ops.tokkit, 'int8_linear'):     # a process registers it once, also when this page is run in it
+# a process registers it once, also when this page is run in it
+if not hasattr(torch.ops.tokkit, 'int8_linear'):
     # tensors and sizes only: a compiler can step over it
     _ops.define('int8_linear(Tensor x, Tensor key, int out) -> Tensor')
     _ops.impl('int8_linear', _int8_linear, 'CPU')
@@ -56,20 +64,26 @@ class Int8Linear(nn.Module):
         high:float,         # largest input that was seen; a little room is left above, none below
     ):
         super().__init__()
-        if 'fbgemm' not in torch.backends.quantized.supported_engines or not hasattr(torch, 'quantize_per_channel'):
-            raise ValueError("int8 needs a PyTorch with FBGEMM, which this one lacks (it is for x86 CPUs); take precision='fp32'")
+        if 'fbgemm' not in torch.backends.quantized.supported_engines or not hasattr(torch,
+                                                                                     'quantize_per_channel'):
+            raise ValueError("int8 needs a PyTorch with FBGEMM, which this one lacks (it is for x86 CPUs); "
+                             "take precision='fp32'")
         w = linear.weight.detach().float().cpu()
         scales,(low,high) = (w.abs().amax(1)/127).clamp(min=1e-12),(min(low, 0.), max(high, 0.))
         scale = max((high-low)/127, 1e-12)
         bias = None if linear.bias is None else linear.bias.detach().float().cpu()
         self.packed = _Packed(w, scales, bias, scale, round(-low/scale))
-        self.in_features,self.out_features = linear.in_features,linear.out_features
-        for name,t in (('weight', (w/scales[:,None]).round().to(torch.int8)), ('scales', scales), ('bias', bias),
-                       ('grid', torch.tensor([low, high]))): self.register_buffer(name, t)       # what a fingerprint sees
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        for name,t in (('weight', (w/scales[:,None]).round().to(torch.int8)), ('scales', scales),
+                       ('bias', bias),
+                       ('grid', torch.tensor([low, high]))):
+            self.register_buffer(name, t)       # what a fingerprint sees
         self.register_buffer('key', torch.tensor(self.packed.key), persistent=False)
 
     def forward(self, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        return torch.ops.tokkit.int8_linear(x, self.key, self.out_features) if torch.compiler.is_compiling() else self.packed(x)
+        return (torch.ops.tokkit.int8_linear(x, self.key, self.out_features) if torch.compiler.is_compiling()
+                else self.packed(x))
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}"
 
 # %% ../../nbs/generators/01_inference.ipynb #d187e743
@@ -80,16 +94,20 @@ def input_ranges(
     seed:int = 0,              # of the draws
 ) -> dict[str,tuple[float,float]]:
     "Smallest and largest input of every linear layer that sampling uses; the layer that is used last comes last"
-    seen,device = {},next(generator.parameters()).device
+    seen = {}
+    device = next(generator.parameters()).device
     def watch(name):
         def see(_, inputs):
             low,high = inputs[0].detach().aminmax()
             before = seen.pop(name, (low, high))
             seen[name] = torch.minimum(low, before[0]),torch.maximum(high, before[1])
         return see
-    hooks = [m.register_forward_pre_hook(watch(name)) for name,m in generator.named_modules() if isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_pre_hook(watch(name)) for name,m in generator.named_modules()
+             if isinstance(m, nn.Linear)]
     guidance = Guidance(3. if generator.label_dropout else 1.)
-    try: generator.sample(torch.arange(samples, device=device)%generator.classes, guidance, rng=make_rng(seed, 'ranges'))
+    try:
+        generator.sample(torch.arange(samples, device=device)%generator.classes, guidance,
+                         rng=make_rng(seed, 'ranges'))
     finally:
         for h in hooks: h.remove()
     return {k:(low.item(), high.item()) for k,(low,high) in seen.items()}
@@ -102,7 +120,8 @@ def cuda_graph(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3): step()                                                # whatever is compiled or allocated at first
+        # whatever is compiled or allocated at first
+        for _ in range(3): step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): out = step()
@@ -114,30 +133,43 @@ def cuda_graph(
 class KeptSteps:
     "Makes the steps of every call of a copy, and keeps what calls have in common"
     def __init__(self,
-        sampler:Callable,              # (labels, guided) -> the steps of a call, as `tokkit.generators.autoregressive_sampler.ARSampler`
+        # (labels, guided) -> the steps of a call, as `tokkit.generators.autoregressive_sampler.ARSampler`
+        sampler:Callable,
         capture:Callable|None = None,  # e.g. `cuda_graph`; None: steps are run, not replayed
         compiled:bool = False,         # parts of the steps are compiled, so what changes should be a tensor
         bucket:int = 64,               # lengths are rounded up to a multiple of it, when steps are replayed
         most:int = 2**28,              # bytes the kept modulations may take
     ):
-        self.make,self.capture,self.compiled,self.bucket,self.most = sampler,capture,compiled,bucket,most
-        self.kinds,self.table,self.shape,self.steps = None,None,None,None
+        self.make = sampler
+        self.capture = capture
+        self.compiled = compiled
+        self.bucket = bucket
+        self.most = most
+        self.kinds = None
+        self.table = None
+        self.shape = None
+        self.steps = None
 
     def __call__(self, labels:Int[Tensor, "b"], guided:bool) -> Callable:
         shape = len(labels),guided,len(labels.unique()),labels.device
         if shape == self.shape: self.steps.relabel(labels)
         else:
-            self.steps,self.graphs = None,{}                                     # their memory first
-            self.shape,self.steps = shape,self._keep(self.make(labels, guided))
+            self.steps = None
+            self.graphs = {}  # their memory first
+            self.shape = shape
+            self.steps = self._keep(self.make(labels, guided))
         return self._step if self.capture or self.compiled else self.steps
 
     def _keep(self, steps):
         "Let `steps` take its modulations from the last call"
         def modulations(s):
-            kinds = tuple(steps.kinds.tolist()) if not steps.table else self.kinds               # asked once a call
+            # asked once a call
+            kinds = tuple(steps.kinds.tolist()) if not steps.table else self.kinds
             if kinds == self.kinds and self.table is not None: steps.table,steps.first = self.table
             out = type(steps).modulations(steps, s, self.most)
-            if out and len(steps.table[0])+steps.first >= steps.g.steps and s <= 1: self.kinds,self.table = kinds,(steps.table, steps.first)
+            if out and len(steps.table[0])+steps.first >= steps.g.steps and s <= 1:
+                self.kinds = kinds
+                self.table = (steps.table, steps.first)
             return out
         steps.modulations = modulations
         return steps
@@ -146,7 +178,9 @@ class KeptSteps:
         steps = self.steps
         if s == 0: return steps.start()
         i = steps.g.prefix+s-1
-        place,at,modulations = steps.places[s],steps.at[i:i+1],steps.modulations(s)
+        place = steps.places[s]
+        at = steps.at[i:i+1]
+        modulations = steps.modulations(s)
         if not self.capture: return steps.step(frame, place, modulations, at, i+1)
         length = min(steps.length, -(-(i+1)//self.bucket)*self.bucket)
         mask = torch.where(steps.at[:length] > i, -torch.inf, 0.).to(place.dtype)
@@ -154,7 +188,9 @@ class KeptSteps:
         if length not in self.graphs:
             held = [t.clone() for t in new]
             frame,place,at,mask,*modulations = held
-            self.graphs[length] = held,self.capture(lambda: steps.step(frame, place, modulations, at, length, mask))
+            self.graphs[length] = (held,
+                                   self.capture(lambda: steps.step(frame, place, modulations, at, length,
+                                                                   mask)))
         held,replay = self.graphs[length]
         for a,b in zip(held, new): a.copy_(b)
         return replay()
@@ -164,7 +200,8 @@ PRECISIONS = 'fp32', 'bf16', 'int8'
 
 class FullLinear(nn.Linear):
     "A linear layer that stays in fp32 among others that do not"
-    def forward(self, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]: return F.linear(x.float(), self.weight, self.bias)
+    def forward(self, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        return F.linear(x.float(), self.weight, self.bias)
 
 def _replace(module, name, new):
     parent,_,own = name.rpartition('.')
@@ -172,16 +209,20 @@ def _replace(module, name, new):
 
 def _int8(generator, samples):
     "Let every linear layer that samples, but the last, multiply whole numbers"
-    if any(p.device.type != 'cpu' for p in generator.parameters()): raise ValueError("int8 is for CPUs; on a GPU take precision='bf16'")
+    if any(p.device.type != 'cpu' for p in generator.parameters()):
+        raise ValueError("int8 is for CPUs; on a GPU take precision='bf16'")
     *inner,_ = input_ranges(generator, samples).items()
-    for name,(low,high) in inner: _replace(generator, name, Int8Linear(generator.get_submodule(name), low, high))
+    for name,(low,high) in inner:
+        _replace(generator, name, Int8Linear(generator.get_submodule(name), low, high))
 
 def _bf16(generator):
     "Everything in bfloat16 but the last linear layer"
     name = list(input_ranges(generator, 1))[-1]
-    head,device = generator.get_submodule(name),next(generator.parameters()).device
+    head = generator.get_submodule(name)
+    device = next(generator.parameters()).device
     if device.type == 'cpu' and not torch.cpu._is_avx512_bf16_supported():
-        warnings.warn("this CPU has no instructions for bf16, so bf16 will be slower than fp32; take precision='int8'", stacklevel=3)
+        warnings.warn("this CPU has no instructions for bf16, so bf16 will be slower than fp32; take "
+                      "precision='int8'", stacklevel=3)
     full = FullLinear(head.in_features, head.out_features, head.bias is not None).to(device)
     full.load_state_dict(head.state_dict())
     generator.to(torch.bfloat16)
@@ -190,7 +231,8 @@ def _bf16(generator):
 def _compile(generator, how):
     "Compile the blocks, which are all alike, so one compilation serves them all"
     if not hasattr(generator, 'blocks'):
-        raise ValueError(f"compile needs a generator made of `blocks`, and {type(generator).__name__} has none")
+        raise ValueError(f"compile needs a generator made of `blocks`, and {type(generator).__name__} has "
+                         "none")
     for block in generator.blocks:
         block.forward = torch.compile(block.forward, backend=how)
         if hasattr(block, 'step'): block.step = torch.compile(block.step, backend=how)
@@ -199,20 +241,25 @@ def fast(
     generator:LatentGenerator,      # stays as it is
     precision:str|None = None,      # 'fp32', 'bf16' or 'int8'; None: int8 on a CPU, bf16 on a GPU
     compile:str = '',               # backend of `torch.compile` for the blocks, e.g. 'inductor'; '' = none
-    graphs:bool|None = None,        # replay whole steps as CUDA graphs; None: where there is a GPU and the generator has steps
+    # replay whole steps as CUDA graphs; None: where there is a GPU and the generator has steps
+    graphs:bool|None = None,
     samples:int = 16,               # that show int8 what its layers get to see, at least 1
 ) -> LatentGenerator:
     "A copy that only samples"
     device = next(generator.parameters()).device
     precision = precision or ('bf16' if device.type == 'cuda' else 'int8')
     if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")
-    if precision not in PRECISIONS: raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if compile and compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
-        raise ValueError(f"compile must be a backend of torch.compile ({', '.join(known)}) or '', got {compile!r}")
+        raise ValueError(f"compile must be a backend of torch.compile ({', '.join(known)}) or '', got "
+                         f"{compile!r}")
     stepwise = hasattr(generator, 'sampler')
     if graphs is None: graphs = device.type == 'cuda' and stepwise
-    if graphs and device.type != 'cuda': raise ValueError(f"graphs are CUDA graphs, and this generator is on {device}; take graphs=False")
-    if graphs and not stepwise: raise ValueError(f"graphs replay steps, and {type(generator).__name__} has none; take graphs=False")
+    if graphs and device.type != 'cuda':
+        raise ValueError(f"graphs are CUDA graphs, and this generator is on {device}; take graphs=False")
+    if graphs and not stepwise:
+        raise ValueError(f"graphs replay steps, and {type(generator).__name__} has none; take graphs=False")
     new = copy.deepcopy(generator).eval().requires_grad_(False)
     if precision == 'int8': _int8(new, samples)
     if precision == 'bf16': _bf16(new)

@@ -30,7 +30,8 @@ def mask_schedule(
     kind:str = 'cosine',    # of `MASK_SCHEDULES`
 ) -> Float[Tensor, "*b"]:
     "The fraction of entries that is hidden"
-    if kind not in MASK_SCHEDULES: raise ValueError(f"schedule must be one of {', '.join(MASK_SCHEDULES)}, got {kind!r}")
+    if kind not in MASK_SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(MASK_SCHEDULES)}, got {kind!r}")
     if kind == 'linear': return 1-u
     return torch.cos(u*math.pi/2) if kind == 'cosine' else torch.arccos(u)*2/math.pi
 
@@ -42,7 +43,8 @@ def random_mask(
 ) -> Bool[Tensor, "b m"]:
     "Entries to hide in training: at least one an image, all at times"
     where = rng.device if rng else None
-    u,lots = torch.rand(b, 1, generator=rng, device=where),torch.rand(b, m, generator=rng, device=where)
+    u = torch.rand(b, 1, generator=rng, device=where)
+    lots = torch.rand(b, m, generator=rng, device=where)
     return lots.argsort(1).argsort(1) < (mask_schedule(u, kind)*m).ceil().clamp(1, m)
 
 # %% ../../nbs/generators/05_masked.ipynb #a7ddd5bb
@@ -62,12 +64,14 @@ class MaskedCfg:
     schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in sampling
     masks:str = 'linear'        # of `MASK_SCHEDULES`, in training
     grid:Sequence[int]|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
-    near:int = 3                # side of the neighbourhood a token shows its neighbours, odd; 0: attention alone, as in MaskGIT
+    # side of the neighbourhood a token shows its neighbours, odd; 0: attention alone, as in MaskGIT
+    near:int = 3
     label_smoothing:float = 0.  # of the target codes, in [0,1)
 
     def __post_init__(self):
         for kind in (self.schedule, self.masks): mask_schedule(torch.zeros(1), kind)
-        if self.near < 0 or (self.near and not self.near%2): raise ValueError(f"near must be odd, or 0 for none, got {self.near}")
+        if self.near < 0 or (self.near and not self.near%2):
+            raise ValueError(f"near must be odd, or 0 for none, got {self.near}")
         check_range('label_dropout', self.label_dropout)
         for name in ('dropout', 'label_smoothing'): check_range(name, getattr(self, name), 0, .99)
         check_sizes(self, 'n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels')
@@ -78,15 +82,20 @@ class MaskedGenerator(LatentGenerator):
     "A transformer that predicts hidden ids from all known ones"
     def __init__(self, cfg:MaskedCfg): # sizes
         super().__init__()
-        self.cfg,self.classes,self.label_dropout,self.codebook_size = cfg,cfg.classes,cfg.label_dropout,cfg.codebook_size
+        self.cfg = cfg
+        self.classes = cfg.classes
+        self.label_dropout = cfg.label_dropout
+        self.codebook_size = cfg.codebook_size
         self.shape = (cfg.n,) if cfg.levels == 1 else (cfg.n, cfg.levels)
         self.label = nn.Embedding(cfg.classes+1, cfg.width)
-        self.token = nn.Embedding(cfg.levels*(cfg.codebook_size+1), cfg.width)      # a table a level, whose last row is the mask token
+        # a table a level, whose last row is the mask token
+        self.token = nn.Embedding(cfg.levels*(cfg.codebook_size+1), cfg.width)
         self.pos = nn.Parameter(torch.zeros(cfg.n+1, cfg.width))
         self.default_steps = min(12, math.prod(self.shape))
         self.near = nn.Conv2d(cfg.width, cfg.width, cfg.near, padding=cfg.near//2) if cfg.near else None
         self.blocks = transformer(cfg.depth, cfg.width, cfg.heads, ratio=cfg.ratio, dropout=cfg.dropout)
-        self.norm,self.head = nn.LayerNorm(cfg.width),nn.Linear(cfg.width, cfg.levels*cfg.codebook_size)
+        self.norm = nn.LayerNorm(cfg.width)
+        self.head = nn.Linear(cfg.width, cfg.levels*cfg.codebook_size)
         for name,w in self.named_parameters():
             if w.ndim > 1: nn.init.trunc_normal_(w, std=.02)
             elif name.endswith('bias'): nn.init.zeros_(w)
@@ -98,17 +107,21 @@ class MaskedGenerator(LatentGenerator):
     ) -> Float[Tensor, "b *shape k"]:
         "Scores of all codes at every entry, known ones too"
         x = self.token(ids.reshape(len(ids), self.cfg.n, self.cfg.levels)+self.tables).sum(2)       # (b n d)
-        if self.near is not None: x = x+self.near(x.mT.unflatten(2, self.cfg.grid or (1, self.cfg.n))).flatten(2).mT
+        if self.near is not None:
+            x = x+self.near(x.mT.unflatten(2, self.cfg.grid or (1, self.cfg.n))).flatten(2).mT
         label = self.label(labels)[:,None]
-        x = torch.cat([label, x+label], 1)+self.pos                                                 # (b n+1 d)
+        # (b n+1 d)
+        x = torch.cat([label, x+label], 1)+self.pos
         for block in self.blocks: x = block(x)
         return self.head(self.norm(x[:,1:])).reshape(*ids.shape, self.codebook_size)
 
     def losses(self, latents, labels, rng=None, done=1.): return masked_losses(self, latents, labels, rng)
 
-    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None, callback=None,
+    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
+               callback=None,
                steps=None, choice_temperature=4.5):
-        return sample_masked(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps, choice_temperature)
+        return sample_masked(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps,
+                             choice_temperature)
 
     @property
     def sample_bytes(self) -> int:
@@ -124,13 +137,17 @@ def masked_losses(
     rng:torch.Generator|None = None,    # of masks and left-out labels
 ) -> dict[str, Tensor]:
     "Cross-entropy of the hidden entries, in nats, mean over an image's and then over images; likewise the fraction guessed right"
-    check_labels(generator, labels); check_latents(generator, latents, len(labels))
-    c,latents = generator.cfg,latents.long()
+    check_labels(generator, labels)
+    check_latents(generator, latents, len(labels))
+    c = generator.cfg
+    latents = latents.long()
     hidden = random_mask(len(labels), c.n*c.levels, c.masks, rng).to(latents.device)              # (b m)
-    weight = (hidden/hidden.sum(1, keepdim=True)/max(1, len(hidden)))[hidden]                      # images weigh the same
+    # images weigh the same
+    weight = (hidden/hidden.sum(1, keepdim=True)/max(1, len(hidden)))[hidden]
     hidden = hidden.reshape(latents.shape)
     given = latents.masked_fill(hidden, c.codebook_size)
-    scores,wanted = generator.logits(given, drop_labels(labels, c.label_dropout, c.classes, rng))[hidden],latents[hidden]   # (m k), (m)
+    scores = generator.logits(given, drop_labels(labels, c.label_dropout, c.classes, rng))[hidden]
+    wanted = latents[hidden]  # (m k), (m)
     loss = (weight*F.cross_entropy(scores, wanted, reduction='none', label_smoothing=c.label_smoothing)).sum()
     return dict(loss=loss, accuracy=(weight*(scores.detach().argmax(-1) == wanted)).sum())
 
@@ -141,8 +158,10 @@ def unmask_plan(
     kind:str = 'cosine',      # of `MASK_SCHEDULES`
 ) -> Int[Tensor, "b steps"]:
     "Entries still hidden after each step"
-    left = (hidden[:,None]*mask_schedule((torch.arange(steps, dtype=torch.float64)+1)/steps, kind)+1e-9).floor().long()
-    columns,before = [],hidden
+    left = (hidden[:,None]*mask_schedule((torch.arange(steps, dtype=torch.float64)+1)/steps, kind)
+            +1e-9).floor().long()
+    columns = []
+    before = hidden
     for i in range(steps):
         before = torch.maximum(torch.minimum(left[:,i], before-1).clamp(min=0), before.clamp(max=steps-1-i))
         columns.append(before)
@@ -159,33 +178,44 @@ def sample_masked(
     top_p:float|None = None,                # only the best codes that together have this probability
     keep:tuple[Tensor, float]|None = None,  # (real ids, sigma in 0..1)
     rng:torch.Generator|Int[Tensor, "b"]|None = None, # all draws
-    callback:Callable|None = None,          # gets dict(i, steps, latents, known, new, logits) after every step
-    steps:int|None = None,                  # passes through the network, 1..entries; None: 12, or all entries where there are fewer
+    # gets dict(i, steps, latents, known, new, logits) after every step
+    callback:Callable|None = None,
+    # passes through the network, 1..entries; None: 12, or all entries where there are fewer
+    steps:int|None = None,
     choice_temperature:float = 4.5,         # tau, >= 0; 0 sets the most certain entries first, large ones any
 ) -> Int[Tensor, "b *shape"]:
     "Draw ids in a few steps, the most certain entries first; in a callback's `latents` hidden entries hold the code just drawn"
     guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
-    b,k,shape,device = len(labels),generator.codebook_size,generator.shape,labels.device
+    b = len(labels)
+    k = generator.codebook_size
+    shape = generator.shape
+    device = labels.device
     steps = generator.default_steps if steps is None else steps
     check_count('steps', steps, math.prod(shape), 'a step sets at least one entry')
     check_range('choice_temperature', choice_temperature, 0, 1e9, 'large ones set entries in any order')
     seeds = row_seeds(rng, b)
-    known,ids = torch.zeros(b, *shape, dtype=torch.bool),torch.full((b, *shape), k, device=device)
+    known = torch.zeros(b, *shape, dtype=torch.bool)
+    ids = torch.full((b, *shape), k, device=device)
     if keep is not None:
         known = row_noise(seeds, shape, 'keep') < keep[1]
         ids = torch.where(known.to(device), keep[0].to(device), ids)
-    plan,known = unmask_plan((~known).flatten(1).sum(1), steps, generator.cfg.schedule).to(device),known.to(device)
+    plan = unmask_plan((~known).flatten(1).sum(1), steps, generator.cfg.schedule).to(device)
+    known = known.to(device)
     u,g = (row_noise(seeds, (steps, *shape), stream, device=device) for stream in ('draw', 'choice'))
     g = -torch.log(-torch.log(g.clamp(1e-9, 1-1e-6)))
     fine = []
     for i,scale in enumerate(guidance.scales(steps).tolist()):
-        logits = guided(generator.logits, ids, labels, generator.classes, scale)                    # (b *shape k)
+        # (b *shape k)
+        logits = guided(generator.logits, ids, labels, generator.classes, scale)
         fine.append(logits.isfinite().all())
         drawn = torch.where(known, ids, draw(logits, u[:,i], temperature, top_k, top_p).clamp(max=k-1))
-        sure = logits.float().log_softmax(-1).gather(-1, drawn[...,None])[...,0]+choice_temperature*(1-(i+1)/steps)*g[:,i]
-        place = sure.masked_fill(known, torch.inf).flatten(1).argsort(dim=1, stable=True).argsort(1).reshape(ids.shape)
+        sure = (logits.float().log_softmax(-1).gather(-1, drawn[...,None])[...,0]
+                +choice_temperature*(1-(i+1)/steps)*g[:,i])
+        place = sure.masked_fill(known, torch.inf).flatten(1).argsort(dim=1,
+                                                                      stable=True).argsort(1).reshape(ids.shape)
         new = ~known & (place >= plan[:,i].view(b, *[1]*len(shape)))
-        known,ids = known | new,torch.where(new, drawn, ids)
+        known = known | new
+        ids = torch.where(new, drawn, ids)
         if callback: callback(dict(i=i, steps=steps, latents=drawn, known=known, new=new, logits=logits))
     check_steps(fine)
     return ids

@@ -18,29 +18,39 @@ from .flow import FlowCfg, FlowGenerator
 from .masked import MaskedCfg, MaskedGenerator
 
 # %% ../../nbs/generators/07_registry.ipynb #2df190b5
-GENERATOR_KINDS = dict(ar=(ARCfg, ARGenerator), masked=(MaskedCfg, MaskedGenerator), flow=(FlowCfg, FlowGenerator))
+GENERATOR_KINDS = dict(ar=(ARCfg, ARGenerator), masked=(MaskedCfg, MaskedGenerator),
+                       flow=(FlowCfg, FlowGenerator))
 
 _SWITCHES = 'order', 'modulated', 'qk_norm', 'target_aware'
 def _of(preset, *fields): return {k:getattr(AR_PRESETS[preset], k) for k in fields}
 
 GENERATORS = {     # preset -> kind, and what its configuration changes
-    'ar':     ('ar', {}),                                                        # raster order, a plain decoder as in LlamaGen
-    'rar':    ('ar', _of('rar', *_SWITCHES)),                                    # random orders first, as the paper's; small, so no dropout
-    'masked': ('masked', {}),                                                    # after MaskGIT; nearer to it: near=0, masks='cosine'
-    'flow':   ('flow', {}),                                                      # SiT: flow matching on continuous latents
-    'rar-b':  ('ar', _of('rar-b', *_SWITCHES, 'width', 'depth', 'heads', 'dropout')), # 266 M parameters on 256 tokens of 4096 codes
+    # raster order, a plain decoder as in LlamaGen
+    'ar':     ('ar', {}),
+    # random orders first, as the paper's; small, so no dropout
+    'rar':    ('ar', _of('rar', *_SWITCHES)),
+    # after MaskGIT; nearer to it: near=0, masks='cosine'
+    'masked': ('masked', {}),
+    # SiT: flow matching on continuous latents
+    'flow':   ('flow', {}),
+    # 266 M parameters on 256 tokens of 4096 codes
+    'rar-b':  ('ar', _of('rar-b', *_SWITCHES, 'width', 'depth', 'heads', 'dropout')),
     'rar-l':  ('ar', _of('rar-l', *_SWITCHES, 'width', 'depth', 'heads', 'dropout')), # 468 M
 }
 
 def _sizes(kind:str, spec:LatentSpec) -> dict:
     "What a tokenizer says about a generator of its latents"
-    k,ids = spec.codebook_size,spec.ids_shape or spec.shape[:1]
+    k = spec.codebook_size
+    ids = spec.ids_shape or spec.shape[:1]
     if kind == 'flow' and k is not None:
-        raise ValueError(f"flow makes continuous latents, and this tokenizer has {k} codes; take ar or masked, "
+        raise ValueError(f"flow makes continuous latents, and this tokenizer has {k} codes; take ar or "
+                         "masked, "
                          "or a tokenizer without codes such as tiny-kl")
     if kind != 'flow' and k is None:
-        raise ValueError(f"{kind} makes ids, and this tokenizer has continuous latents; take flow, or a tokenizer with codes such as tiny")
-    if kind == 'flow': return dict(n=spec.shape[0], dim=spec.shape[1], grid=spec.grid, mean=spec.mean, std=spec.std)
+        raise ValueError(f"{kind} makes ids, and this tokenizer has continuous latents; take flow, or a "
+                         "tokenizer with codes such as tiny")
+    if kind == 'flow':
+        return dict(n=spec.shape[0], dim=spec.shape[1], grid=spec.grid, mean=spec.mean, std=spec.std)
     shape = dict(n=ids[0], codebook_size=k)|(dict(levels=ids[1]) if len(ids) > 1 else {})
     return shape|(dict(grid=spec.grid) if kind == 'masked' and ids[0] == spec.shape[0] else {})
 
@@ -52,10 +62,12 @@ def make_generator(
     **overrides,         # fields of the kind's configuration, e.g. width, depth
 ) -> LatentGenerator:
     "A new generator that fits a tokenizer, with seeded weights"
-    if preset not in GENERATORS: raise ValueError(f"no generator {preset!r}; there are {', '.join(GENERATORS)}")
+    if preset not in GENERATORS:
+        raise ValueError(f"no generator {preset!r}; there are {', '.join(GENERATORS)}")
     kind,settings = GENERATORS[preset]
     Cfg,Generator = GENERATOR_KINDS[kind]
-    cfg = changed(Cfg(**_sizes(kind, spec), classes=max(1, classes)), f'{Cfg.__name__} has no', **settings|overrides)
+    cfg = changed(Cfg(**_sizes(kind, spec), classes=max(1, classes)), f'{Cfg.__name__} has no', **settings
+                  |overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Generator(cfg)
@@ -74,10 +86,13 @@ def load_generator(
     "Read a generator of any kind back, in eval mode"
     kinds = {Generator.__name__:(Cfg, Generator) for Cfg,Generator in GENERATOR_KINDS.values()}
     config = Path(folder)/'config.json'
-    kind = next(iter(kinds))                                            # without config.json `load_model` says what is wrong
+    # without config.json `load_model` says what is wrong
+    kind = next(iter(kinds))
     if config.exists(): kind = read_json(config, dict[str,Any]).get('kind')
-    if not isinstance(kind, str): raise ValueError(f"{config} names no kind of generator; it is damaged or was changed by hand")
-    if kind not in kinds: raise ValueError(f"{folder} holds a {kind}, expected a generator: {', '.join(kinds)}")
+    if not isinstance(kind, str):
+        raise ValueError(f"{config} names no kind of generator; it is damaged or was changed by hand")
+    if kind not in kinds:
+        raise ValueError(f"{folder} holds a {kind}, expected a generator: {', '.join(kinds)}")
     Cfg,Generator = kinds[kind]
     def build(saved):
         check_kind(saved['cfg'], Cfg, 'config.json: cfg')

@@ -26,7 +26,8 @@ def draw_orders(
     "For each image the places in the order in which they are generated"
     where = rng.device if rng else None
     shuffled = torch.rand(b, n, generator=rng, device=where).argsort(1)
-    return shuffled.where(torch.rand(b, 1, generator=rng, device=where) < ratio, torch.arange(n, device=where))
+    return shuffled.where(torch.rand(b, 1, generator=rng, device=where) < ratio,
+                          torch.arange(n, device=where))
 
 # %% ../../nbs/generators/02_token_orders.ipynb #7a0fbdbf
 def delay(

@@ -44,7 +44,9 @@ class KVCache:
     def put(self, at:int|Int[Tensor, "1"], k:Float[Tensor, "b h c"], v:Float[Tensor, "b h c"]):
         "Write one token; where its place is a tensor, a graph of the step can be replayed at any place"
         if isinstance(at, int): self.k[:,:,at],self.v[:,:,at] = k,v
-        else: self.k.index_copy_(2, at, k[:,:,None]); self.v.index_copy_(2, at, v[:,:,None])
+        else:
+            self.k.index_copy_(2, at, k[:,:,None])
+            self.v.index_copy_(2, at, v[:,:,None])
 
     @property
     def bytes(self) -> int:
@@ -62,17 +64,24 @@ class Attention(nn.Module):
     ):
         super().__init__()
         if dim%heads: raise ValueError(f"heads must divide dim, got {heads} heads for {dim} channels")
-        self.heads,self.causal,self.dropout = heads,causal,dropout
-        self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
-        self.q_norm,self.k_norm = (nn.LayerNorm(dim//heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
+        self.heads = heads
+        self.causal = causal
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3*dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm,self.k_norm = (nn.LayerNorm(dim//heads, eps=1e-6) if qk_norm else nn.Identity()
+                                   for _ in range(2))
 
     def forward(self, x:Float[Tensor, "b n d"], cache:KVCache|None = None) -> Float[Tensor, "b n d"]:
         q,k,v = rearrange(self.qkv(x), 'b n (three h c) -> three b h n c', three=3, h=self.heads)
-        q,k = self.q_norm(q),self.k_norm(k)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if cache is not None: k,v = cache.add(k, v)                              # (b h n+past c)
         whole = q.shape[2] == k.shape[2]    # a single new token sees everything before it: no mask
-        if self.causal and not whole and q.shape[2] > 1: raise ValueError("a cache takes the whole prefix once, then one token at a time")
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout*self.training, is_causal=self.causal and whole)
+        if self.causal and not whole and q.shape[2] > 1:
+            raise ValueError("a cache takes the whole prefix once, then one token at a time")
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout*self.training,
+                                           is_causal=self.causal and whole)
         return self.proj(rearrange(x, 'b h n c -> b n (h c)'))
 
     def step(self,
@@ -80,7 +89,8 @@ class Attention(nn.Module):
         cache:KVCache,                               # of the tokens before
         at:int|Int[Tensor, "1"],                     # its place in the cache
         length:int,                                  # places to attend to, the first ones; at least `at`+1
-        mask:Float[Tensor, "length"]|None = None,    # 0 or -inf a place; needed when `length` is more than `at`+1
+        # 0 or -inf a place; needed when `length` is more than `at`+1
+        mask:Float[Tensor, "length"]|None = None,
     ) -> Float[Tensor, "b d"]:
         "One new token, with fewer and smaller operations than `forward` needs"
         q,k,v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)           # (b h c)
@@ -94,8 +104,12 @@ def attend(
 ) -> Float[Tensor, "b h c"]:
     "Attention of single queries; on a CPU two products of matrices, which read keys and values once and at the speed of memory"
     if q.device.type != 'cpu':
-        return F.scaled_dot_product_attention(q[:,:,None], k, v, None if mask is None else mask[None,None,None])[:,:,0]
+        return F.scaled_dot_product_attention(q[:,:,None], k, v, None if mask is None
+                                              else mask[None,None,None])[:,:,0]
     b,h,n,c = k.shape
-    q,k,v = q.reshape(b*h, 1, c),k.flatten(0,1),v.flatten(0,1)                    # views of the cache
-    scores = torch.baddbmm(q.new_empty(()) if mask is None else mask, q, k.mT, beta=float(mask is not None), alpha=c**-.5)
+    q = q.reshape(b*h, 1, c)
+    k = k.flatten(0,1)
+    v = v.flatten(0,1)  # views of the cache
+    scores = torch.baddbmm(q.new_empty(()) if mask is None else mask, q, k.mT, beta=float(mask is not None),
+                           alpha=c**-.5)
     return torch.bmm(scores.softmax(-1), v).view(b, h, c)

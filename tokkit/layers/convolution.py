@@ -22,7 +22,8 @@ class ResBlock(nn.Module):
         self.body = nn.Sequential(group_norm(i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1),
                                   group_norm(o), nn.SiLU(), nn.Conv2d(o, o, 3, padding=1))
         self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
-    def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]: return self.skip(x)+self.body(x)
+    def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
+        return self.skip(x)+self.body(x)
 
 class Down(nn.Conv2d):
     "Halve rows and columns"
@@ -30,13 +31,15 @@ class Down(nn.Conv2d):
 
 class Up(nn.Sequential):
     "Double rows and columns: nearest, then a convolution, so no checkerboard"
-    def __init__(self, i:int, o:int): super().__init__(nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(i, o, 3, padding=1))
+    def __init__(self, i:int, o:int):
+        super().__init__(nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(i, o, 3, padding=1))
 
 # %% ../../nbs/layers/02_convolution.ipynb #c1731bff
 class DownFar(nn.Conv2d):
     "Halve rows and columns: a 3x3 convolution with zeros at the bottom and on the right only"
     def __init__(self, i:int, o:int): super().__init__(i, o, 3, 2)
-    def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]: return super().forward(F.pad(x, (0,1,0,1)))
+    def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
+        return super().forward(F.pad(x, (0,1,0,1)))
 
 class MapAttention(nn.Module):
     "Single-head self-attention over all places of a map, around a skip"

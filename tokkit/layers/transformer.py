@@ -46,12 +46,16 @@ class ViTBlock(nn.Module):
     ):
         super().__init__()
         if gelu not in ('erf', 'tanh'): raise ValueError(f"gelu must be erf or tanh, got {gelu!r}")
-        self.norm1,self.attn = nn.LayerNorm(dim, eps=1e-6),Attention(dim, heads, causal, qk_norm)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, causal, qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        hidden,gelu = int(ratio*dim),'tanh' if gelu == 'tanh' else 'none'
+        hidden = int(ratio*dim)
+        gelu = 'tanh' if gelu == 'tanh' else 'none'
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(gelu), nn.Linear(hidden, dim))
-        self.gamma = nn.ParameterList([nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)]) if layer_scale else None
-        self.drop_path,self.dropout = DropPath(drop_path),nn.Dropout(dropout)
+        self.gamma = (nn.ParameterList([nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)])
+                      if layer_scale else None)
+        self.drop_path = DropPath(drop_path)
+        self.dropout = nn.Dropout(dropout)
 
     def _branch(self, y, i): return self.drop_path(self.dropout(y if self.gamma is None else self.gamma[i]*y))
 
@@ -67,7 +71,8 @@ class ViTBlock(nn.Module):
 
 def transformer(
     depth:int, dim:int, heads:int, # size
-    drop_path:float = 0.,          # rate of the last block; earlier ones linearly less, the first of several 0
+    # rate of the last block; earlier ones linearly less, the first of several 0
+    drop_path:float = 0.,
     **kwargs,                      # further arguments of `ViTBlock`
 ) -> nn.ModuleList:
     "A stack of blocks"
@@ -84,7 +89,8 @@ class ModulatedBlock(ViTBlock):
         **kwargs,                # further arguments of `ViTBlock`
     ):
         super().__init__(dim, heads, dropout=dropout, **kwargs)
-        if not affine: self.norm1,self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        if not affine:
+            self.norm1,self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.attn.dropout = dropout
         self.mlp[1] = nn.Sequential(self.mlp[1], nn.Dropout(dropout))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6*dim))
@@ -106,10 +112,12 @@ class ModulatedBlock(ViTBlock):
     def folded(self, c:Float[Tensor, "*b d"]) -> Float[Tensor, "*b 6 d"]:
         "The modulation with the norms' own weights multiplied in, in the order that `step` takes it"
         b1,s1,g1,b2,s2,g2 = self.modulation(c).chunk(6, -1)
-        def fold(norm, b, s): return (b,1+s) if norm.weight is None else (torch.addcmul(b, 1+s, norm.bias), (1+s)*norm.weight)
+        def fold(norm, b, s):
+            return (b,1+s) if norm.weight is None else (torch.addcmul(b, 1+s, norm.bias), (1+s)*norm.weight)
         return torch.stack([*fold(self.norm1, b1, s1), g1, *fold(self.norm2, b2, s2), g2], -2)
 
-    def step(self, x:Float[Tensor, "b d"], folded:Float[Tensor, "b 6 d"], cache:KVCache, at:int|Int[Tensor, "1"], length:int,
+    def step(self, x:Float[Tensor, "b d"], folded:Float[Tensor, "b 6 d"], cache:KVCache, at:int
+             |Int[Tensor, "1"], length:int,
              mask:Tensor|None = None) -> Float[Tensor, "b d"]:
         "One new token a row under a modulation of `folded`, see `Attention.step`"
         b1,a1,g1,b2,a2,g2 = folded.unbind(1)
@@ -124,7 +132,8 @@ def modulate(x:Float[Tensor, "b n d"], shift:Tensor, scale:Tensor) -> Float[Tens
 # %% ../../nbs/layers/01_transformer.ipynb #3f0a3dd2
 class PatchEmbed(nn.Module):
     "Cut an image into patches, one token each"
-    def __init__(self, channels:int, patch:int, dim:int): # image channels, side of a patch in pixels, token channels
+    # image channels, side of a patch in pixels, token channels
+    def __init__(self, channels:int, patch:int, dim:int):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, patch)
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]: return self.proj(x).flatten(2).mT
@@ -137,24 +146,29 @@ class PixelHead(nn.Module):
         refine:int = 0,                    # channels of three 3x3 convolutions after the head; 0 = none
     ):
         super().__init__()
-        self.patch,self.grid = patch,grid
+        self.patch = patch
+        self.grid = grid
         self.proj = nn.Linear(dim, channels*patch**2)
         self.refine = self._refiner(channels, refine) if refine else None
 
     @staticmethod
     def _refiner(channels, width):
         def conv(i, o): return nn.Conv2d(i, o, 3, padding=1)
-        layers = nn.Sequential(conv(channels, width), nn.GELU(), conv(width, width), nn.GELU(), conv(width, channels))
-        nn.init.zeros_(layers[-1].weight); nn.init.zeros_(layers[-1].bias)   # starts as the identity
+        layers = nn.Sequential(conv(channels, width), nn.GELU(), conv(width, width), nn.GELU(),
+                               conv(width, channels))
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)  # starts as the identity
         return layers
 
     def forward(self, x:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         h,w = self.grid
-        x = rearrange(self.proj(x), 'b (h w) (p q c) -> b c (h p) (w q)', h=h, w=w, p=self.patch, q=self.patch)
+        x = rearrange(self.proj(x), 'b (h w) (p q c) -> b c (h p) (w q)', h=h, w=w, p=self.patch,
+                      q=self.patch)
         return x if self.refine is None else x+self.refine(x)
 
     @property
-    def last_layer(self) -> nn.Parameter: return self.proj.weight if self.refine is None else self.refine[-1].weight
+    def last_layer(self) -> nn.Parameter:
+        return self.proj.weight if self.refine is None else self.refine[-1].weight
 
 # %% ../../nbs/layers/01_transformer.ipynb #14db1fd7
 def resize_positions(
@@ -165,7 +179,8 @@ def resize_positions(
 ) -> Float[Tensor, "1 m d"]:
     "Positions for another grid: bicubic with antialiasing"
     if tuple(given) == tuple(wanted): return pos
-    front,maps = pos[:,:prefix],rearrange(pos[:,prefix:], 'b (h w) d -> b d h w', h=given[0])
+    front = pos[:,:prefix]
+    maps = rearrange(pos[:,prefix:], 'b (h w) d -> b d h w', h=given[0])
     maps = F.interpolate(maps.float(), tuple(wanted), mode='bicubic', antialias=True).to(pos.dtype)
     return torch.cat([front, maps.flatten(2).mT], 1)
 
@@ -176,7 +191,8 @@ def resize_patches(
     "A kernel that answers resized patches as the old one answered the patches: exactly when they grow, in least squares when they shrink"
     p = kernel.shape[-1]
     if size == p: return kernel
-    resize = F.interpolate(torch.eye(p*p, device=kernel.device).view(p*p, 1, p, p), (size, size), mode='bicubic', antialias=True)
+    resize = F.interpolate(torch.eye(p*p, device=kernel.device).view(p*p, 1, p, p), (size, size),
+                           mode='bicubic', antialias=True)
     inverse = torch.linalg.pinv(resize.view(p*p, size*size))                     # (q*q p*p)
     return (kernel.float().flatten(2)@inverse.T).view(*kernel.shape[:2], size, size).to(kernel.dtype)
 
@@ -195,7 +211,11 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if size%patch: raise ValueError(f"patch must divide size, got patch {patch} and size {size}")
-        self.size,self.patch,self.channels,self.grid,self.prefix = size,patch,channels,(size//patch,)*2,int(class_token)
+        self.size = size
+        self.patch = patch
+        self.channels = channels
+        self.grid = (size//patch,)*2
+        self.prefix = int(class_token)
         self.patch_embed = PatchEmbed(channels, patch, width) if channels else None
         self.cls_token = nn.Parameter(torch.randn(1, 1, width)*1e-6) if class_token else None
         self.pos_embed = nn.Parameter(torch.randn(1, self.prefix+self.grid[0]**2, width)*.02)
@@ -204,13 +224,15 @@ class ViT(nn.Module):
 
     def place(self, x:Float[Tensor, "b n d"], grid:tuple[int,int]|None = None) -> Float[Tensor, "b m d"]:
         "Class token in front, positions added; `grid` when the tokens lie on another than the image's"
-        if self.cls_token is not None: x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)     # (b 1+n d)
+        # (b 1+n d)
+        if self.cls_token is not None: x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         return x+resize_positions(self.pos_embed, self.grid, grid or self.grid, self.prefix)
 
     def embed(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
         "Images to the tokens that enter the first block"
         if tuple(x.shape[1:]) != (self.channels, self.size, self.size):
-            raise ValueError(f"this ViT takes images (b, {self.channels}, {self.size}, {self.size}), got {tuple(x.shape)}")
+            raise ValueError(f"this ViT takes images (b, {self.channels}, {self.size}, {self.size}), got "
+                             f"{tuple(x.shape)}")
         return self.place(self.patch_embed(x))
 
     def run(self, x:Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
@@ -225,12 +247,14 @@ class ViT(nn.Module):
         depth = len(self.blocks)
         if not after or not all(0 <= i < depth for i in after):
             raise ValueError(f"blocks are numbered 0..{depth-1}, got {tuple(after)}")
-        x,seen = self.embed(x),{}
+        x = self.embed(x)
+        seen = {}
         for i in range(max(after)+1): x = seen[i] = self.blocks[i](x)
         return [seen[i] for i in after]
 
 # %% ../../nbs/layers/01_transformer.ipynb #3ccf38ce
-TIMM_NAMES = {'ls1.gamma':'gamma.0', 'ls2.gamma':'gamma.1', 'mlp.fc1.':'mlp.0.', 'mlp.fc2.':'mlp.2.'}  # timm's name -> ours
+# timm's name -> ours
+TIMM_NAMES = {'ls1.gamma':'gamma.0', 'ls2.gamma':'gamma.1', 'mlp.fc1.':'mlp.0.', 'mlp.fc2.':'mlp.2.'}
 
 def from_timm(
     name:str, # e.g. 'blocks.0.mlp.fc1.weight'
@@ -243,7 +267,8 @@ def to_timm(
     name:str, # e.g. 'blocks.0.mlp.0.weight'
 ) -> str:
     "timm's name of our parameter `name`"
-    return re.sub(r'\bgamma\.([01])$', lambda m: f'ls{int(m[1])+1}.gamma', name.replace('mlp.0.', 'mlp.fc1.').replace('mlp.2.', 'mlp.fc2.'))
+    return re.sub(r'\bgamma\.([01])$', lambda m: f'ls{int(m[1])+1}.gamma',
+                  name.replace('mlp.0.', 'mlp.fc1.').replace('mlp.2.', 'mlp.fc2.'))
 
 def load_vit(
     vit:ViT,                          # gets the weights, in place
@@ -252,13 +277,17 @@ def load_vit(
 ) -> ViT:
     "Load weights in timm's names, positions and patch kernel resized; strict"
     where = where or ('these weights' if isinstance(weights, dict) else weights)
-    state = {from_timm(k):v for k,v in read_tensors(weights).items() if not k.startswith(('head', 'mask_token', 'x_scale', 'x_shift'))}
+    state = {from_timm(k):v for k,v in read_tensors(weights).items()
+             if not k.startswith(('head', 'mask_token', 'x_scale', 'x_shift'))}
     if vit.patch_embed is None: state = {k:v for k,v in state.items() if not k.startswith('patch_embed')}
-    pos,kernel = state.get('pos_embed'),state.get('patch_embed.proj.weight')
+    pos = state.get('pos_embed')
+    kernel = state.get('patch_embed.proj.weight')
     side = int((pos.shape[1]-vit.prefix)**.5) if pos is not None and pos.ndim == 3 else 0
-    if side and side**2 == pos.shape[1]-vit.prefix: state['pos_embed'] = resize_positions(pos, (side, side), vit.grid, vit.prefix)
+    if side and side**2 == pos.shape[1]-vit.prefix:
+        state['pos_embed'] = resize_positions(pos, (side, side), vit.grid, vit.prefix)
     if kernel is not None and kernel.ndim == 4:
-        if vit.channels == 1: kernel = kernel.sum(1, keepdim=True)              # a grey image is three equal channels
+        # a grey image is three equal channels
+        if vit.channels == 1: kernel = kernel.sum(1, keepdim=True)
         state['patch_embed.proj.weight'] = resize_patches(kernel, vit.patch)
     load_strictly(vit, state, where)
     return vit

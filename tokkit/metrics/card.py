@@ -44,7 +44,8 @@ class Card:
     reference:str              # what it was compared with
     seed:int = 0               # of the bootstrap and of all draws
     settings:dict|None = None  # tokenizer, preprocessing, perturbation or sampler, how the error was obtained
-    replicates:Sequence[float]|np.ndarray = ()   # bootstrap replicates; the same images are drawn for every card with this n and seed
+    # bootstrap replicates; the same images are drawn for every card with this n and seed
+    replicates:Sequence[float]|np.ndarray = ()
     cells:dict|None = None     # pFID: a row (alpha, delta, value, se, rate) for each dose
     version:str = ''           # of tokkit
 
@@ -65,12 +66,15 @@ class Card:
 
     def interval(self,
         level:float = .95,         # how often it is right
-        kind:str = 'confidence',   # of the expected value, or 'prediction' of another measurement: other images, other draws
+        # of the expected value, or 'prediction' of another measurement: other images, other draws
+        kind:str = 'confidence',
     ) -> tuple[float,float]:       # from, to
         "Where the value of an endless repetition lies, or that of one more"
-        if kind not in ('confidence','prediction'): raise ValueError(f"kind must be 'confidence' or 'prediction', got {kind!r}")
+        if kind not in ('confidence','prediction'):
+            raise ValueError(f"kind must be 'confidence' or 'prediction', got {kind!r}")
         if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, got {level}")
-        if self.se is None: raise ValueError(f"{self.label} has no error to make an interval of; measure it with bootstrap=50")
+        if self.se is None:
+            raise ValueError(f"{self.label} has no error to make an interval of; measure it with bootstrap=50")
         reach = NormalDist().inv_cdf((1+level)/2)*self.se*(2**.5 if kind == 'prediction' else 1)
         return self.value-reach, self.value+reach
 
@@ -88,7 +92,8 @@ class Card:
     __repr__ = __str__
 
     def _repr_html_(self):
-        rows = dict(reference=self.reference, seed=self.seed) | {f'warning {i}': w for i,w in enumerate(self.warnings, 1)}
+        rows = (dict(reference=self.reference, seed=self.seed)
+                | {f'warning {i}': w for i,w in enumerate(self.warnings, 1)})
         rows |= self.settings | dict(tokkit=self.version)
         more = ''.join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k,v in rows.items())
         head = f"<b>{escape(self.label)}</b> {escape(self.number)} <small>n={self.n}</small>"
@@ -96,7 +101,8 @@ class Card:
 
     def row(self) -> dict:
         "The columns every results table has"
-        return dict(metric=self.metric, value=self.value, se=self.se, n=self.n, extractor=self.extractor, seed=self.seed)
+        return dict(metric=self.metric, value=self.value, se=self.se, n=self.n, extractor=self.extractor,
+                    seed=self.seed)
 
     def to_dict(self) -> dict:
         "Plain data for JSON"
@@ -105,10 +111,13 @@ class Card:
     @classmethod
     def from_dict(cls, d:dict) -> 'Card':
         "A card from `to_dict`, or a one-line error about what is wrong with it"
-        if not isinstance(d, dict): raise ValueError(f"not a card: expected its fields by name, got {type(d).__name__}")
-        names,missing = {f.name for f in fields(cls)},{'metric','value','se','n','extractor','reference'}-set(d)
+        if not isinstance(d, dict):
+            raise ValueError(f"not a card: expected its fields by name, got {type(d).__name__}")
+        names = {f.name for f in fields(cls)}
+        missing = {'metric','value','se','n','extractor','reference'}-set(d)
         if missing: raise ValueError(f"not a card: it lacks {', '.join(sorted(missing))}")
-        if unknown := set(d)-names: raise ValueError(f"not a card of this version: it has {', '.join(sorted(map(str, unknown)))}")
+        if unknown := set(d)-names:
+            raise ValueError(f"not a card of this version: it has {', '.join(sorted(map(str, unknown)))}")
         return cls(**check_kind(d, _CardFile, 'a card'))
 
 # %% ../../nbs/metrics/06_card.ipynb #be205353
@@ -117,18 +126,22 @@ def _subtract(a:Card, b:Card) -> Card:
     if not isinstance(b, Card): return NotImplemented
     for what in ('extractor', 'reference'):
         if getattr(a, what) != getattr(b, what):
-            raise ValueError(f"cards with different {what}s cannot be subtracted: {getattr(a, what)!r} and {getattr(b, what)!r}")
+            raise ValueError(f"cards with different {what}s cannot be subtracted: {getattr(a, what)!r} and "
+                             f"{getattr(b, what)!r}")
     if differ(*(prints := [c.settings.get('extractor_hash', '') for c in (a, b)])):
-        raise ValueError(f"cards with different extractors cannot be subtracted, although both are called {a.extractor!r}: "
+        raise ValueError("cards with different extractors cannot be subtracted, although both are called "
+                         f"{a.extractor!r}: "
                          f"fingerprints {prints[0]} and {prints[1]} (weights, layers, resizing)")
     if a.settings.get('reference_hash') != b.settings.get('reference_hash'):
-        raise ValueError(f"cards with different reference images cannot be subtracted, although both are called {a.reference!r}")
+        raise ValueError("cards with different reference images cannot be subtracted, although both are "
+                         f"called {a.reference!r}")
     paired = len(a.replicates) > 1 and (a.n, a.seed, len(a.replicates)) == (b.n, b.seed, len(b.replicates))
     replicates = tuple(np.subtract(a.replicates, b.replicates)) if paired else ()
     known = a.se is not None and b.se is not None
     se = float(np.std(replicates, ddof=1)) if paired else math.hypot(a.se, b.se) if known else None
     settings = dict(error='paired bootstrap' if paired else 'independent', minuend=str(a), subtrahend=str(b))
     metric = f'Δ{a.metric}' if a.metric == b.metric else f'{a.metric}-{b.metric}'
-    return Card(metric, a.value-b.value, se, min(a.n, b.n), a.extractor, a.reference, a.seed, settings, replicates)
+    return Card(metric, a.value-b.value, se, min(a.n, b.n), a.extractor, a.reference, a.seed, settings,
+                replicates)
 
 Card.__sub__ = _subtract

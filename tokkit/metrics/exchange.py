@@ -25,7 +25,8 @@ def save_stats(
     spatial:FeatureStats|None = None,   # of the spatial features, where there are any
 ):
     "Write statistics as `mu` and `sigma`, and who made them of how many images"
-    arrays = dict(mu=stats.mean, sigma=stats.cov, n=stats.n, extractor=stats.extractor, fingerprint=stats.fingerprint)
+    arrays = dict(mu=stats.mean, sigma=stats.cov, n=stats.n, extractor=stats.extractor,
+                  fingerprint=stats.fingerprint)
     if spatial is not None: arrays |= dict(mu_s=spatial.mean, sigma_s=spatial.cov)
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
 
@@ -33,7 +34,8 @@ def _npz(path:str|Path, *names:str, also:tuple = ()) -> dict:
     "These arrays of a file and those of `also` that are there (a reference file holds images, too, of gigabytes); or a one-line error"
     try:
         with np.load(path, allow_pickle=False) as z:
-            there,arrays = z.files,{k: z[k] for k in z.files if k in (*names, *also)}
+            there = z.files
+            arrays = {k: z[k] for k in z.files if k in (*names, *also)}
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f"{path}: not a whole .npz file ({type(e).__name__})") from e
     if any(k not in arrays for k in names):
@@ -50,13 +52,17 @@ def load_stats(
     "Statistics from a file of ours, or of ADM or pytorch-fid"
     mu,sigma = ('mu_s','sigma_s') if spatial else ('mu','sigma')
     a = _npz(path, mu, sigma, also=('n', 'extractor', 'fingerprint'))
-    n,mean,cov = n or int(a.get('n', 0)),a[mu].astype(np.float64),a[sigma].astype(np.float64)
+    n = n or int(a.get('n', 0))
+    mean = a[mu].astype(np.float64)
+    cov = a[sigma].astype(np.float64)
     if not n: raise ValueError(f"{path} does not say of how many images it holds the statistics: give n=")
     if mean.ndim != 1 or cov.shape != (len(mean),)*2:
         raise ValueError(f"{path}: {mu} (d) and {sigma} (d d) do not fit: {mean.shape} and {cov.shape}")
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()): raise ValueError(f"{path}: {mu} or {sigma} holds NaN or infinity")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"{path}: {mu} or {sigma} holds NaN or infinity")
     if abs(cov-cov.T).max() > TOLERANCE*abs(cov).max(): raise ValueError(f"{path}: {sigma} is not symmetric")
-    who = (str(a.get(k, '')) if given is None else given for k,given in (('extractor', extractor), ('fingerprint', fingerprint)))
+    who = (str(a.get(k, '')) if given is None else given for k,
+           given in (('extractor', extractor), ('fingerprint', fingerprint)))
     return FeatureStats(n, mean, cov, *who)
 
 def save_samples(
@@ -66,7 +72,8 @@ def save_samples(
 ):
     "Write images as the ADM evaluator reads them: `arr_0`, bytes (n h w 3)"
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"save_samples: expected images (n c h w) with 1 or 3 channels, got {tuple(images.shape)}")
+        raise ValueError("save_samples: expected images (n c h w) with 1 or 3 channels, got "
+                         f"{tuple(images.shape)}")
     x = _clamped(images.detach().cpu(), 'save_samples: expected images')
     arrays = dict(arr_0=to_uint8(x).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
     if labels is not None: arrays['arr_1'] = np.asarray(labels, dtype=np.int64)

@@ -27,14 +27,17 @@ def frechet_distance(
 ) -> float:         # >= 0, in squared feature units
     "Squared Fréchet distance between two Gaussians"
     check_comparable(p, q)
-    if min(p.n, q.n) < 2: raise ValueError(f"a Fréchet distance needs at least 2 images on either side, got {p.n} and {q.n}")
-    if p.n <= len(p.mean) and p.n < q.n: p,q = q,p                # the factor is the reference's, unless the other has fewer columns
+    if min(p.n, q.n) < 2:
+        raise ValueError(f"a Fréchet distance needs at least 2 images on either side, got {p.n} and {q.n}")
+    # the factor is the reference's, unless the other has fewer columns
+    if p.n <= len(p.mean) and p.n < q.n: p,q = q,p
     L = q.factor                                                           # (d r)
     triangular = L.shape[0] == L.shape[1] and not np.triu(L, 1).any()
     product = linalg.lapack.dsygst(p.cov.T, L, itype=2, lower=1)[0] if triangular else L.T@p.cov@L
     if not np.isfinite(p.cov).all(): _no_covariance('the covariance holds NaN or infinity')
     w = linalg.eigvalsh(product, check_finite=False) if L.size else np.zeros(1)
-    if w[0] < -TOLERANCE*abs(w).max(): _no_covariance(f'an eigenvalue of {w[0]:.2g}, the largest being {w[-1]:.2g}')
+    if w[0] < -TOLERANCE*abs(w).max():
+        _no_covariance(f'an eigenvalue of {w[0]:.2g}, the largest being {w[-1]:.2g}')
     d = p.mean-q.mean
     return max(float(d@d+np.trace(p.cov)+np.trace(q.cov)-2*np.sqrt(np.clip(w, 0, None)).sum()), 0.)
 
@@ -45,12 +48,15 @@ def bootstrap_weights(
     seed:int = 0, # of all replicates
 ) -> Float64[np.ndarray, "n"]: # how often each image is drawn; sums to n
     "How often each of n images is drawn in replicate i: the same for everything that is measured on n images"
-    return torch.randint(n, (n,), generator=make_rng(seed, 'bootstrap', n, i)).bincount(minlength=n).double().numpy()
+    return torch.randint(n, (n,),
+                         generator=make_rng(seed, 'bootstrap', n, i)).bincount(minlength=n).double().numpy()
 
 def _weighted(f:np.ndarray, centre:np.ndarray, w:np.ndarray, extractor:str = '') -> FeatureStats:
     "Statistics of weighted features from which `centre`, near their mean, has been subtracted"
-    n,used = int(w.sum()),np.flatnonzero(w)
-    f,w = f[used],w[used]
+    n = int(w.sum())
+    used = np.flatnonzero(w)
+    f = f[used]
+    w = w[used]
     m = w@f/n
     f *= np.sqrt(w)[:,None]
     return FeatureStats(n, centre+m, (f.T@f-n*np.outer(m, m))/max(n-1, 1), extractor)
@@ -63,13 +69,15 @@ def weighted_stats(
     "Statistics of features that count several times, or not at all"
     f = check_features(features, 'weighted_stats')
     if len(weights) != len(f) or not weights.sum() >= 1:
-        raise ValueError(f"weighted_stats: expected a weight for each of {len(f)} vectors and a sum of 1 or more, "
+        raise ValueError(f"weighted_stats: expected a weight for each of {len(f)} vectors and a sum of 1 or "
+                         "more, "
                          f"got {len(weights)} that sum to {weights.sum():.4g}")
     return _weighted(f-f.mean(0), f.mean(0), weights, extractor)
 
 def bootstrap_frechet(
     features:Float[Tensor, "n d"]|np.ndarray,                 # of the images that are resampled
-    reference:FeatureStats|Float[Tensor, "m d"]|np.ndarray|Callable, # fixed statistics; or features, resampled as well; or i -> statistics
+    # fixed statistics; or features, resampled as well; or i -> statistics
+    reference:FeatureStats|Float[Tensor, "m d"]|np.ndarray|Callable,
     replicates:int = 50,   # how many
     seed:int = 0,          # of the weights
 ) -> Float64[np.ndarray, "replicates"]:
@@ -77,17 +85,22 @@ def bootstrap_frechet(
     def resampled(f):
         centre = f.mean(0)
         return lambda i, f=f-centre: _weighted(f, centre, bootstrap_weights(len(f), i, seed))
-    own,r = resampled(check_features(features, 'bootstrap_frechet')),reference
-    other = (lambda i: r) if isinstance(r, FeatureStats) else r if callable(r) else resampled(check_features(r, 'bootstrap_frechet'))
-    with threadpool_limits(1 if features.shape[1] <= 512 else None, 'blas'):      # small matrices: threads would only wait for each other
+    own = resampled(check_features(features, 'bootstrap_frechet'))
+    r = reference
+    other = ((lambda i: r) if isinstance(r, FeatureStats) else r if callable(r)
+             else resampled(check_features(r, 'bootstrap_frechet')))
+    # small matrices: threads would only wait for each other
+    with threadpool_limits(1 if features.shape[1] <= 512 else None, 'blas'):
         return np.array([frechet_distance(own(i), other(i)) for i in range(replicates)])
 
 # %% ../../nbs/metrics/01_frechet.ipynb #4a15b7d0
 def _within(w:np.ndarray, seed:int, *name) -> np.ndarray:
     "Weights of one part, drawn again within it where they leave fewer than two of its images"
     if np.count_nonzero(w) > 1: return w
-    rng,n = make_rng(seed, 'fd_infinity', *map(str, name)),len(w)
-    while np.count_nonzero(w) < 2: w = torch.randint(n, (n,), generator=rng).bincount(minlength=n).double().numpy()
+    rng = make_rng(seed, 'fd_infinity', *map(str, name))
+    n = len(w)
+    while np.count_nonzero(w) < 2:
+        w = torch.randint(n, (n,), generator=rng).bincount(minlength=n).double().numpy()
     return w
 
 class FDInfinity(NamedTuple):
@@ -100,33 +113,40 @@ class FDInfinity(NamedTuple):
 
 def fd_infinity(
     features:Float[Tensor, "n d"]|np.ndarray,               # of the images
-    reference:FeatureStats|Float[Tensor, "m d"]|np.ndarray, # fixed statistics; or features, divided alike: then both sets are extrapolated
-    parts:tuple[int,...]|None = None,                       # numbers of parts to divide the images into; None: 1 to 5, of 2d images or more
+    # fixed statistics; or features, divided alike: then both sets are extrapolated
+    reference:FeatureStats|Float[Tensor, "m d"]|np.ndarray,
+    # numbers of parts to divide the images into; None: 1 to 5, of 2d images or more
+    parts:tuple[int,...]|None = None,
     bootstrap:int = 50,                                     # replicates for the error; 0 for none
     seed:int = 0,                                           # of the division and of the bootstrap
 ) -> FDInfinity:                                            # with `value` and `se`
     "Fréchet distance in the limit of infinitely many images, by a straight line over 1/n"
-    f,fixed = check_features(features, 'fd_infinity'),isinstance(reference, FeatureStats)
+    f = check_features(features, 'fd_infinity')
+    fixed = isinstance(reference, FeatureStats)
     r = reference if fixed else check_features(reference, 'fd_infinity')
     n = len(f) if fixed else min(len(f), len(r))
     if parts is None: parts = range(1, 1+max(2, min(5, n//(2*f.shape[1]))))
     if len(set(parts)) < 2 or min(parts) < 1:
-        raise ValueError(f"fd_infinity: expected at least two different numbers of parts, e.g. (1, 2, 4), got {parts}")
+        raise ValueError("fd_infinity: expected at least two different numbers of parts, e.g. (1, 2, 4), "
+                         f"got {parts}")
     if n < 4*max(parts):
         raise ValueError(f"fd_infinity: {n} images in {max(parts)} parts leave fewer than 4 for a part; "
                          f"take {'fewer parts, or ' if max(parts) > 2 else ''}more images")
     k = np.asarray(sorted(set(parts)))
-    sets = [f] if fixed else [f, r]                                            # of equal size: divided and weighted alike
+    # of equal size: divided and weighted alike
+    sets = [f] if fixed else [f, r]
     orders = [torch.randperm(len(a), generator=make_rng(seed, 'fd_infinity', len(a))).numpy() for a in sets]
     def at(i):
         "Mean distances for every number of parts, of replicate i; None is the data as they are"
         ws = [np.ones(len(o)) if i is None else bootstrap_weights(len(o), i, seed) for o in orders]
         def part(a, o, w, j, m):
-            return a if isinstance(a, FeatureStats) else weighted_stats(a[o[j::m]], _within(w[o[j::m]], seed, i, m, j))
+            return (a if isinstance(a, FeatureStats)
+                    else weighted_stats(a[o[j::m]], _within(w[o[j::m]], seed, i, m, j)))
         pairs = (f, orders[0], ws[0]),(r, orders[-1], ws[-1])
         return [np.mean([frechet_distance(*(part(*a, j, m) for a in pairs)) for j in range(m)]) for m in k]
     line = np.linalg.pinv(np.stack([np.ones(len(k)), k], 1))[0]                # intercept = line @ distances
     with threadpool_limits(1 if f.shape[1] <= 512 else None, 'blas'):
-        distances,replicates = at(None),[float(line@at(i)) for i in range(bootstrap)]
+        distances = at(None)
+        replicates = [float(line@at(i)) for i in range(bootstrap)]
     se = float(np.std(replicates, ddof=1)) if bootstrap > 1 else None
     return FDInfinity(float(line@distances), se, tuple(n//k), tuple(map(float, distances)), tuple(replicates))

@@ -33,22 +33,29 @@ def _wanted(metrics, known, impossible:dict) -> list[str]:
     "Which to measure: those asked for, or all that are possible; a reason why each of the others is not"
     if metrics is None: return [m for m in known if m not in impossible]
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    if unknown := [m for m in metrics if m not in known]: raise ValueError(f"no metric {unknown[0]!r}; there are {', '.join(known)}")
+    if unknown := [m for m in metrics if m not in known]:
+        raise ValueError(f"no metric {unknown[0]!r}; there are {', '.join(known)}")
     if no := [m for m in metrics if m in impossible]: raise ValueError(f"{no[0]} {impossible[no[0]]}")
     return [m for m in known if m in metrics]
 
 def _impossible(reference, classifier) -> dict:
     "Of the fidelity metrics those that cannot be measured, and why"
-    fixed = isinstance(reference, FeatureStats) or isinstance(reference, Reference) and reference.features is None
-    no = {m: "needs features of the reference; it has statistics only" for m in FIDELITY[:-1]} if fixed else {}
-    return no | ({} if classifier is not None else dict(IS="needs a classifier whose features are class probabilities: classifier=..."))
+    fixed = (isinstance(reference, FeatureStats) or isinstance(reference, Reference)
+             and reference.features is None)
+    no = ({m: "needs features of the reference; it has statistics only" for m in FIDELITY[:-1]} if fixed
+          else {})
+    return (no | ({} if classifier is not None else dict(IS="needs a classifier whose features are class "
+                                                            "probabilities: classifier=...")))
 
-def _fidelity(wanted, f, ref:Reference, probabilities, judge, how:dict, k:int, seed:int, paired:bool = False) -> list[Card]:
+def _fidelity(wanted, f, ref:Reference, probabilities, judge, how:dict, k:int, seed:int,
+              paired:bool = False) -> list[Card]:
     "KID, precision, recall, density, coverage and IS, those of them that are wanted"
     rows,(n,m) = [],(len(f), len(ref))
     if 'KID' in wanted:
-        d,pairs = kid(ref.features, f, paired=paired),'all but those of an image and its reconstruction' if paired else 'all'
-        rows.append(('KID', d.value, d.se, dict(kernel=d.kernel, pairs=pairs, error='jackknife of the images')))
+        d = kid(ref.features, f, paired=paired)
+        pairs = 'all but those of an image and its reconstruction' if paired else 'all'
+        rows.append(('KID', d.value, d.se,
+                     dict(kernel=d.kernel, pairs=pairs, error='jackknife of the images')))
     def binomial(v, n): return math.sqrt(v*(1-v)/n)
     if {'precision','recall'} & set(wanted):
         (p,r),why = precision_recall(ref.features, f, k),dict(k=k, error='binomial, at fixed manifolds')
@@ -61,13 +68,15 @@ def _fidelity(wanted, f, ref:Reference, probabilities, judge, how:dict, k:int, s
         rows.append(('IS', s.value, s.se, dict(splits=10, error='spread over 10 parts')))
     rest = {key:v for key,v in how.items() if key != 'dimension'}
     def by(name): return how['classifier'] if name == 'IS' else judge.name
-    return [Card(name, float(v), se, n, by(name), ref.name, seed, rest | why) for name,v,se,why in rows if name in wanted]
+    return [Card(name, float(v), se, n, by(name), ref.name, seed, rest | why) for name,v,se,why in rows
+            if name in wanted]
 
 # %% ../../nbs/metrics/10_generation.ipynb #37abf680
 @dataclass
 class Sampler:
     "Images of a generator and a tokenizer, and what was asked of them"
-    generator:nn.Module                 # with `sample(labels, rng=seeds, ...)` and `classes`, as in `tokkit.generators.base`
+    # with `sample(labels, rng=seeds, ...)` and `classes`, as in `tokkit.generators.base`
+    generator:nn.Module
     tok:Any                             # its tokenizer
     labels:Any = 'balanced'             # 'balanced', or a set of images whose labels are taken, or labels
     asked:dict = field(default_factory=dict) # more arguments of `sample`: guidance, temperature, top_k, ...
@@ -79,23 +88,30 @@ class Sampler:
     ) -> Int[Tensor, "n"]:
         "The labels of n images"
         if isinstance(self.labels, str):
-            if self.labels != 'balanced': raise ValueError(f"labels must be 'balanced', a set of images, or labels; got {self.labels!r}")
+            if self.labels != 'balanced':
+                raise ValueError(f"labels must be 'balanced', a set of images, or labels; got {self.labels!r}")
             return torch.arange(n)%self.generator.classes
         given = torch.as_tensor(getattr(self.labels, 'labels', self.labels))
-        if n > len(given): raise ValueError(f"there are labels for {len(given)} images, {n} are wanted; give labels='balanced', or fewer")
-        return given[torch.randperm(len(given), generator=make_rng(self.seed, 'labels'))[:n].sort().values] if n < len(given) else given
+        if n > len(given):
+            raise ValueError(f"there are labels for {len(given)} images, {n} are wanted; give "
+                             "labels='balanced', or fewer")
+        return (given[torch.randperm(len(given), generator=make_rng(self.seed, 'labels'))[:n].sort().values]
+                if n < len(given) else given)
 
     def batches(self,
         n:int, # images
     ) -> Iterator[Float[Tensor, "b c h w"]]:
         "That many images, always the same, some at a time"
-        rng,labels = make_rng(self.seed, 'sample'),self.draw_labels(n)
+        rng = make_rng(self.seed, 'sample')
+        labels = self.draw_labels(n)
         seeds = torch.stack([torch.randint(2**62, (), generator=rng) for _ in range(n)])
         for y,s in zip(labels.split(self.batch), seeds.split(self.batch)):
-            with _measured(self.tok, None) as there, _measured(self.generator, None) as where, torch.no_grad():
+            with _measured(self.tok, None) as there, _measured(self.generator,
+                                                               None) as where, torch.no_grad():
                 z = self.generator.sample(y.to(where), rng=s, **self.asked)
                 x = torch.cat([self.tok.from_latents(part.to(there)).cpu() for part in z.split(CHUNK)])
-            yield x                                                             # outside: a generator must not leave its mode behind
+            # outside: a generator must not leave its mode behind
+            yield x
 
     def __call__(self,
         n:int, # images
@@ -107,7 +123,8 @@ class Sampler:
     def settings(self) -> dict:
         "What the card says"
         labels = self.labels if isinstance(self.labels, str) else getattr(self.labels, 'name', 'given')
-        about = dict(generator=_print(self.generator), tokenizer=_print(self.tok), labels=labels, sampling_seed=self.seed)
+        about = dict(generator=_print(self.generator), tokenizer=_print(self.tok), labels=labels,
+                     sampling_seed=self.seed)
         return about | {k:str(v) for k,v in self.asked.items()}
 
 def _drawn(sampler:Callable, n:int) -> Iterator[Tensor]:
@@ -116,7 +133,8 @@ def _drawn(sampler:Callable, n:int) -> Iterator[Tensor]:
     while have < n:
         x = sampler(min(CHUNK*4, n-have))
         if not isinstance(x, Tensor) or x.ndim != 4 or not len(x):
-            raise ValueError(f"a sampler must return images (b c h w), got {getattr(x, 'shape', type(x).__name__)}")
+            raise ValueError("a sampler must return images (b c h w), got "
+                             f"{getattr(x, 'shape', type(x).__name__)}")
         yield x.detach().cpu()[:n-have]
         have += len(x)
 
@@ -129,11 +147,15 @@ def _passing(samples, n:int|None, reference, seed:int) -> tuple[Iterator[Tensor]
     if n is None: n = reference.n if isinstance(reference, FeatureStats) else len(reference)
     if n < 2: raise ValueError(f"n must be at least 2 samples, got {n}")
     parts = chunks(samples.batches(n) if isinstance(samples, Sampler) else _drawn(samples, n), CHUNK)
-    first,hashes = [next(parts)],[]
+    first = [next(parts)]
+    hashes = []
     about = dict(size=first[0].shape[-1], n=n, shape=tuple(first[0].shape[1:]))
     def passing():
         x = first.pop()                                                         # nothing holds it any longer
-        while x is not None: hashes.append(tensors_hash(dict(x=x))); yield x; x = next(parts, None)
+        while x is not None:
+            hashes.append(tensors_hash(dict(x=x)))
+            yield x
+            x = next(parts, None)
         about.update(hash=(key := stable_hash(hashes)), name=f'samples {key[:6]}')
     return passing(),about
 
@@ -148,13 +170,16 @@ def _looked(parts:Iterator[Tensor], eyes:Sequence, device, total:int, desc:str) 
 
 # %% ../../nbs/metrics/10_generation.ipynb #e8db366a
 def evaluate_generator(
-    samples,                       # set of images, tensor (n c h w), `Sampler`, or a function n -> that many images
+    # set of images, tensor (n c h w), `Sampler`, or a function n -> that many images
+    samples,
     reference,                     # real images: set, tensor, `Reference`, or `FeatureStats`
     extractor:FeatureExtractor|str|None = None, # who judges; None goes by the size of the images
     *,
     metrics:Sequence[str]|str|None = None, # some of `GENERATOR_METRICS`; None: all that are possible
-    n:int|None = None,             # samples: asked of a function, None as many as the reference has; drawn from a set, None all
-    settings:dict|None = None,     # what the sampler did, where it does not say: generator, guidance, temperature, ...
+    # samples: asked of a function, None as many as the reference has; drawn from a set, None all
+    n:int|None = None,
+    # what the sampler did, where it does not say: generator, guidance, temperature, ...
+    settings:dict|None = None,
     classifier:FeatureExtractor|None = None, # for IS: its features are class probabilities
     k:int = 3,                     # neighbours of precision and recall
     bootstrap:int = 50,            # replicates for the error of gFID; 0 for none
@@ -167,11 +192,14 @@ def evaluate_generator(
     wanted = _wanted(metrics, GENERATOR_METRICS, _impossible(reference, classifier))
     told = (samples.settings if isinstance(samples, Sampler) else {}) | (settings or {})
     parts,about = _passing(samples, n, reference, seed)
-    named = getattr(reference, 'extractor', None) if extractor is None else extractor     # of a `Reference` or of statistics
+    # of a `Reference` or of statistics
+    named = getattr(reference, 'extractor', None) if extractor is None else extractor
     judge = _judge(named or None, about['size'])
     ref = _reference(reference, about, judge, device, bank)
-    f,*told_apart = _looked(parts, [judge, *([classifier] if 'IS' in wanted else [])], device, about['n'], 'gFID')
-    how,cards = _settings(about, ref, judge, bootstrap, classifier=classifier.name if classifier else None, **told),[]
+    f,*told_apart = _looked(parts, [judge, *([classifier] if 'IS' in wanted else [])], device, about['n'],
+                            'gFID')
+    how = _settings(about, ref, judge, bootstrap, classifier=classifier.name if classifier else None, **told)
+    cards = []
     if 'gFID' in wanted:
         value,replicates = _frechet(f, ref, bootstrap, seed)
         cards = [Card('gFID', value, _se(replicates), len(f), judge.name, ref.name, seed, how, replicates)]

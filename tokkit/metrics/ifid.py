@@ -29,13 +29,15 @@ def slerp(
 ) -> Float[Tensor, "b *s"]:
     "The point at `t` of the arc from `a` to `b`; of the straight line where they are parallel"
     kind = torch.float32 if a.device.type == 'mps' else torch.float64               # MPS has no doubles
-    u,v = a.flatten(1).to(kind),b.flatten(1).to(kind)
+    u = a.flatten(1).to(kind)
+    v = b.flatten(1).to(kind)
     length = u.norm(dim=1)*v.norm(dim=1)
     angle = torch.acos(((u*v).sum(1)/length.clamp(min=torch.finfo(kind).tiny)).clamp(-1, 1))
     sine = torch.where(length > 0, angle.sin(), 0.)
     flat = sine < 1e-6
     sine = sine.masked_fill(flat, 1)
-    wa,wb = (torch.where(flat, line, torch.sin(part*angle)/sine)[:,None] for line,part in ((1.-t, 1-t), (float(t), t)))
+    wa,wb = (torch.where(flat, line, torch.sin(part*angle)/sine)[:,None] for line,
+             part in ((1.-t, 1-t), (float(t), t)))
     return (wa*u+wb*v).view_as(a).to(a.dtype)
 
 # %% ../../nbs/metrics/09_ifid.ipynb #1e16aebb
@@ -47,18 +49,25 @@ class Near(NamedTuple):
 
 def _nearest(q:Float[Tensor, "n d"], train, top_k:int, labels=None, train_labels=None) -> Near:
     "The nearest of all that pass by, fewer than `top_k` where there are fewer; on the device of `q`"
-    best,norm,seen = Near(q.new_zeros(len(q), 0, dtype=torch.long), q[:,:0], q[:,:0]),q.norm(dim=1, keepdim=True),0
-    if train_labels is not None: labels,train_labels = labels[:,None].to(q.device),train_labels[None].to(q.device)
+    best = Near(q.new_zeros(len(q), 0, dtype=torch.long), q[:,:0], q[:,:0])
+    norm = q.norm(dim=1, keepdim=True)
+    seen = 0
+    if train_labels is not None:
+        labels = labels[:,None].to(q.device)
+        train_labels = train_labels[None].to(q.device)
     for c in train:
         c = c.flatten(1).to(q)
-        dot,length = q@c.T,c.norm(dim=1)
+        dot = q@c.T
+        length = c.norm(dim=1)
         cosine = dot/(norm*length).clamp(min=1e-30)
-        if train_labels is not None: cosine = cosine.masked_fill(labels != train_labels[:,seen:seen+len(c)], -torch.inf)
+        if train_labels is not None:
+            cosine = cosine.masked_fill(labels != train_labels[:,seen:seen+len(c)], -torch.inf)
         distance = (norm**2+length**2-2*dot).clamp(min=0)/q.shape[1]
         index = torch.arange(seen, seen+len(c), device=q.device).expand(len(q), -1)
         both = Near(*(torch.cat(p, 1) for p in zip(best, (index, cosine, distance))))
         order = both.cosine.argsort(dim=1, descending=True, stable=True)[:,:top_k]
-        best,seen = Near(*(p.gather(1, order) for p in both)),seen+len(c)
+        best = Near(*(p.gather(1, order) for p in both))
+        seen = seen+len(c)
     return best
 
 def nearest_latents(
@@ -73,7 +82,8 @@ def nearest_latents(
     found = int(best.cosine.isfinite().sum(1).min()) if len(z) else 0
     if found < top_k:
         which = 'of its class' if train_labels is not None else 'to choose from'
-        raise ValueError(f"top_k is {top_k}, but an image has only {found} training images {which}; give more of them, or a smaller top_k")
+        raise ValueError(f"top_k is {top_k}, but an image has only {found} training images {which}; give "
+                         "more of them, or a smaller top_k")
     return best
 
 def draw_near(
@@ -90,17 +100,21 @@ def _latents(tok, images, device) -> Iterator[Tensor]:
     "Latents of images as the decoder takes them, chunk by chunk"
     return _through(lambda x: tok.quantize(tok.encode(x)).zq, images, device)
 
-def _at(images, i:Tensor) -> Tensor: return to_uint8(images[i] if isinstance(images, Tensor) else images[i][0])
+def _at(images, i:Tensor) -> Tensor:
+    return to_uint8(images[i] if isinstance(images, Tensor) else images[i][0])
 
 def _refuse_own(images, train, z:Tensor, near:Near):
     "Refuse measured images that are training images, too: at distance zero, and the same image"
     zero = near.distance <= 1e-5*z.flatten(1).square().mean(1, keepdim=True)            # up to rounding
-    rows,found = zero.nonzero()[:,0].cpu(),near.index[zero].cpu()
+    rows = zero.nonzero()[:,0].cpu()
+    found = near.index[zero].cpu()
     own = [(int(r), int(f)) for i,j in zip(rows.split(CHUNK), found.split(CHUNK))
            for r,f,same in zip(i, j, (_at(images, i) == _at(train, j)).flatten(1).all(1)) if same]
     if own:
-        raise ValueError(f"{len({r for r,_ in own})} of the measured images are among the training images (first: image {own[0][0]} is "
-                         f"{own[0][1]} of train); each would be its own nearest neighbour: leave them out of train")
+        raise ValueError(f"{len({r for r,_ in own})} of the measured images are among the training images "
+                         f"(first: image {own[0][0]} is "
+                         f"{own[0][1]} of train); each would be its own nearest neighbour: leave them out of "
+                         "train")
 
 def _partners(tok, images, train, z, top_k, same_class, seed, where) -> Float[Tensor, "n *s"]:
     "For each image the latent of the training image that was drawn for it"
@@ -108,7 +122,8 @@ def _partners(tok, images, train, z, top_k, same_class, seed, where) -> Float[Te
     if same_class:
         if not all(hasattr(s, 'labels') for s in (images, train)):
             raise ValueError("same_class needs sets of images with labels, got a tensor")
-        labels,train_labels = images.labels,train.labels
+        labels = images.labels
+        train_labels = train.labels
     z = z.to(where)
     near = nearest_latents(z, _latents(tok, train, where), top_k, labels, train_labels)
     _refuse_own(images, train, z, near)
@@ -134,30 +149,35 @@ def ifid(
     bank:FeatureBank|None = None,  # keeps reference features; None: one for this process
 ) -> Card:
     "Fréchet distance of images decoded between each image's latent and a neighbour's"
-    _check(tok, top_k, t, how); check_bootstrap(bootstrap)
+    _check(tok, top_k, t, how)
+    check_bootstrap(bootstrap)
     trained = _about(train)
     if _about(images)['hash'] == trained['hash']:
-        raise ValueError("train holds the measured images themselves; every nearest neighbour would be the image: give others")
+        raise ValueError("train holds the measured images themselves; every nearest neighbour would be the "
+                         "image: give others")
     images = draw_images(images, n, seed)
     about = _about(images)
     judge = _judge(extractor, about['size'])
     with _measured(tok, device) as where, bar(total=len(images), desc='iFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
         z = _encode(tok, images, where, False)
-        pairs = zip(z.split(CHUNK), _partners(tok, images, train, z, top_k, same_class, seed, where).split(CHUNK))
+        pairs = zip(z.split(CHUNK),
+                    _partners(tok, images, train, z, top_k, same_class, seed, where).split(CHUNK))
         between = ((slerp if how == 'slerp' else torch.lerp)(a, b, t) for a,b in pairs)
         made = _through(tok.decode, between, where)
         value,replicates = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
     choices = dict(top_k=top_k, t=t, how=how, same_class=same_class, near='cosine of whole latents',
                    weights='softmax(-mean squared distance)')
-    settings = _settings(about, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'],
+    settings = _settings(about, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'],
+                         train_hash=trained['hash'],
                          train_n=trained['n'], **choices)
     return Card('iFID', value, _se(replicates), len(images), judge.name, ref.name, seed, settings, replicates)
 
 def _check(tok, top_k, t, how):
     missing = [k for k in ('encode','quantize','decode') if not hasattr(tok, k)]
     if missing:
-        raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} lacks {', '.join(missing)}")
+        raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} "
+                         f"lacks {', '.join(missing)}")
     if top_k < 1: raise ValueError(f"top_k must be at least 1, got {top_k}")
     if not 0 <= t <= 1: raise ValueError(f"t must be in [0, 1], got {t}")
     if how not in ('slerp','linear'): raise ValueError(f"how must be 'slerp' or 'linear', got {how!r}")

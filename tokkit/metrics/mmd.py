@@ -28,7 +28,8 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        inside = [f'{v:g}' for v in self.numbers]+['median' if m == 1 else f'median*{m:g}' for m in self.medians]
+        inside = ([f'{v:g}' for v in self.numbers]
+                  +['median' if m == 1 else f'median*{m:g}' for m in self.medians])
         return f"{self.kind}[{','.join(inside)}]" if inside else self.kind
 
     def __repr__(self): return self.name
@@ -38,10 +39,12 @@ class Kernel:
     ) -> 'Kernel':
         "The same with every `median` replaced by a number"
         if not self.medians: return self
-        some = torch.cat([t[torch.linspace(0, len(t)-1, min(len(t), 1000)).long()] for t in map(_matrix, sets)])
+        some = torch.cat([t[torch.linspace(0, len(t)-1, min(len(t), 1000)).long()]
+                          for t in map(_matrix, sets)])
         median = float(torch.pdist(some).median()) if len(some) > 1 else 0.
         if median <= 0:
-            raise ValueError(f"{self.name}: the median distance of the data is 0; most vectors are equal, so give bandwidths as numbers")
+            raise ValueError(f"{self.name}: the median distance of the data is 0; most vectors are equal, so "
+                             "give bandwidths as numbers")
         return replace(self, numbers=self.numbers+tuple(median*m for m in self.medians), medians=())
 
     def _of(self, dot:Tensor, square:Tensor|None, d:int) -> Tensor:
@@ -54,7 +57,8 @@ class Kernel:
     def __call__(self, x:Float[Tensor, "n d"], y:Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
         "Values of all pairs"
         dot = x@y.T
-        square = (x.square().sum(1)[:,None]+y.square().sum(1)-2*dot).clamp(min=0) if self.kind == 'gaussian' else None
+        square = ((x.square().sum(1)[:,None]+y.square().sum(1)-2*dot).clamp(min=0) if self.kind == 'gaussian'
+                  else None)
         return self._of(dot, square, x.shape[1])
 
     def pairs(self, x:Float[Tensor, "n d"], y:Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
@@ -69,14 +73,16 @@ def _matrix(x) -> Float[Tensor, "n d"]:
     return (x.detach().cpu() if x.device.type == 'mps' else x.detach()).double()
 
 def get_kernel(
-    name:str|Kernel,    # 'linear', 'polynomial', 'polynomial[2]', 'gaussian', 'gaussian[1,2]', 'gaussian[median/2,median]'
+    # 'linear', 'polynomial', 'polynomial[2]', 'gaussian', 'gaussian[1,2]', 'gaussian[median/2,median]'
+    name:str|Kernel,
 ) -> Kernel:            # 'polynomial' is of degree 3, 'gaussian' of the median bandwidth
     "A kernel by its name"
     if isinstance(name, Kernel): return name
     kind,_,inside = name.removesuffix(']').partition('[')
     def multiple(s):
         rest = s.removeprefix('median')
-        return 1. if not rest else float(rest[1:]) if rest[0] == '*' else 1/float(rest[1:]) if rest[0] == '/' else float('nan')
+        return (1. if not rest else float(rest[1:]) if rest[0] == '*' else 1/float(rest[1:])
+                if rest[0] == '/' else float('nan'))
     try:
         parts = [s.strip() for s in inside.split(',') if s.strip()]
         numbers = tuple(float(s) for s in parts if not s.startswith('median'))
@@ -87,7 +93,8 @@ def get_kernel(
     degree = good and not medians and len(numbers) < 2 and all(v == int(v) for v in numbers)
     if degree and kind == 'polynomial': return Kernel(kind, numbers or (3.,))
     if good and kind == 'gaussian': return Kernel(kind, numbers, medians if parts else (1.,))
-    raise ValueError(f"expected a kernel like 'linear', 'polynomial[3]', 'gaussian[1,2]' or 'gaussian[median]', got {name!r}")
+    raise ValueError("expected a kernel like 'linear', 'polynomial[3]', 'gaussian[1,2]' or "
+                     f"'gaussian[median]', got {name!r}")
 
 # %% ../../nbs/metrics/04_mmd.ipynb #ed78a0f3
 def jackknife(
@@ -107,19 +114,26 @@ STRIP = 4_000_000   # pairs held at once
 
 def _sums(kernel:Kernel, x:Tensor, y:Tensor) -> tuple[Float[Tensor, "n"],Float[Tensor, "m"]]:
     "Sums of k(x_i, y_j) over j for every i, and over i for every j; never more than a strip of the table is there"
-    step,rows,columns = max(1, STRIP//len(y)),[],0
+    step = max(1, STRIP//len(y))
+    rows = []
+    columns = 0
     for i in range(0, len(x), step):
         strip = kernel(x[i:i+step], y)
-        rows.append(strip.sum(1)); columns = columns+strip.sum(0)
+        rows.append(strip.sum(1))
+        columns = columns+strip.sum(0)
     return torch.cat(rows),columns
 
 def _both(x, y, kernel, what:str, least:int = 2) -> tuple[Tensor,Tensor,Kernel]:
     "Two sets in double precision and the kernel for them, or a one-line error"
     for s in (x, y): check_features(s, what)
-    x,y = _matrix(x),_matrix(y)
+    x = _matrix(x)
+    y = _matrix(y)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{what}: sets of {x.shape[1]} and of {y.shape[1]} dimensions cannot be compared; use one extractor for both")
-    if min(len(x), len(y)) < least: raise ValueError(f"{what}: expected at least {least} vectors on either side, got {len(x)} and {len(y)}")
+        raise ValueError(f"{what}: sets of {x.shape[1]} and of {y.shape[1]} dimensions cannot be compared; "
+                         "use one extractor for both")
+    if min(len(x), len(y)) < least:
+        raise ValueError(f"{what}: expected at least {least} vectors on either side, got {len(x)} and "
+                         f"{len(y)}")
     return x,y.to(x.device),get_kernel(kernel).fit(x, y)
 
 def mmd2(
@@ -132,7 +146,9 @@ def mmd2(
     "Squared maximum mean discrepancy over all pairs, with its jackknife error"
     x,y,k = _both(x, y, kernel, 'mmd2', 3)
     if paired: return _of_pairs(x, y, k, biased)
-    n,m,own = len(x),len(y),0 if biased else 1
+    n = len(x)
+    m = len(y)
+    own = 0 if biased else 1
     xx,yy = (_sums(k, s, s)[0]-(0 if biased else k.pairs(s, s)) for s in (x, y))
     xy,yx = _sums(k, x, y)
     total = xy.sum()
@@ -142,12 +158,14 @@ def mmd2(
         diagonal = k.pairs(x, x) if own_rows is xx else k.pairs(y, y)
         pairs = own_rows.sum()-2*own_rows+(diagonal if biased else 0)
         return (pairs/((n-1)*(n-1-own))+other_total-2*(total-other_rows)/((n-1)*m)).cpu().numpy()
-    errors = (jackknife(without(xx, xy, yy.sum()/(m*(m-own)), n, m)), jackknife(without(yy, yx, xx.sum()/(n*(n-own)), m, n)))
+    errors = (jackknife(without(xx, xy, yy.sum()/(m*(m-own)), n, m)),
+              jackknife(without(yy, yx, xx.sum()/(n*(n-own)), m, n)))
     return MMD(float(value), float(np.hypot(*errors)), k.name)
 
 def _of_pairs(x:Tensor, y:Tensor, k:Kernel, biased:bool) -> MMD:
     "The same of vectors that belong together: no x_i is compared with its own y_i, and both are left out at once"
-    if len(x) != len(y): raise ValueError(f"mmd2: expected pairs, as many vectors on either side, got {len(x)} and {len(y)}")
+    if len(x) != len(y):
+        raise ValueError(f"mmd2: expected pairs, as many vectors on either side, got {len(x)} and {len(y)}")
     n,own,(xy,yx) = len(x),0 if biased else 1,_sums(k, x, y)
     alone = k.pairs(x, x)+k.pairs(y, y)-2*k.pairs(x, y)
     rows = _sums(k, x, x)[0]+_sums(k, y, y)[0]-xy-yx-own*alone
@@ -159,13 +177,17 @@ def mmd2_linear(
     x:Float[Tensor, "n d"]|np.ndarray,    # one set
     y:Float[Tensor, "m d"]|np.ndarray,    # the other; of both as many are used as the smaller has
     kernel:str|Kernel = 'gaussian',       # see `get_kernel`
-    rng:torch.Generator|None = None,      # pairs by chance; None: as they come, neighbours in the list are a pair
+    # pairs by chance; None: as they come, neighbours in the list are a pair
+    rng:torch.Generator|None = None,
 ) -> MMD:                                 # with `value`, `se` and `kernel`
     "Squared maximum mean discrepancy from disjoint pairs, in linear time"
     x,y,k = _both(x, y, kernel, 'mmd2_linear', 4)
     if rng is not None: x,y = (s[torch.randperm(len(s), generator=rng).to(s.device)] for s in (x, y))
     n = min(len(x), len(y))//2
-    a,b,c,d = x[:2*n:2],x[1:2*n:2],y[:2*n:2],y[1:2*n:2]
+    a = x[:2*n:2]
+    b = x[1:2*n:2]
+    c = y[:2*n:2]
+    d = y[1:2*n:2]
     h = k.pairs(a, b)+k.pairs(c, d)-k.pairs(a, d)-k.pairs(b, c)
     return MMD(float(h.mean()), float(h.std()/n**.5), k.name)
 
@@ -193,11 +215,14 @@ def kid(
     whole = mmd2(x, y, k, paired=paired)
     if subsets is None: return KID(whole.value, whole.se, None, k.name, None, None)
     if subsets < 1 or subset_size < 3:
-        raise ValueError(f"kid: expected at least 1 subset of at least 3 vectors, got {subsets} of {subset_size}")
-    size,rng = min(subset_size, len(x), len(y)),make_rng(0, 'kid') if rng is None else rng
+        raise ValueError(f"kid: expected at least 1 subset of at least 3 vectors, got {subsets} of "
+                         f"{subset_size}")
+    size = min(subset_size, len(x), len(y))
+    rng = make_rng(0, 'kid') if rng is None else rng
     def some():
         i = torch.randperm(len(x), generator=rng)[:size]
-        return x[i.to(x.device)],y[(i if paired else torch.randperm(len(y), generator=rng)[:size]).to(x.device)]
+        return (x[i.to(x.device)],
+                y[(i if paired else torch.randperm(len(y), generator=rng)[:size]).to(x.device)])
     each = [mmd2(*some(), k, paired=paired) for _ in range(subsets)]
     values = np.array([e.value for e in each])
     se = float(np.hypot(whole.se, values.std(ddof=1)/subsets**.5)) if subsets > 1 else each[0].se

@@ -18,13 +18,15 @@ def _clamped(x:Tensor, what:str) -> Tensor:
     "Images clamped to [-1,1], or a one-line error"
     if not x.is_floating_point(): raise ValueError(f"{what} in [-1,1], got {x.dtype}; see from_uint8")
     if not (far := x.detach().abs().max().item()) <= FAR:                       # NaN is not either
-        raise ValueError(f"{what} in [-1,1], got numbers up to {far:.4g}; see from_uint8, or look at who made them")
+        raise ValueError(f"{what} in [-1,1], got numbers up to {far:.4g}; see from_uint8, or look at who "
+                         "made them")
     return x.clamp(-1, 1)
 
 def _both(xh:Tensor, x:Tensor, what:str) -> tuple[Tensor,Tensor]:
     "Two batches of images of one shape, clamped; or a one-line error"
     if xh.shape != x.shape or x.ndim != 4 or not x.numel():
-        raise ValueError(f"{what}: expected two batches of one shape (b c h w), got {tuple(xh.shape)} and {tuple(x.shape)}")
+        raise ValueError(f"{what}: expected two batches of one shape (b c h w), got {tuple(xh.shape)} and "
+                         f"{tuple(x.shape)}")
     return _clamped(xh, f'{what}: expected reconstructions'),_clamped(x, f'{what}: expected images')
 
 def mse(
@@ -60,10 +62,17 @@ def ssim(
     "Structural similarity of each image on [0,1], the mean over channels"
     xh,x = _both(xh, x, 'ssim')
     if min(x.shape[2:]) <= SSIM_WINDOW//2:
-        raise ValueError(f"ssim: half the window is {SSIM_WINDOW//2} pixels wide, images of {x.shape[2]}x{x.shape[3]} must be larger")
-    kind = torch.float32 if x.device.type == 'mps' else torch.float64       # variances are small differences; MPS has no doubles
-    xh,x = xh.to(kind)/2+.5,x.to(kind)/2+.5
-    m,mh = _blur(x),_blur(xh)
-    v,vh,both = _blur(x*x)-m*m,_blur(xh*xh)-mh*mh,_blur(x*xh)-m*mh
-    c1,c2 = .01**2,.03**2
+        raise ValueError(f"ssim: half the window is {SSIM_WINDOW//2} pixels wide, images of "
+                         f"{x.shape[2]}x{x.shape[3]} must be larger")
+    # variances are small differences; MPS has no doubles
+    kind = torch.float32 if x.device.type == 'mps' else torch.float64
+    xh = xh.to(kind)/2+.5
+    x = x.to(kind)/2+.5
+    m = _blur(x)
+    mh = _blur(xh)
+    v = _blur(x*x)-m*m
+    vh = _blur(xh*xh)-mh*mh
+    both = _blur(x*xh)-m*mh
+    c1 = .01**2
+    c2 = .03**2
     return ((2*m*mh+c1)*(2*both+c2)/((m*m+mh*mh+c1)*(v+vh+c2))).mean((1,2,3)).float()

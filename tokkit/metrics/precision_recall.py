@@ -31,13 +31,20 @@ def _balls(points:np.ndarray, centres:np.ndarray, k:int) -> Iterator[Bool[np.nda
 
 def _pair(real, fake, k:int, what:str) -> tuple[np.ndarray,np.ndarray]:
     "Two sets of features around a common origin, or a one-line error"
-    real,fake = check_features(real, what),check_features(fake, what)
+    real = check_features(real, what)
+    fake = check_features(fake, what)
     if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features of {real.shape[1]} and of {fake.shape[1]} dimensions cannot be compared; use one extractor for both")
+        raise ValueError(f"features of {real.shape[1]} and of {fake.shape[1]} dimensions cannot be compared; "
+                         "use one extractor for both")
     least = min(len(real), len(fake))
-    if least < 2: raise ValueError(f"{what}: expected at least 2 images on either side, got {len(real)} real and {len(fake)} fake ones")
-    if not 1 <= k < least: raise ValueError(f"k must be in 1..{least-1} for {len(real)} real and {len(fake)} fake images, got {k}")
-    centre = real.mean(0)                                                   # far from the origin, squares would cancel
+    if least < 2:
+        raise ValueError(f"{what}: expected at least 2 images on either side, got {len(real)} real and "
+                         f"{len(fake)} fake ones")
+    if not 1 <= k < least:
+        raise ValueError(f"k must be in 1..{least-1} for {len(real)} real and {len(fake)} fake images, got "
+                         f"{k}")
+    # far from the origin, squares would cancel
+    centre = real.mean(0)
     return real-centre,fake-centre
 
 # %% ../../nbs/metrics/05_precision_recall.ipynb #70fc96a7
@@ -53,7 +60,8 @@ def precision_recall(
 ) -> PrecisionRecall:                     # `precision` and `recall`
     "How much of the fake is real-like (precision), how much of the real is covered (recall)"
     real,fake = _pair(real, fake, k, 'precision_recall')
-    def covered(points, centres): return sum(int(inside.any(1).sum()) for inside in _balls(points, centres, k))/len(points)
+    def covered(points, centres):
+        return sum(int(inside.any(1).sum()) for inside in _balls(points, centres, k))/len(points)
     return PrecisionRecall(covered(fake, real), covered(real, fake))
 
 # %% ../../nbs/metrics/05_precision_recall.ipynb #4cb70fd0
@@ -69,8 +77,11 @@ def density_coverage(
 ) -> DensityCoverage:                     # `density` and `coverage`
     "Mean number of real balls around a fake, and the fraction of real balls with a fake in them"
     real,fake = _pair(real, fake, k, 'density_coverage')
-    hits,met = 0,np.zeros(len(real), dtype=bool)
-    for inside in _balls(fake, real, k): hits += int(inside.sum()); met |= inside.any(0)
+    hits = 0
+    met = np.zeros(len(real), dtype=bool)
+    for inside in _balls(fake, real, k):
+        hits += int(inside.sum())
+        met |= inside.any(0)
     return DensityCoverage(hits/(k*len(fake)), float(met.mean()))
 
 # %% ../../nbs/metrics/05_precision_recall.ipynb #72c7dcd1
@@ -87,9 +98,11 @@ def inception_score(
 ) -> InceptionScore:                                     # with `value` and `se`
     "How sure and how varied a classifier's verdicts are"
     p = check_features(probabilities, 'inception_score')
-    if not 1 <= splits <= len(p): raise ValueError(f"inception_score: expected splits in 1..{len(p)} for {len(p)} images, got {splits}")
+    if not 1 <= splits <= len(p):
+        raise ValueError(f"inception_score: expected splits in 1..{len(p)} for {len(p)} images, got {splits}")
     if p.min(initial=0) < 0 or abs(p.sum(1)-1).max() > 1e-3:
-        raise ValueError("inception_score: expected probabilities that sum to 1, got other numbers; apply a softmax to logits")
+        raise ValueError("inception_score: expected probabilities that sum to 1, got other numbers; apply a "
+                         "softmax to logits")
     p = p[torch.randperm(len(p), generator=make_rng(0, 'inception_score') if rng is None else rng).numpy()]
     def score(q): return np.exp((q*(np.log(q+1e-30)-np.log(q.mean(0)+1e-30))).sum(1).mean())
     scores = [score(q) for q in np.array_split(p, splits)]

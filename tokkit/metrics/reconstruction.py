@@ -30,24 +30,28 @@ def rfid(
     n:int|None = None,             # images measured, drawn by the seed; None for all
     bootstrap:int = 50,            # replicates for the error; 0 for none
     seed:int = 0,                  # of the images drawn and the bootstrap
-    reference=None,                # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
+    # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
+    reference=None,
     device:str|torch.device|None = None, # where to compute; None: where the tokenizer is
     bank:FeatureBank|None = None,  # keeps reference features; None: one for this process
 ) -> Card:
     "Fréchet distance between reconstructions and originals"
     check_bootstrap(bootstrap)
     images = draw_images(images, n, seed)
-    about,n = _about(images),len(images)
+    about = _about(images)
+    n = len(images)
     judge = _judge(extractor, about['size'])
     with _measured(tok, device) as where, bar(total=n, desc='rFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
-        value,replicates = _distance(_through(tok.reconstruct, images, where), about['shape'], judge, ref, bootstrap, seed, where, progress)
+        value,replicates = _distance(_through(tok.reconstruct, images, where), about['shape'], judge, ref,
+                                     bootstrap, seed, where, progress)
     settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok))
     return Card('rFID', value, _se(replicates), n, judge.name, ref.name, seed, settings, replicates)
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #187c843b
 PFID_ALPHAS = (.9,.8,.7,.6,.5)      # fractions of an image's tokens redrawn
-PFID_DELTAS = {16384:(200,280,360), 8192:(100,140,180), 4096:(50,70,90), 1024:(10,15,20)}   # neighbours, as published
+# neighbours, as published
+PFID_DELTAS = {16384:(200,280,360), 8192:(100,140,180), 4096:(50,70,90), 1024:(10,15,20)}
 
 def pfid_deltas(
     codebook_size:int, # K
@@ -55,7 +59,8 @@ def pfid_deltas(
     "The three strengths pFID uses for a codebook of K codes"
     if codebook_size in PFID_DELTAS: return PFID_DELTAS[codebook_size]
     if codebook_size < 256:
-        raise ValueError(f"pFID's rule for delta needs at least 256 codes, got {codebook_size}; say which you want: deltas=(...)")
+        raise ValueError(f"pFID's rule for delta needs at least 256 codes, got {codebook_size}; say which "
+                         "you want: deltas=(...)")
     return tuple(math.floor(d*codebook_size/16384+.5) for d in PFID_DELTAS[16384])
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #7c7fb550
@@ -73,7 +78,8 @@ def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
         for s in strengths: check_range('strength', s, 0, 1e6)
         return [dict(strength=float(s)) for s in strengths]
     if kind is not None or strengths:
-        raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give alphas and deltas")
+        raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give "
+                         "alphas and deltas")
     for a in alphas: check_range('alpha', a, hint='it is the fraction of tokens that are redrawn')
     k = tok.codebook.shape[-2]
     deltas = pfid_deltas(k) if deltas is None else deltas
@@ -90,18 +96,22 @@ def _codes(tok) -> Tensor|Quantizer:
 def _perturbed(tok, codes, clean, dose, table, kind, seed, how) -> tuple[Tensor,float|None]:
     "Perturbed ids or latents of all images, and the rate at which tokens really changed"
     rng = make_rng(seed, 'pfid', *map(str, dose.values()))
-    if codes is None: return perturb_latents(clean, dose['strength'], kind, std=clean.std().item(), rng=rng), None
+    if codes is None:
+        return perturb_latents(clean, dose['strength'], kind, std=clean.std().item(), rng=rng), None
     ids = perturb_codes(clean, codes, dose['alpha'], dose['delta'], table=table, rng=rng, **how)
     return ids, effective_rate(clean, ids)
 
 def _choices(tok, codes, deltas, cells) -> dict:
     "What the definition leaves open for codes, and what was done"
-    k,levels = tok.codebook.shape[-2],tok.codebook.ndim == 3
+    k = tok.codebook.shape[-2]
+    levels = tok.codebook.ndim == 3
     near = f"nearest in the codebook{' of the same level' if levels else ''}"
     if getattr(codes, 'lattice', None): near = 'fewest steps on the lattice of codes'
     source = 'given' if deltas else 'published' if k in PFID_DELTAS else '{200,280,360}*K/16384, rounded'
-    return dict(codebook_size=k, neighbour=f'{near}; of equally near ones the first', deltas=sorted({c['delta'] for c in cells}),
-                deltas_from=source, alphas=sorted({c['alpha'] for c in cells}), rate_measured=float(np.mean([c['rate'] for c in cells])))
+    return dict(codebook_size=k, neighbour=f'{near}; of equally near ones the first',
+                deltas=sorted({c['delta'] for c in cells}),
+                deltas_from=source, alphas=sorted({c['alpha'] for c in cells}),
+                rate_measured=float(np.mean([c['rate'] for c in cells])))
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #39e42779
 def pfid(
@@ -118,17 +128,24 @@ def pfid(
     n:int|None = None,               # images measured, drawn by the seed; None for all
     bootstrap:int = 50,              # replicates for the error; 0 for none
     seed:int = 0,                    # of all draws
-    reference=None,                  # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
+    # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
+    reference=None,
     device:str|torch.device|None = None, # where to compute; None: where the tokenizer is
     bank:FeatureBank|None = None,    # keeps reference features; None: one for this process
 ) -> Card:
     "Mean Fréchet distance of reconstructions from perturbed tokens, over a grid of doses"
     check_bootstrap(bootstrap)
-    doses,discrete = _doses(tok, alphas, deltas, kind, strengths),tok.codebook is not None
+    doses = _doses(tok, alphas, deltas, kind, strengths)
+    discrete = tok.codebook is not None
     images = draw_images(images, n, seed)
-    about,n = _about(images),len(images)
-    judge,cells,replicates = _judge(extractor, about['size']),{},[]
-    how,table,codes = dict(rate=rate, neighbours='code', include_self=include_self),NeighbourTable(),_codes(tok) if discrete else None
+    about = _about(images)
+    n = len(images)
+    judge = _judge(extractor, about['size'])
+    cells = {}
+    replicates = []
+    how = dict(rate=rate, neighbours='code', include_self=include_self)
+    table = NeighbourTable()
+    codes = _codes(tok) if discrete else None
     if getattr(codes, 'lattice', None): table = None                              # found faster than kept
     elif discrete: table(codes, max(d['delta'] for d in doses), include_self)     # once, for all cells
     with _measured(tok, device) as where, bar(total=len(doses)*n, desc='pFID', unit='image') as progress:
@@ -138,10 +155,14 @@ def pfid(
             moved,measured = _perturbed(tok, codes, clean, dose, table, kind, seed, how)
             made = _through(tok.detokenize if discrete else tok.decode, moved, where)
             value,r = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
-            cells[' '.join(f'{k}={v:g}' for k,v in dose.items())] = dose | dict(value=value, se=_se(r), rate=measured)
+            cells[' '.join(f'{k}={v:g}' for k,v in dose.items())] = (dose
+                                                                     | dict(value=value, se=_se(r),
+                                                                            rate=measured))
             replicates.append(r)
-    mean,rows = np.mean(replicates, 0),list(cells.values())
+    mean = np.mean(replicates, 0)
+    rows = list(cells.values())
     how = how | _choices(tok, codes, deltas, rows) if discrete else dict(kind=kind)
     how |= dict(tokenizer=_print(tok), beta=1., cells=f'mean of {len(rows)}, the same images in each')
     settings = _settings(images, ref, judge, bootstrap, **how)
-    return Card('pFID', float(np.mean([c['value'] for c in rows])), _se(mean), n, judge.name, ref.name, seed, settings, mean, cells)
+    return Card('pFID', float(np.mean([c['value'] for c in rows])), _se(mean), n, judge.name, ref.name, seed,
+                settings, mean, cells)

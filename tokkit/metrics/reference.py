@@ -38,10 +38,15 @@ class Reference:
     ):
         fixed = isinstance(features, FeatureStats)
         made = features.extractor if fixed else ''
-        if not (extractor or made): raise ValueError("these statistics do not say whose features they are of; give extractor='...'")
-        if extractor and made and extractor != made: raise ValueError(f"the reference features are by {made}, not by {extractor}")
-        self.extractor,self.name,self.shape = extractor or made,name,shape
-        self.features,self.fingerprint = (None,features.fingerprint or fingerprint) if fixed else (features,fingerprint)
+        if not (extractor or made):
+            raise ValueError("these statistics do not say whose features they are of; give extractor='...'")
+        if extractor and made and extractor != made:
+            raise ValueError(f"the reference features are by {made}, not by {extractor}")
+        self.extractor = extractor or made
+        self.name = name
+        self.shape = shape
+        self.features,self.fingerprint = ((None,features.fingerprint or fingerprint) if fixed
+                                          else (features,fingerprint))
         self.stats = features if fixed else FeatureStats.from_features(features, self.extractor, fingerprint)
         own = dict(mean=features.mean, cov=features.cov) if fixed else dict(f=features)
         self.hash = key or tensors_hash({k: torch.as_tensor(v) for k,v in own.items()})
@@ -49,7 +54,8 @@ class Reference:
 
     def __len__(self): return self.stats.n
     def __repr__(self):
-        return f"Reference {self.name}: {len(self)} images by {self.extractor}"+(', statistics only' if self.features is None else '')
+        return (f"Reference {self.name}: {len(self)} images by {self.extractor}"
+                +(', statistics only' if self.features is None else ''))
 
     def replicate(self,
         i:int,        # which, from 0
@@ -70,7 +76,9 @@ class FeatureBank:
         disk:bool|str|Path = False, # keep them on disk too: True below `data_home()`, or a folder
     ):
         if keep < 1: raise ValueError(f"keep must be at least 1 set, got {keep}")
-        self.keep,self.disk,self._kept = keep,disk,{}
+        self.keep = keep
+        self.disk = disk
+        self._kept = {}
 
     def __call__(self,
         images,                        # set of images with `hash` and `name`, or a tensor (n c h w)
@@ -78,12 +86,15 @@ class FeatureBank:
         device=None,                   # where, when it has to be computed
     ) -> Reference:
         "The features of these images"
-        about,device,made = _about(images),default_device(str(device) if device else None),extractor.fingerprint
+        about = _about(images)
+        device = default_device(str(device) if device else None)
+        made = extractor.fingerprint
         key = made, extractor.name, device.type, about['hash']
         if key not in self._kept:
             features = self._stored(images, about, extractor, made, device)
             while len(self._kept) >= self.keep: self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = Reference(features, extractor.name, about['name'], about['hash'], about['shape'], made)
+            self._kept[key] = Reference(features, extractor.name, about['name'], about['hash'],
+                                        about['shape'], made)
         return self._kept[key]
 
     def _stored(self, images, about, extractor, made:str, device) -> Float[Tensor, "n d"]:
@@ -94,18 +105,23 @@ class FeatureBank:
         if (f := _read_features(path, about['n'])) is not None: return f
         f = extract(extractor, images, device)
         try:
-            with atomic_path(path) as p, open(p, 'wb') as file: np.savez(file, features=f.numpy(), hash=tensors_hash(dict(f=f), 64))
-        except OSError as e: warnings.warn(f"the features cannot be kept in {folder} ({e.strerror})", stacklevel=4)
+            with atomic_path(path) as p, open(p, 'wb') as file:
+                np.savez(file, features=f.numpy(), hash=tensors_hash(dict(f=f), 64))
+        except OSError as e:
+            warnings.warn(f"the features cannot be kept in {folder} ({e.strerror})", stacklevel=4)
         return f
 
 def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
     "Features of n images from a file; None where there is none, or a damaged one"
     try:
         with open(path, 'rb') as file, np.load(file) as z:
-            f,told = torch.from_numpy(z['features']),str(z.get('hash'))         # None: of an earlier version
+            f = torch.from_numpy(z['features'])
+            told = str(z.get('hash'))  # None: of an earlier version
         if f.ndim == 2 and len(f) == n and tensors_hash(dict(f=f), 64) == told: return f
     except (FileNotFoundError, NotADirectoryError): return None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error): pass
+    except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, RuntimeError,
+            zipfile.BadZipFile, zlib.error):
+        pass
     warnings.warn(f"the features in {path} were damaged; they are made again", stacklevel=4)
 
 BANK = FeatureBank(disk=True)    # what all cards of this process share unless they are given another
@@ -118,27 +134,37 @@ def _about(images) -> dict:
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
         key = tensors_hash(dict(x=check_images(images)))
-        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images), shape=tuple(images.shape[1:]))
+        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images),
+                    shape=tuple(images.shape[1:]))
     if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
-        raise ValueError(f"expected images as a tensor (n c h w) in [-1,1] or a set of images, got {type(images).__name__}")
+        raise ValueError("expected images as a tensor (n c h w) in [-1,1] or a set of images, got "
+                         f"{type(images).__name__}")
     if not len(images): raise ValueError(f"expected at least one image, {images.name} has none")
-    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images), shape=(images.channels, images.size, images.size))
+    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images),
+                shape=(images.channels, images.size, images.size))
 
 def _judge(extractor, size:int) -> FeatureExtractor:
     "An extractor from itself, its name, or the images' size"
-    return default_extractor(size) if extractor is None else get_extractor(extractor, size) if isinstance(extractor, str) else extractor
+    return (default_extractor(size) if extractor is None else get_extractor(extractor, size)
+            if isinstance(extractor, str) else extractor)
 
 def _reference(reference, images, extractor, device, bank) -> Reference:
     "Whatever was given as reference, as features of this extractor; None is the images themselves"
-    if isinstance(reference, FeatureStats): reference = Reference(reference, reference.extractor or extractor.name, 'statistics')
-    ref = reference if isinstance(reference, Reference) else (bank or BANK)(images if reference is None else reference, extractor, device)
+    if isinstance(reference, FeatureStats):
+        reference = Reference(reference, reference.extractor or extractor.name, 'statistics')
+    ref = (reference if isinstance(reference, Reference)
+           else (bank or BANK)(images if reference is None else reference, extractor, device))
     if ref.extractor != extractor.name:
-        raise ValueError(f"the reference features are by {ref.extractor}, the card is by {extractor.name}; use one extractor")
+        raise ValueError(f"the reference features are by {ref.extractor}, the card is by {extractor.name}; "
+                         "use one extractor")
     if ref.fingerprint and ref.fingerprint != (made := extractor.fingerprint):
-        raise ValueError(f"the reference features are by another extractor of the name {ref.extractor} than the card: "
-                         f"fingerprints {ref.fingerprint} and {made} (weights, layers, resizing); use one extractor")
+        raise ValueError(f"the reference features are by another extractor of the name {ref.extractor} than "
+                         "the card: "
+                         f"fingerprints {ref.fingerprint} and {made} (weights, layers, resizing); use one "
+                         "extractor")
     if ref.shape and reference is not None and ref.shape != (shape := _about(images)['shape']):
-        raise ValueError(f"images are {shape}, those of the reference {ref.name} are {ref.shape}; make them alike first")
+        raise ValueError(f"images are {shape}, those of the reference {ref.name} are {ref.shape}; make them "
+                         "alike first")
     return ref
 
 # %% ../../nbs/metrics/07_reference.ipynb #9320cfb8
@@ -146,7 +172,8 @@ def check_bootstrap(
     replicates:int, # what arrived
 ):
     "Raise unless it is a number of bootstrap replicates: 0 for no error, else some"
-    check_count('bootstrap', replicates, 100_000, 'it is the number of replicates behind the error; 0 for none', least=0)
+    check_count('bootstrap', replicates, 100_000,
+                'it is the number of replicates behind the error; 0 for none', least=0)
 
 def draw_images(
     images,          # set of images, or a tensor (n c h w)
@@ -183,7 +210,8 @@ def _through(f:Callable, items, device) -> Iterator[Tensor]:
     "`f` of items (images, ids or latents), chunk by chunk"
     for x in chunks(items, CHUNK):
         with torch.no_grad(): out = f(x.to(device))
-        yield out                                       # outside the block: a generator must not leave its mode behind
+        # outside the block: a generator must not leave its mode behind
+        yield out
 
 def _alike(made:Iterator[Tensor], shape:tuple) -> Iterator[Tensor]:
     "Images as they are made, if they have the shape of the originals"
@@ -197,20 +225,27 @@ def _frechet(f, ref:Reference, bootstrap:int, seed:int) -> tuple[float,np.ndarra
     value = frechet_distance(FeatureStats.from_features(f, ref.extractor), ref.stats)
     return value, bootstrap_frechet(f, lambda i: ref.replicate(i, seed), bootstrap, seed)
 
-def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, bootstrap, seed, device, progress) -> tuple[float,np.ndarray]:
+def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, bootstrap, seed, device,
+              progress) -> tuple[float,np.ndarray]:
     "The same of images that are made while we look; without replicates no features are kept"
     def counted():
-        for f in stream(judge, _alike(made, shape), device): progress.update(len(f)); yield f
+        for f in stream(judge, _alike(made, shape), device):
+            progress.update(len(f))
+            yield f
     if bootstrap: return _frechet(torch.cat([*counted()]), ref, bootstrap, seed)
-    return frechet_distance(FeatureStats.stream(counted(), ref.extractor, ref.fingerprint), ref.stats), np.zeros(0)
+    return (frechet_distance(FeatureStats.stream(counted(), ref.extractor, ref.fingerprint), ref.stats),
+            np.zeros(0))
 
 def _se(replicates) -> float|None: return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None
 
 def _settings(images, ref, judge, bootstrap, **more) -> dict:
     "What every Fréchet distance depends on"
-    about,p = _about(images),judge.prepare
+    about = _about(images)
+    p = judge.prepare
     what = 'the images' if ref.features is not None else 'the images, reference fixed'
-    return dict(images=about['name'], images_hash=about['hash'], shape=about['shape'], reference_hash=ref.hash, reference_n=len(ref),
+    return dict(images=about['name'], images_hash=about['hash'], shape=about['shape'],
+                reference_hash=ref.hash, reference_n=len(ref),
                 rounding='uint8', resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none',
-                extractor_hash=ref.fingerprint or judge.fingerprint, dimension=len(ref.stats.mean), covariance='n-1',
+                extractor_hash=ref.fingerprint or judge.fingerprint, dimension=len(ref.stats.mean),
+                covariance='n-1',
                 error=f'bootstrap of {what}, {bootstrap} replicates' if bootstrap > 1 else 'none') | more

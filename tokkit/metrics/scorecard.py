@@ -28,24 +28,31 @@ from .reference import (_about, _alike, _frechet, _judge, _measured, _print, _re
 class FeatureDistance(nn.Module):
     "LPIPS-style: squared distance of normalised feature maps, averaged over space and summed over layers"
     def __init__(self,
-        taps:nn.Module|None = None, # gives a list of maps; None takes early ones of the offline judge's network
-    ): super().__init__(); self.taps = taps or efficientnet_taps('lite0'); self.name = getattr(self.taps, 'name', 'taps')
+        # gives a list of maps; None takes early ones of the offline judge's network
+        taps:nn.Module|None = None,
+    ):
+        super().__init__()
+        self.taps = taps or efficientnet_taps('lite0')
+        self.name = getattr(self.taps, 'name', 'taps')
     def forward(self,
         x:Float[Tensor, "b c h w"],   # images in [-1,1]
         xh:Float[Tensor, "b c h w"],  # others, compared one by one
     ) -> Float[Tensor, "b"]:
         "Distance of each pair"
         unit = partial(nn.functional.normalize, dim=1, eps=1e-10)
-        return sum((unit(a)-unit(b)).square().sum(1).mean((1,2)) for a,b in zip(self.taps(x), self.taps(xh.clamp(-1, 1))))
+        return sum((unit(a)-unit(b)).square().sum(1).mean((1,2)) for a,
+                   b in zip(self.taps(x), self.taps(xh.clamp(-1, 1))))
 
 DECIBELS = 100.    # PSNR of a copy without error
 
 def _mean_card(metric, values, by, about:dict, how, bootstrap, seed) -> Card:
     "Mean of a number an image, with the same resampling as the distances"
-    values,most = values.double(),dict(most=f'{DECIBELS:g} dB an image') if metric == 'PSNR' else {}
+    values = values.double()
+    most = dict(most=f'{DECIBELS:g} dB an image') if metric == 'PSNR' else {}
     values = (values.clamp(max=DECIBELS) if most else values).numpy()
     replicates = [float(values@bootstrap_weights(len(values), i, seed)/len(values)) for i in range(bootstrap)]
-    return Card(metric, float(values.mean()), _se(replicates), len(values), by, about['name'], seed, how | most, replicates)
+    return Card(metric, float(values.mean()), _se(replicates), len(values), by, about['name'], seed, how
+                | most, replicates)
 
 def _hits(ids:Tensor, codebook:Tensor) -> Float[Tensor, "l k"]:
     "How often each code of each level was chosen"
@@ -54,9 +61,11 @@ def _hits(ids:Tensor, codebook:Tensor) -> Float[Tensor, "l k"]:
 
 def _code_cards(wanted, ids, tok, about, how, seed) -> list[Card]:
     "Usage and perplexity, means over the levels"
-    hits = _hits(ids, tok.codebook); p = hits/hits.sum(1, keepdim=True)
+    hits = _hits(ids, tok.codebook)
+    p = hits/hits.sum(1, keepdim=True)
     found = dict(usage=(hits > 0).double().mean(), perplexity=torch.special.entr(p).sum(1).exp().mean())
-    return [Card(m, float(v), None, about['n'], '', about['name'], seed, how) for m,v in found.items() if m in wanted]
+    return [Card(m, float(v), None, about['n'], '', about['name'], seed, how) for m,v in found.items()
+            if m in wanted]
 
 def evaluate_tokenizer(
     tok,                           # a tokenizer
@@ -71,7 +80,8 @@ def evaluate_tokenizer(
     k:int = 3,                     # neighbours of precision and recall
     bootstrap:int = 50,            # replicates for the errors; 0 for none
     seed:int = 0,                  # of all draws
-    reference=None,                # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
+    # images, `Reference` or `FeatureStats` to compare with; None: the images themselves
+    reference=None,
     device:str|torch.device|None = None, # where to compute; None: where the tokenizer is
     bank:FeatureBank|None = None,  # keeps reference features
     **doses,                       # alphas, deltas, kind, strengths, ... of `pfid`
@@ -79,17 +89,24 @@ def evaluate_tokenizer(
     "All that can be said about a tokenizer; no pFID for continuous latents without kind and strengths, no iFID without `train`"
     check_bootstrap(bootstrap)
     images = draw_images(images, n, seed)
-    about,discrete,no = _about(images),tok.codebook is not None,_impossible(reference, classifier)
+    about = _about(images)
+    discrete = tok.codebook is not None
+    no = _impossible(reference, classifier)
     if not discrete: no |= {m: 'is of codes, and this tokenizer has none' for m in ('usage','perplexity')}
-    if not (discrete or doses): no['pFID'] = "is defined for codes; for these latents give kind='gaussian' and strengths=(...)"
+    if not (discrete or doses):
+        no['pFID'] = "is defined for codes; for these latents give kind='gaussian' and strengths=(...)"
     if train is None: no['iFID'] = 'needs images for the neighbours: train=...'
     if about['size'] < 11: no['SSIM'] = f"has a window of 11 pixels, the images are {about['size']} wide"
-    wanted,judge = _wanted(metrics, TOKENIZER_METRICS, no),_judge(extractor, about['size'])
-    same,cards = dict(extractor=judge, bootstrap=bootstrap, seed=seed, reference=reference, device=device, bank=bank),[]
+    wanted = _wanted(metrics, TOKENIZER_METRICS, no)
+    judge = _judge(extractor, about['size'])
+    same = dict(extractor=judge, bootstrap=bootstrap, seed=seed, reference=reference, device=device,
+                bank=bank)
+    cards = []
     with _measured(tok, device) as where:
         look = perceptual or (FeatureDistance().to(where) if 'LPIPS-style' in wanted else None)
         tell = classifier.to(where) if classifier is not None else None
-        measures = {'PSNR': psnr, 'SSIM': ssim, 'IS': lambda xh, x: tell(xh), 'LPIPS-style': lambda xh, x: look(x, xh)}
+        measures = {'PSNR': psnr, 'SSIM': ssim, 'IS': lambda xh, x: tell(xh), 'LPIPS-style': lambda xh,
+                    x: look(x, xh)}
         measures = {m:f for m,f in measures.items() if m in wanted}
         parts = {m: [] for m in measures}
         def rebuilt(x):
@@ -100,15 +117,21 @@ def evaluate_tokenizer(
         f = torch.cat([*stream(judge, _through(rebuilt, images, where), where)])
         ref = _reference(reference, images, judge, where, bank)
         ids = _encode(tok, images, where, True) if {'usage','perplexity'} & set(wanted) else None
-    how = _settings(about, ref, judge, bootstrap, tokenizer=_print(tok), classifier=tell.name if tell else None)
+    how = _settings(about, ref, judge, bootstrap, tokenizer=_print(tok), classifier=tell.name if tell
+                    else None)
     if 'rFID' in wanted:
         value,replicates = _frechet(f, ref, bootstrap, seed)
-        cards.append(Card('rFID', value, _se(replicates), len(f), judge.name, ref.name, seed, how, replicates))
+        cards.append(Card('rFID', value, _se(replicates), len(f), judge.name, ref.name, seed, how,
+                          replicates))
     if 'pFID' in wanted: cards.append(pfid(tok, images, **same, **doses))
     if 'iFID' in wanted: cards.append(ifid(tok, images, train=train, **same))
     measured = {m: torch.cat(p) for m,p in parts.items()}
-    cards += _fidelity(wanted, f, ref, measured.pop('IS', None), judge, how, k, seed, paired=ref.hash == about['hash'])
+    cards += _fidelity(wanted, f, ref, measured.pop('IS', None), judge, how, k, seed,
+                       paired=ref.hash == about['hash'])
     plain = {key: how[key] for key in ('tokenizer','images','images_hash','error')}
-    own,by = plain | dict(reference_hash=about['hash'], rounding='uint8'),{'LPIPS-style': getattr(look, 'name', 'given')}
+    own = plain | dict(reference_hash=about['hash'], rounding='uint8')
+    by = {'LPIPS-style': getattr(look, 'name', 'given')}
     cards += [_mean_card(m, v, by.get(m, ''), about, own, bootstrap, seed) for m,v in measured.items()]
-    return cards+(_code_cards(wanted, ids, tok, about, plain | dict(error='none'), seed) if ids is not None else [])
+    return (cards
+            +(_code_cards(wanted, ids, tok, about, plain | dict(error='none'), seed) if ids is not None
+              else []))

@@ -25,24 +25,33 @@ def check_features(
     what:str,                                 # who asks, for the error
 ) -> Float64[np.ndarray, "n d"]:              # in double precision, in main memory
     "Features as a matrix in double precision, or a one-line error"
-    f = np.asarray(features.detach().cpu().double() if isinstance(features, Tensor) else features, dtype=np.float64)
+    f = np.asarray(features.detach().cpu().double() if isinstance(features, Tensor) else features,
+                   dtype=np.float64)
     if f.ndim != 2: raise ValueError(f"{what}: expected features (n d), got shape {f.shape}")
     bad = len(f)-int(np.isfinite(f).all(1).sum())
-    if bad: raise ValueError(f"{what}: {bad} of {len(f)} feature vectors hold NaN or infinity; look at the images they were made of")
+    if bad:
+        raise ValueError(f"{what}: {bad} of {len(f)} feature vectors hold NaN or infinity; look at the "
+                         "images they were made of")
     return f
 
 def _blocks(batches:Iterable, what:str) -> Iterator[np.ndarray]:
     "The same vectors in blocks of one size; the last may be smaller"
-    held,n,d = [],0,None
+    held = []
+    n = 0
+    d = None
     for f in batches:
         f = check_features(f, what)
         if d not in (None, f.shape[1]):
-            raise ValueError(f"{what}: a batch of {d}-dimensional features is followed by one of {f.shape[1]} dimensions")
-        held,n,d = [*held, f],n+len(f),f.shape[1]
+            raise ValueError(f"{what}: a batch of {d}-dimensional features is followed by one of "
+                             f"{f.shape[1]} dimensions")
+        held = [*held, f]
+        n = n+len(f)
+        d = f.shape[1]
         if n < BLOCK: continue
         f = np.concatenate(held) if len(held) > 1 else held[0]
         for i in range(0, n-n%BLOCK, BLOCK): yield f[i:i+BLOCK]
-        held,n = [f[n-n%BLOCK:].copy()],n%BLOCK
+        held = [f[n-n%BLOCK:].copy()]
+        n = n%BLOCK
     if n: yield np.concatenate(held)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #f2fe0ffc
@@ -62,16 +71,21 @@ class FeatureStats:
         fingerprint:str = '',   # and its fingerprint
     ) -> 'FeatureStats':
         "Statistics of features that pass by"
-        n,mean,scatter = 0,0.,None
+        n = 0
+        mean = 0.
+        scatter = None
         for f in _blocks(batches, 'FeatureStats'):
             centre = f.mean(0)
-            delta,total = centre-mean,n+len(f)
+            delta = centre-mean
+            total = n+len(f)
             rows = np.concatenate([f-centre, np.sqrt(n*len(f)/total)*delta[None]]) if n else f-centre
             if scatter is None: scatter = np.zeros((f.shape[1],)*2, order='F')
             scatter = linalg.blas.dsyrk(1., rows.T, beta=1., c=scatter, overwrite_c=1)      # in place
-            n,mean = total,mean+delta*(len(f)/total)
+            n = total
+            mean = mean+delta*(len(f)/total)
         if not n: raise ValueError("FeatureStats: expected at least one feature vector, got none")
-        scatter /= max(n-1, 1)                                              # so far only the upper triangle is there
+        # so far only the upper triangle is there
+        scatter /= max(n-1, 1)
         scatter += np.triu(scatter, 1).T
         return cls(n, mean, scatter, extractor, fingerprint)
 
@@ -87,14 +101,16 @@ class FeatureStats:
     def merge(self, other:'FeatureStats') -> 'FeatureStats':
         "Statistics of both sets together"
         check_comparable(self, other)
-        n,d = self.n+other.n,other.mean-self.mean
+        n = self.n+other.n
+        d = other.mean-self.mean
         scatter = (self.n-1)*self.cov+(other.n-1)*other.cov+np.outer(d, d)*(self.n*other.n/n)
         who = self.extractor or other.extractor, self.fingerprint or other.fingerprint
         return FeatureStats(n, self.mean+d*(other.n/n), scatter/max(n-1, 1), *who)
 
     def update(self, features:Float[Tensor, "n d"]|np.ndarray) -> 'FeatureStats':
         "Statistics with some more features of the same extractor"
-        return self.merge(FeatureStats.from_features(features, self.extractor, self.fingerprint)) if len(features) else self
+        return (self.merge(FeatureStats.from_features(features, self.extractor, self.fingerprint))
+                if len(features) else self)
 
     @cached_property
     def factor(self) -> Float64[np.ndarray, "d r"]:
@@ -102,7 +118,8 @@ class FeatureStats:
         return _factor(self.cov)
 
     def __repr__(self):
-        return f"FeatureStats of {self.n} vectors with {len(self.mean)} dimensions"+(f" by {self.extractor}" if self.extractor else '')
+        return (f"FeatureStats of {self.n} vectors with {len(self.mean)} dimensions"
+                +(f" by {self.extractor}" if self.extractor else ''))
 
 def differ(
     a:str,  # a name or fingerprint; '' is not known
@@ -117,18 +134,23 @@ def check_comparable(
 ):
     "Refuse statistics of two extractors, or of one name with other weights, layers or resizing"
     if differ(p.extractor, q.extractor):
-        raise ValueError(f"features by {p.extractor} and by {q.extractor} cannot be compared; use one extractor for both")
+        raise ValueError(f"features by {p.extractor} and by {q.extractor} cannot be compared; use one "
+                         "extractor for both")
     if differ(p.fingerprint, q.fingerprint):
-        raise ValueError(f"features by two extractors of the name {p.extractor or q.extractor or 'unknown'} cannot be compared: "
-                         f"fingerprints {p.fingerprint} and {q.fingerprint} (weights, layers, resizing); use one extractor for both")
+        raise ValueError(f"features by two extractors of the name {p.extractor or q.extractor or 'unknown'} "
+                         "cannot be compared: "
+                         f"fingerprints {p.fingerprint} and {q.fingerprint} (weights, layers, resizing); use "
+                         "one extractor for both")
     if p.mean.shape != q.mean.shape:
-        raise ValueError(f"features of {len(p.mean)} and of {len(q.mean)} dimensions cannot be compared; use one extractor for both")
+        raise ValueError(f"features of {len(p.mean)} and of {len(q.mean)} dimensions cannot be compared; use "
+                         "one extractor for both")
 
 # %% ../../nbs/metrics/00_statistics.ipynb #f012c36e
 TOLERANCE = 1e-5    # of the largest eigenvalue: what rounding (also to float32, in a file) may make of a zero
 
 def _no_covariance(what:str):
-    raise ValueError(f"frechet_distance: {what}; a covariance has none: compute the statistics again, in double precision")
+    raise ValueError(f"frechet_distance: {what}; a covariance has none: compute the statistics again, in "
+                     "double precision")
 
 def _factor(cov:np.ndarray) -> np.ndarray:
     "L (d r) with cov = L L^T: lower triangular at full rank, by Cholesky with pivots otherwise"
@@ -139,7 +161,8 @@ def _factor(cov:np.ndarray) -> np.ndarray:
     if np.diag(cov).max() <= 0: r = 0                                      # identical images
     L = np.empty((len(cov), r))
     L[pivots-1] = np.tril(c[:,:r])
-    if abs((L**2).sum()-np.trace(cov)) > TOLERANCE*abs(np.trace(cov)): _no_covariance('the covariance has negative eigenvalues')
+    if abs((L**2).sum()-np.trace(cov)) > TOLERANCE*abs(np.trace(cov)):
+        _no_covariance('the covariance has negative eigenvalues')
     return L
 
 # %% ../../nbs/metrics/00_statistics.ipynb #5955ed74
@@ -153,11 +176,17 @@ def across_processes(
     dist.all_gather_object(known, stats and (stats.n, len(stats.mean), stats.extractor, stats.fingerprint))
     known = [k for k in known if k]
     if not known: raise ValueError("across_processes: no process had any images")
-    for what,i in (('dimensions', 1), ('extractors', 2), ('extractors', 3)):        # every process comes to the same conclusion
+    # every process comes to the same conclusion
+    for what,i in (('dimensions', 1), ('extractors', 2), ('extractors', 3)):
         if len({k[i] for k in known}) > 1:
-            raise ValueError(f"across_processes: processes have features of different {what}: {sorted({k[i] for k in known})}")
+            raise ValueError(f"across_processes: processes have features of different {what}: "
+                             f"{sorted({k[i] for k in known})}")
     n,d,*who = sum(k[0] for k in known),*known[0][1:]
-    def total(a): t = torch.as_tensor(a, dtype=torch.float64, device=device).clone(); dist.all_reduce(t); return t.cpu().numpy()
+    def total(a):
+        t = torch.as_tensor(a, dtype=torch.float64, device=device).clone()
+        dist.all_reduce(t)
+        return t.cpu().numpy()
     mean = total(np.zeros(d) if stats is None else stats.n/n*stats.mean)
-    scatter = total(np.zeros((d,d)) if stats is None else (stats.n-1)*stats.cov+stats.n*np.outer(stats.mean-mean, stats.mean-mean))
+    scatter = total(np.zeros((d,d)) if stats is None else (stats.n-1)*stats.cov
+                    +stats.n*np.outer(stats.mean-mean, stats.mean-mean))
     return FeatureStats(n, mean, scatter/max(n-1, 1), *who)

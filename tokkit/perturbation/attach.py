@@ -20,8 +20,14 @@ from ..tokenizers import check_delta, NoQuantizer, Quantized
 class Attached:
     "A perturbation inside a module; in training mode only"
     def __init__(self, perturbation, reading, rng, shard):
-        self.perturbation,self.reading,self.rng,self.shard = perturbation,reading,rng,shard
-        self.epoch,self.gradient,self.last,self.hook = 0.,None,None,None   # gradient: of the loss by the leaving latents
+        self.perturbation = perturbation
+        self.reading = reading
+        self.rng = rng
+        self.shard = shard
+        self.epoch = 0.
+        self.gradient = None
+        self.last = None
+        self.hook = None  # gradient: of the loss by the leaving latents
 
     @property
     def rate(self) -> float:
@@ -32,7 +38,8 @@ class Attached:
         if self.hook is not None: self.hook.remove()
     def __enter__(self): return self
     def __exit__(self, *error): self.remove()
-    def __reduce__(self): return _absent,()            # a copy of the model (an average of weights, a file) is not perturbed
+    # a copy of the model (an average of weights, a file) is not perturbed
+    def __reduce__(self): return _absent,()
 
     def after(self, module, args, output):
         "Forward hook of a quantizer"
@@ -42,29 +49,39 @@ class Attached:
 
     def before(self, module, args):
         "Forward hook of a module that continuous latents enter"
-        return (self.damaged(args[0], args[0], None), *args[1:]) if module.training and self.perturbation is not None else None
+        return ((self.damaged(args[0], args[0], None), *args[1:]) if module.training
+                and self.perturbation is not None else None)
 
     def damaged(self, z, zq, ids):
         "Perturbed latents in the layout of `zq`"
-        codes,first = self.reading.codes,self.reading.channels_first(zq)
-        rows,entering,given = to_tokens(zq, first),to_tokens(z, first),ids
-        gradient = to_tokens(self.gradient, first) if self.perturbation.needs_gradient and self.gradient is not None else None
+        codes = self.reading.codes
+        first = self.reading.channels_first(zq)
+        rows = to_tokens(zq, first)
+        entering = to_tokens(z, first)
+        given = ids
+        gradient = (to_tokens(self.gradient, first) if self.perturbation.needs_gradient
+                    and self.gradient is not None else None)
         if foreign := isinstance(codes, Foreign):
-            ids = ids.long().reshape(*rows.shape[:2], *[codes.levels]*(codes.levels > 1)); given = ids.clamp_min(0)
-            codes.grid,entering = tuple(zq.shape[2:] if first else zq.shape[1:-1]),entering.detach()
+            ids = ids.long().reshape(*rows.shape[:2], *[codes.levels]*(codes.levels > 1))
+            given = ids.clamp_min(0)
+            codes.grid = tuple(zq.shape[2:] if first else zq.shape[1:-1])
+            entering = entering.detach()
             codes.to(rows.device).count(given)
             gradient = gradient if gradient is None else codes.back(gradient)
         clean = Quantized(rows, given, rows.new_zeros(()), rows.new_zeros(()))
         p = self.last = self.perturbation(entering, clean, codes, self.epoch, self.rng, gradient, self.shard)
-        if foreign and (self.perturbation.kind or 'nearest') in CODE_KINDS: p = _kept_form(p, rows, ids, codes)
+        if foreign and (self.perturbation.kind or 'nearest') in CODE_KINDS:
+            p = _kept_form(p, rows, ids, codes)
         return from_tokens(p.zq, zq, first)
 
 def _kept_form(p, rows, ids, codes):
     "New codes with the gradient the module's own had, and to what stands behind its codes"
     new = torch.where(ids < 0, ids, p.ids)             # a level that was dropped stays so
-    value,was = codes.codes(new),codes.codes(ids)
+    value = codes.codes(new)
+    was = codes.codes(ids)
     moved = rows+(value-rows).detach()+((value-was)-(value-was).detach())
-    return p._replace(zq=torch.where((new != ids).flatten(2).any(2)[...,None] if ids.ndim > 2 else (new != ids)[...,None], moved, rows))
+    return p._replace(zq=torch.where((new != ids).flatten(2).any(2)[...,None] if ids.ndim > 2
+                                     else (new != ids)[...,None], moved, rows))
 
 def _absent():
     "What a copy of an `Attached` is: nothing"
@@ -82,9 +99,11 @@ def attach(
 ) -> Attached:
     "Perturb what leaves a quantizer, or what enters a decoder, while it trains"
     enters = module if latents else None
-    if not latents and _is(module, 'diffusers', 'AutoencoderKL'): enters = module.post_quant_conv or module.decoder
+    if not latents and _is(module, 'diffusers', 'AutoencoderKL'):
+        enters = module.post_quant_conv or module.decoder
     first = lambda z: z.ndim == 4
-    target,reading = (enters, Reading(NoQuantizer(), _pair, first)) if enters is not None else find_quantizer(module)
+    target,reading = ((enters, Reading(NoQuantizer(), _pair, first)) if enters is not None
+                      else find_quantizer(module))
     why = perturbation.why_not(reading.codes)
     if why: raise ValueError(f"{type(module).__name__}: {why}")
     if reading.codes.codebook_size and perturbation.kind in (None, 'nearest', 'adversarial'):
@@ -93,7 +112,8 @@ def attach(
     if any(isinstance(getattr(h, '__self__', None), Attached) for h in hooks):
         raise ValueError(f"{type(module).__name__} is perturbed already; remove() the handle it has first")
     handle = Attached(perturbation, reading, rng or make_rng(seed, 'plugin'), shard)
-    handle.hook = target.register_forward_pre_hook(handle.before) if enters is not None else target.register_forward_hook(handle.after)
+    handle.hook = (target.register_forward_pre_hook(handle.before) if enters is not None
+                   else target.register_forward_hook(handle.after))
     return handle
 
 LatentPerturbation.attach = attach     # the same as a method

@@ -42,13 +42,19 @@ class Foreign(Quantizer):
         dim:int,                            # channels of what leaves the module
         inner:Callable|None = None,         # ids -> their vectors; None: the codes, side by side
         lattice:tuple[int,...]|None = None, # levels of each channel, where neighbours are counted in steps
-        compare:Callable|None = None,       # what enters the module -> the form in which it is compared with codes; None: as it is
+        # what enters the module -> the form in which it is compared with codes; None: as it is
+        compare:Callable|None = None,
         behind:nn.Module|None = None,       # a linear layer between those vectors and what leaves the module
     ):
         book = codebook()
         super().__init__(book.shape[-2], None, dim, levels=1 if book.ndim == 2 else len(book))
-        self._codebook,self._inner,self.lattice,self._compare,self.grid = codebook,inner,lattice,compare,None
-        self._behind = lambda: behind if hasattr(behind, 'weight') else None        # not as a part: the weights stay where they are
+        self._codebook = codebook
+        self._inner = inner
+        self.lattice = lattice
+        self._compare = compare
+        self.grid = None
+        # not as a part: the weights stay where they are
+        self._behind = lambda: behind if hasattr(behind, 'weight') else None
 
     @property
     def codebook(self) -> Tensor: return self._codebook().detach()
@@ -73,7 +79,8 @@ class Reading(NamedTuple):
     "How one module is read"
     codes:Quantizer                             # as perturbations see it
     read:Callable                               # (entering latents, output) -> (leaving latents, ids or None)
-    channels_first:Callable = lambda zq: False  # leaving latents -> whether the second axis holds their channels
+    # leaving latents -> whether the second axis holds their channels
+    channels_first:Callable = lambda zq: False
 
 def _pair(entering, output): return output[0],output[1]
 
@@ -96,7 +103,8 @@ def swap(
 def _read_vq(m) -> Reading:
     "VectorQuantize: one codebook, or one a head"
     if m._codebook.affine_param or getattr(m._codebook, 'vq_bridge', None) is not None:
-        raise ValueError('VectorQuantize with affine_param or vq_bridge has no codebook that could be looked up; switch them off')
+        raise ValueError('VectorQuantize with affine_param or vq_bridge has no codebook that could be looked '
+                         'up; switch them off')
     book = lambda: m.codebook if m.heads == 1 or m.codebook.ndim == 3 else m.codebook.expand(m.heads, -1, -1)
     heads = lambda z: rearrange(z, 'b n (h d) -> h b n d', h=m.heads)
     compare = lambda z: rearrange(m._codebook.transform_input(heads(m.project_in(z))), 'h b n d -> b n (h d)')
@@ -106,26 +114,33 @@ def _read_vq(m) -> Reading:
 def _read_residual(m) -> Reading:
     "ResidualVQ: levels that add up; a level that was dropped has id -1"
     if m.implicit_neural_codebook or not m.uniform_codebook_size:
-        raise ValueError('ResidualVQ with implicit codebooks, or of several sizes, cannot be read; attach to one of its layers')
-    parts = lambda ids: [e[i.clamp_min(0)]*(i >= 0)[...,None] for e,i in zip(m.codebooks.detach(), ids.unbind(-1))]
-    codes = Foreign(lambda: m.codebooks, m.project_out(m.codebooks[0,:1]).shape[-1], lambda ids: sum(parts(ids)),
+        raise ValueError('ResidualVQ with implicit codebooks, or of several sizes, cannot be read; attach to '
+                         'one of its layers')
+    parts = lambda ids: [e[i.clamp_min(0)]*(i >= 0)[...,None] for e,
+                         i in zip(m.codebooks.detach(), ids.unbind(-1))]
+    codes = Foreign(lambda: m.codebooks, m.project_out(m.codebooks[0,:1]).shape[-1],
+                    lambda ids: sum(parts(ids)),
                     compare=lambda z: m.project_in(z), behind=m.project_out)
     return Reading(codes, _pair, lambda zq: m.accept_image_fmap)
 
 def _read_signs(m) -> Reading:
     "FSQ and LFQ: codes on a lattice"
-    name,fsq = type(m).__name__,hasattr(m, 'implicit_codebook')
-    if m.num_codebooks > 1 or m.orthogonal_rotation: raise ValueError(f'{name} with several codebooks or a rotation cannot be read')
+    name = type(m).__name__
+    fsq = hasattr(m, 'implicit_codebook')
+    if m.num_codebooks > 1 or m.orthogonal_rotation:
+        raise ValueError(f'{name} with several codebooks or a rotation cannot be read')
     book = lambda: m.implicit_codebook if fsq else m.maybe_l2norm(m.codebook)
     codes = Foreign(book, m.dim, None, tuple(m._levels.tolist()) if fsq else (2,)*m.codebook_dim,
-                    lambda z: m.quantize(m.project_in(z)) if fsq else m.maybe_l2norm(m.project_in(z)), m.project_out)
+                    lambda z: m.quantize(m.project_in(z)) if fsq else m.maybe_l2norm(m.project_in(z)),
+                    m.project_out)
     return Reading(codes, _pair, lambda zq: zq.ndim >= 4 or bool(m.channel_first))
 
 # %% ../../nbs/perturbation/04_foreign.ipynb #52ff45ea
 def _book(m) -> Callable|None:
     "Looks up the codebook of a module that shows one"
     for name in ('codebook', 'embedding', 'embed'):
-        at = lambda n=name: w.weight if isinstance(w := getattr(m, n, None), nn.Module) and hasattr(w, 'weight') else w
+        at = lambda n=name: w.weight if isinstance(w := getattr(m, n, None), nn.Module) and hasattr(w,
+                                                                                                    'weight') else w
         if isinstance(at(), Tensor) and at().ndim == 2: return at
 
 def _tensors(output) -> list[Tensor]:
@@ -141,8 +156,10 @@ def _read_rows(m) -> Reading|None:
     k,d = book().shape
     first = lambda zq: zq.shape[1] == d and (zq.ndim > 3 or zq.shape[-1] != d)
     def read(entering, output):
-        zq = next((t for t in _tensors(output) if t.is_floating_point() and t.ndim >= 3 and d in (t.shape[1], t.shape[-1])), None)
-        if zq is None: raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has")
+        zq = next((t for t in _tensors(output) if t.is_floating_point() and t.ndim >= 3
+                   and d in (t.shape[1], t.shape[-1])), None)
+        if zq is None:
+            raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has")
         rows = to_tokens(zq, first(zq)).detach()
         whole = (t for t in _tensors(output) if not t.is_floating_point() and t.dtype != torch.bool)
         ids = next((t for t in whole if t.numel() == rows[...,0].numel()), None)
@@ -154,17 +171,22 @@ def _rows(m, rows, codes):
     "Ids of latents that are rows of a codebook"
     near = [(e, nearest_codes(rows, e)[...,0]) for e in (codes.codebook, F.normalize(codes.codebook, dim=-1))]
     off,ids = min(((e[i]-rows).abs().max().item(), i) for e,i in near)
-    if off > 1e-3: raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by {off:.2g})")
+    if off > 1e-3:
+        raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by "
+                         f"{off:.2g})")
     return ids
 
 # %% ../../nbs/perturbation/04_foreign.ipynb #4f5e496d
-def _known(m) -> bool: return isinstance(m, Quantizer) or _is(m, 'vector_quantize_pytorch', 'VectorQuantize', 'ResidualVQ', 'FSQ', 'LFQ')
+def _known(m) -> bool:
+    return (isinstance(m, Quantizer)
+            or _is(m, 'vector_quantize_pytorch', 'VectorQuantize', 'ResidualVQ', 'FSQ', 'LFQ'))
 
 def _reading(m) -> Reading|None:
     "How to read a module, if it can be read"
     if isinstance(m, Quantizer): return Reading(m, _pair)
     if not _known(m): return _read_rows(m)
-    return (_read_residual if hasattr(m, 'layers') else _read_signs if hasattr(m, 'num_codebooks') else _read_vq)(m)
+    return (_read_residual if hasattr(m, 'layers') else _read_signs if hasattr(m, 'num_codebooks')
+            else _read_vq)(m)
 
 def find_quantizer(
     model:nn.Module, # a quantizer, or a model that holds one
@@ -172,9 +194,15 @@ def find_quantizer(
     "The one quantizer in a model, and how it is read"
     for readable in (_known, lambda m: _book(m) is not None):
         found = [(n, m) for n,m in model.named_modules() if readable(m)]
-        found = [(n, m) for n,m in found if not any(n.startswith(f'{o}.') or not o for o,_ in found if o != n)]       # outermost ones
+        # outermost ones
+        found = [(n, m) for n,m in found
+                 if not any(n.startswith(f'{o}.') or not o for o,_ in found if o != n)]
         names = ', '.join(n for n,_ in found)
-        if len(found) > 1: raise ValueError(f"{type(model).__name__} holds {len(found)} quantizers ({names}): attach to one of them")
+        if len(found) > 1:
+            raise ValueError(f"{type(model).__name__} holds {len(found)} quantizers ({names}): attach to one "
+                             "of them")
         if found: return found[0][1],_reading(found[0][1])
-    raise ValueError(f"{type(model).__name__} holds no quantizer that can be read: expected one of tokkit or vector_quantize_pytorch, "
-                     "or a module with a codebook or embedding (k d); for continuous latents attach to what they enter, with latents=True")
+    raise ValueError(f"{type(model).__name__} holds no quantizer that can be read: expected one of tokkit or "
+                     "vector_quantize_pytorch, "
+                     "or a module with a codebook or embedding (k d); for continuous latents attach to what "
+                     "they enter, with latents=True")

@@ -28,13 +28,17 @@ def nth_nearest(
     chunk:int = 2**20,              # most distances held at once
 ) -> Int[Tensor, "m"]:
     "The code at `rank` among all codes by distance: `nearest_codes(v, codebook, K)[rank]` without the sorting"
-    v,codebook = v.detach().float(),codebook.detach().float()
-    if v.device.type != 'cpu': return nearest_codes(v, codebook, int(rank.max())+1).gather(1, rank[:,None])[:,0]
+    v = v.detach().float()
+    codebook = codebook.detach().float()
+    if v.device.type != 'cpu':
+        return nearest_codes(v, codebook, int(rank.max())+1).gather(1, rank[:,None])[:,0]
     order = rank.argsort(stable=True)
     groups = order.split(rank[order].unique_consecutive(return_counts=True)[1].tolist())
-    half,out = codebook.square().sum(1)/2,torch.empty_like(rank)
+    half = codebook.square().sum(1)/2
+    out = torch.empty_like(rank)
     few = max(1, chunk//len(codebook))
-    for rows in (r for g in groups for r in g.split(few)): out[rows] = _at_rank(v[rows], codebook, half, int(rank[rows[0]]))
+    for rows in (r for g in groups for r in g.split(few)):
+        out[rows] = _at_rank(v[rows], codebook, half, int(rank[rows[0]]))
     return out
 
 def _at_rank(v, codebook, half, n):
@@ -53,9 +57,12 @@ CODE_KINDS = ('nearest', 'uniform', 'frequency', 'adversarial')
 def _by_weight(ids, u, weight, include_self):
     "Codes drawn in proportion to `weight` from uniform numbers u; all weights 0 count as equal"
     weight = (weight if weight.sum() > 0 else torch.ones_like(weight)).to(ids.device, torch.double)
-    upto = weight.cumsum(0); total,own = upto[-1],weight[ids]
+    upto = weight.cumsum(0)
+    total = upto[-1]
+    own = weight[ids]
     if include_self: at = u.to(ids.device)*total
-    else:                                                      # leave out the stretch that belongs to the code itself
+    # leave out the stretch that belongs to the code itself
+    else:
         at = u.to(ids.device)*(total-own)
         at = torch.where(at >= upto[ids]-own, at+own, at)
         if (own >= total).any(): at = torch.where(own >= total, upto[ids]-own/2, at)
@@ -71,7 +78,8 @@ def perturb_codes(
     ids:Int[Tensor, "b *n"],        # clean code ids, of one or several levels
     codes:Tensor|Quantizer,         # code vectors as compared (k d), or a quantizer
     alpha:float,                    # fraction of an image's ids that are redrawn, 0..1
-    delta:int,                      # redraw among this many nearest codes, 1..K (1..K-1 without self); 'nearest' and 'adversarial' only
+    # redraw among this many nearest codes, 1..K (1..K-1 without self); 'nearest' and 'adversarial' only
+    delta:int,
     beta:float = 1.,                # fraction of the images perturbed, 0..1
     *,
     kind:str = 'nearest',           # 'nearest' | 'uniform' | 'frequency' | 'adversarial' (needs `gradient`)
@@ -80,21 +88,25 @@ def perturb_codes(
     neighbours:str = 'code',        # 'code' | 'latent' (needs `z`)
     include_self:bool = True,       # a redraw may give the token's own code back
     select:str = 'random',          # 'random' | 'first': which images
-    z:Float[Tensor, "b n e"]|None = None, # latents, for `neighbours='latent'`: as a quantizer takes them, or a bare codebook compares them
+    # latents, for `neighbours='latent'`: as a quantizer takes them, or a bare codebook compares them
+    z:Float[Tensor, "b n e"]|None = None,
     gradient:Float[Tensor, "b n d"]|None = None, # of the reconstruction loss by zq
     table:NeighbourTable|None = None,     # keeps neighbours between calls on the same codes
     rng:torch.Generator|None = None,      # who and where to
-    shard:tuple[int,int] = (0, 1),        # (rank, world): `ids` are this rank's part of a batch of all; draws are those of the whole batch
+    # (rank, world): `ids` are this rank's part of a batch of all; draws are those of the whole batch
+    shard:tuple[int,int] = (0, 1),
 ) -> Int[Tensor, "b *n"]:
     "Redraw a fraction `alpha` of the tokens of a fraction `beta` of the images"
     if kind not in CODE_KINDS: raise ValueError(f"kind must be one of {', '.join(CODE_KINDS)}, got {kind!r}")
     if isinstance(codes, Quantizer) and codes.codebook_size is None: codes.codes(ids)           # says why not
-    near,k = kind in ('nearest', 'adversarial'),codes.codebook_size if isinstance(codes, Quantizer) else len(codes)
+    near = kind in ('nearest', 'adversarial')
+    k = codes.codebook_size if isinstance(codes, Quantizer) else len(codes)
     if near: check_delta(delta, k, include_self)
     check_ids(ids, k)
     _check_needs(codes, kind, neighbours, z, gradient)
     hit,draw = _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard)
-    levels,clean,hit,draw = zip(*split_levels(codes, ids, hit, draw, vectors=near and neighbours == 'latent' or kind == 'adversarial'))
+    levels,clean,hit,draw = zip(*split_levels(codes, ids, hit, draw, vectors=near and neighbours == 'latent'
+                                              or kind == 'adversarial'))
     around = _around(z, clean, levels, codes) if near and neighbours == 'latent' else None
     gradients = _share(gradient, levels) if kind == 'adversarial' else None
     rows = table(codes, delta, include_self) if near and neighbours == 'code' and table is not None else None
@@ -102,30 +114,40 @@ def perturb_codes(
     new = []
     for i,(level,k,h,u) in enumerate(zip(levels, clean, hit, draw)):
         if kind in ('uniform', 'frequency'): moved = _by_weight(k[h], u[h], level.weight(kind), include_self)
-        elif h.any(): moved = _redraw(k[h], u[h], level, delta, include_self, rows[i], *(t and t[i][h] for t in (around, gradients)))
+        elif h.any():
+            moved = _redraw(k[h], u[h], level, delta, include_self, rows[i],
+                            *(t and t[i][h] for t in (around, gradients)))
         new.append(k.masked_scatter(h, moved) if h.any() else k)
     return new[0] if isinstance(codes, Tensor) else codes.join_levels(new)
 
 # %% ../../nbs/perturbation/01_kinds.ipynb #60cbadb4
 def _check_needs(codes, kind, neighbours, z, gradient):
     "Raise where an argument that this kind needs is missing, or cannot be had for these codes"
-    if neighbours not in ('code', 'latent'): raise ValueError(f"neighbours must be 'code' or 'latent', got {neighbours!r}")
-    if neighbours == 'latent' and z is None: raise ValueError("neighbours='latent' looks around the latents; pass them as z")
-    if kind == 'adversarial' and gradient is None: raise ValueError("kind='adversarial' follows the loss: pass its gradient by zq")
+    if neighbours not in ('code', 'latent'):
+        raise ValueError(f"neighbours must be 'code' or 'latent', got {neighbours!r}")
+    if neighbours == 'latent' and z is None:
+        raise ValueError("neighbours='latent' looks around the latents; pass them as z")
+    if kind == 'adversarial' and gradient is None:
+        raise ValueError("kind='adversarial' follows the loss: pass its gradient by zq")
     if multi_scale(codes) and (neighbours == 'latent' or kind == 'adversarial'): raise ValueError(_SCALES)
 
-_SCALES = "a code of one scale reaches the latents resized and mixed: take neighbours='code' and a kind other than 'adversarial'"
+_SCALES = ("a code of one scale reaches the latents resized and mixed: take neighbours='code' and a kind "
+           "other than 'adversarial'")
 
 def _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard):
     "Who is hit, and a number that says where to; drawn for the whole batch, this rank's rows returned"
     rank,world = shard
-    b,m = len(ids)*world,math.prod(ids.shape[1:])
+    b = len(ids)*world
+    m = math.prod(ids.shape[1:])
     if where == 'tokens': hit = choose_tokens((b, m), alpha, rate, rng)                          # (b m)
-    elif where == 'blocks':                                                                      # all levels of a position share its fate
-        grids = Quantizer.grids(None, ids.shape[1]) if isinstance(codes, Tensor) else codes.grids(ids.shape[1])
+    # all levels of a position share its fate
+    elif where == 'blocks':
+        grids = (Quantizer.grids(None, ids.shape[1]) if isinstance(codes, Tensor)
+                 else codes.grids(ids.shape[1]))
         hit = choose_blocks(b, grids, alpha, rng).repeat_interleave(math.prod(ids.shape[2:]), 1)
     else: raise ValueError(f"where must be 'tokens' or 'blocks', got {where!r}")
-    if kind == 'nearest': draw = torch.randint(delta, (b, m), generator=rng, device=rng.device if rng else None)
+    if kind == 'nearest':
+        draw = torch.randint(delta, (b, m), generator=rng, device=rng.device if rng else None)
     elif kind == 'adversarial': draw = torch.zeros(b, m)
     else: draw = _uniform((b, m), rng, dtype=torch.double)
     hit = hit & choose_images(b, beta, select, rng)[:,None]
@@ -136,13 +158,17 @@ def _around(z, ids, levels, codes):
     v = (z if isinstance(codes, Tensor) else codes.project(z)).detach()
     if len(levels) == 1 or levels[0].vectors.shape[-1] < v.shape[-1]: return _share(v, levels)
     left = []
-    for level,k in zip(levels, ids): left.append(v); v = v-level.vectors[k]                    # what the levels before left over
+    for level,k in zip(levels, ids):  # what the levels before left over
+        left.append(v)
+        v = v-level.vectors[k]
     return left
 
 def _redraw(ids, rank, level, delta, include_self, rows, v, gradient):
     own = 0 if include_self else 1
     if gradient is None and v is not None: return nth_nearest(v, level.vectors, rank+own)
-    if v is not None: return _worst(nearest_codes(v, level.vectors, min(delta+own, len(level.vectors)))[:,own:], gradient, level.vectors)
+    if v is not None:
+        return _worst(nearest_codes(v, level.vectors, min(delta+own, len(level.vectors)))[:,own:], gradient,
+                      level.vectors)
     around,back = ids.unique(return_inverse=True)
     near = level.neighbours(around, delta, include_self) if rows is None else rows[around]
     return near[back, rank] if gradient is None else _worst(near[back], gradient, level.vectors)
@@ -174,14 +200,19 @@ def perturb_latents(
     shard:tuple[int,int] = (0, 1),   # (rank, world), as in `perturb_codes`
 ) -> Float[Tensor, "b n d"]:
     "Add noise to latents, mix them with it, or step up the loss"
-    if kind not in LATENT_KINDS: raise ValueError(f"kind must be 'gaussian', 'interpolate' or 'adversarial', got {kind!r}")
+    if kind not in LATENT_KINDS:
+        raise ValueError(f"kind must be 'gaussian', 'interpolate' or 'adversarial', got {kind!r}")
     if draw not in ('fixed', 'uniform'): raise ValueError(f"draw must be 'fixed' or 'uniform', got {draw!r}")
     check_range('strength', strength, 0, 1 if kind == 'interpolate' else 1e6)
-    b,rows = len(z)*shard[1],slice(len(z)*shard[0], len(z)*(shard[0]+1))
+    b = len(z)*shard[1]
+    rows = slice(len(z)*shard[0], len(z)*(shard[0]+1))
     if kind == 'adversarial':
-        if gradient is None: raise ValueError("kind='adversarial' follows the loss; pass its gradient as gradient")
+        if gradient is None:
+            raise ValueError("kind='adversarial' follows the loss; pass its gradient as gradient")
         noise = std*z.shape[-1]**.5*torch.nn.functional.normalize(gradient, dim=-1).to(z)
-    else: noise = gamma*std*torch.randn((b, *z.shape[1:]), generator=rng, device=rng.device if rng else None)[rows].to(z)
+    else:
+        noise = (gamma*std*torch.randn((b, *z.shape[1:]), generator=rng, device=rng.device if rng
+                                       else None)[rows].to(z))
     hit = choose_images(b, beta, select, rng)[rows].to(z.device)[:,None,None]
     s = strength if draw == 'fixed' else strength*_uniform((b, 1, 1), rng)[rows].to(z)
     return torch.where(hit, (1-s)*z+s*noise if kind == 'interpolate' else z+s*noise, z)
@@ -201,18 +232,28 @@ def drop_tokens(
     shard:tuple[int,int] = (0, 1),  # (rank, world), as in `perturb_codes`
 ) -> Float[Tensor, "b n d"]:
     "Put `value` in place of a fraction of the tokens; the gradient passes as if nothing had happened"
-    b,n = len(z)*shard[1],z.shape[1]
-    if where not in ('tokens', 'blocks'): raise ValueError(f"where must be 'tokens' or 'blocks', got {where!r}")
+    b = len(z)*shard[1]
+    n = z.shape[1]
+    if where not in ('tokens', 'blocks'):
+        raise ValueError(f"where must be 'tokens' or 'blocks', got {where!r}")
     grids = [grid] if grid else Quantizer.grids(None, n)
-    hit = choose_tokens((b, n), alpha, rate, rng) if where == 'tokens' else choose_blocks(b, grids, alpha, rng)
-    hit = (hit & choose_images(b, beta, select, rng)[:,None])[len(z)*shard[0]:len(z)*(shard[0]+1)].to(z.device)[...,None]
-    return torch.where(hit, straight_through(z, torch.as_tensor(value, device=z.device, dtype=z.dtype).expand_as(z)), z)
+    hit = (choose_tokens((b, n), alpha, rate, rng) if where == 'tokens'
+           else choose_blocks(b, grids, alpha, rng))
+    hit = (hit & choose_images(b, beta, select, rng)[:,None])[len(z)*shard[0]:len(z)*(shard[0]
+                                                                                      +1)].to(z.device)[...,
+                                                                                                        None]
+    return torch.where(hit,
+                       straight_through(z,
+                                        torch.as_tensor(value, device=z.device, dtype=z.dtype).expand_as(z)),
+                       z)
 
 def mean_code(
     codes:Tensor|Quantizer|None, # codebook, quantizer, or None for continuous latents
 ) -> Float[Tensor, "d"]|float:
     "The mean of all codes as the decoder meets them; 0 where no code belongs to a position"
-    if codes is None or multi_scale(codes) or isinstance(codes, Quantizer) and codes.codebook_size is None: return 0.
+    if codes is None or multi_scale(codes) or isinstance(codes, Quantizer) and codes.codebook_size is None:
+        return 0.
     if isinstance(codes, Tensor): return codes.detach().mean(0)
     every = torch.arange(codes.codebook_size, device=codes.codebook.device)
-    return codes.codes((every if codes.levels == 1 else every[:,None].expand(-1, codes.levels))[None])[0].detach().mean(0)
+    return codes.codes((every if codes.levels == 1
+                        else every[:,None].expand(-1, codes.levels))[None])[0].detach().mean(0)

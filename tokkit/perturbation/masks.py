@@ -50,21 +50,26 @@ def choose_tokens(
 # %% ../../nbs/perturbation/00_masks.ipynb #fe2ddbce
 def choose_blocks(
     b:int,                      # images
-    grids:list[tuple[int,int]], # (rows, columns) on which an image's tokens lie; several where there are several scales
+    # (rows, columns) on which an image's tokens lie; several where there are several scales
+    grids:list[tuple[int,int]],
     alpha:float,                # fraction of each grid's tokens, 0..1
     rng:torch.Generator|None = None, # where and in which shape
 ) -> Bool[Tensor, "b m"]:
     "Mask of one connected block of tokens an image and grid"
     check_range('alpha', alpha, hint="it is the fraction of an image's tokens that are redrawn")
-    return torch.cat([_block(_uniform((3, b), rng), rows, columns, round(alpha*rows*columns)) for rows,columns in grids], 1)
+    return torch.cat([_block(_uniform((3, b), rng), rows, columns, round(alpha*rows*columns)) for rows,
+                      columns in grids], 1)
 
 def _block(u, rows, columns, count):
     "Blocks of `count` cells: u (3 b) decides shape, top and left"
     if not count: return torch.zeros(u.shape[1], rows*columns, dtype=torch.bool)
     tall = (count*4**(u[0]-.5)).sqrt().round().long().clamp(-(-count//columns), min(rows, count))
-    width = (count+tall-1)//tall; tall = (count+width-1)//width
-    top,left = ((v*(most-size+1)).long().minimum(most-size) for v,most,size in ((u[1], rows, tall), (u[2], columns, width)))
-    r,c = torch.arange(rows)[None,:,None]-top[:,None,None],torch.arange(columns)[None,None]-left[:,None,None]
+    width = (count+tall-1)//tall
+    tall = (count+width-1)//width
+    top,left = ((v*(most-size+1)).long().minimum(most-size) for v,most,
+                size in ((u[1], rows, tall), (u[2], columns, width)))
+    r = torch.arange(rows)[None,:,None]-top[:,None,None]
+    c = torch.arange(columns)[None,None]-left[:,None,None]
     width = width[:,None,None]
     return ((r >= 0)&(c >= 0)&(c < width)&(r*width+c < count)).flatten(1)
 
@@ -92,10 +97,13 @@ def split_levels(
 ) -> list[tuple]:
     "For each level: the `Level`, and its share of each tensor"
     if isinstance(codes, Tensor): return [(Level(len(codes), codes.detach(), None, None), *parts)]
-    k,book = codes.codebook_size,codes.codebook.detach() if vectors or not codes.lattice else None
-    at = codes.split_levels(torch.arange(parts[0][:1].numel(), device=parts[0].device).view(parts[0][:1].shape))
+    k = codes.codebook_size
+    book = codes.codebook.detach() if vectors or not codes.lattice else None
+    at = codes.split_levels(torch.arange(parts[0][:1].numel(),
+                                         device=parts[0].device).view(parts[0][:1].shape))
     books = book if book is not None and book.ndim == 3 else [book]*len(at)
-    return [(Level(k, e, codes.lattice, u), *(t.flatten(1)[:,i[0]] for t in parts)) for e,u,i in zip(books, codes.usage.view(-1, k), at)]
+    return [(Level(k, e, codes.lattice, u), *(t.flatten(1)[:,i[0]] for t in parts)) for e,u,
+            i in zip(books, codes.usage.view(-1, k), at)]
 
 def multi_scale(codes) -> bool:
     "Whether ids lie on several grids, so that no id belongs to one position"

@@ -24,7 +24,8 @@ from ..tokenizers import Quantized, Quantizer, straight_through
 class Perturbed(NamedTuple):
     "A perturbed batch"
     zq:Float[Tensor, "b n d"]       # perturbed latents, straight-through gradients to z
-    ids:Int[Tensor, "b *n"]|None    # perturbed ids, -1 where a token was dropped; the clean ones under noise; None for continuous latents
+    # perturbed ids, -1 where a token was dropped; the clean ones under noise; None for continuous latents
+    ids:Int[Tensor, "b *n"]|None
     rate:float                      # fraction of ids (dropped tokens; images under noise) that really changed
 
 KINDS = (*CODE_KINDS, 'drop', 'gaussian', 'interpolate')
@@ -35,12 +36,14 @@ class LatentPerturbation:
     alpha:float = 1.                    # rate at full strength
     beta:float = .1                     # proportion of images, never annealed
     delta:int = 100                     # strength at full strength
-    annealing:Callable|None = None      # epoch -> what is left of alpha, delta and strength, 0..1; None: constant
+    # epoch -> what is left of alpha, delta and strength, 0..1; None: constant
+    annealing:Callable|None = None
     rate:str = 'exact'                  # as in `perturb_codes`
     neighbours:str = 'code'             # as in `perturb_codes`
     include_self:bool = True            # as in `perturb_codes`
     select:str = 'random'               # as in `perturb_codes`
-    kind:str|None = None                # one of `KINDS`; None: 'nearest', or 'gaussian' for continuous latents
+    # one of `KINDS`; None: 'nearest', or 'gaussian' for continuous latents
+    kind:str|None = None
     strength:float = .5                 # of noise and of adversarial steps, annealed, as in `perturb_latents`
     where:str = 'tokens'                # as in `perturb_codes`
     gamma:float = 1.                    # as in `perturb_latents`
@@ -48,11 +51,15 @@ class LatentPerturbation:
     std:float|None = None               # standard deviation of continuous latents; None: this batch's
 
     def __post_init__(self):
-        check_range('alpha', self.alpha); check_range('beta', self.beta); check_count('delta', self.delta, hint='1 redraws nothing')
+        check_range('alpha', self.alpha)
+        check_range('beta', self.beta)
+        check_count('delta', self.delta, hint='1 redraws nothing')
         check_range('strength', self.strength, 0, 1 if self.kind == 'interpolate' else 1e6)
-        if self.kind is not None and self.kind not in KINDS: raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.annealing is not None and not callable(self.annealing):
-            raise ValueError(f"annealing must be a function of the epoch, such as annealing('half', epochs), got {self.annealing!r}")
+            raise ValueError("annealing must be a function of the epoch, such as annealing('half', epochs), "
+                             f"got {self.annealing!r}")
 
     @property
     def needs_gradient(self) -> bool:
@@ -63,45 +70,55 @@ class LatentPerturbation:
         "The same perturbation with the strength it has at `epoch`"
         r = self.annealing(epoch) if self.annealing else 1.
         check_range('annealing', r, hint=f'so it is at epoch {epoch:g}')
-        return replace(self, alpha=self.alpha*r, delta=max(1, int(self.delta*r)), strength=self.strength*r, annealing=None)
+        return replace(self, alpha=self.alpha*r, delta=max(1, int(self.delta*r)), strength=self.strength*r,
+                       annealing=None)
 
     def why_not(self, codes:Tensor|Quantizer|None) -> str|None:
         "Why it cannot treat these codes, in one line; None where it can"
         continuous = codes is None or isinstance(codes, Quantizer) and codes.codebook_size is None
         if continuous and self.kind in ('nearest', 'uniform', 'frequency'):
-            return f"{self.kind!r} redraws codes, and continuous latents have none: take drop, gaussian, interpolate or adversarial"
+            return (f"{self.kind!r} redraws codes, and continuous latents have none: take drop, gaussian, "
+                    "interpolate or adversarial")
         seeks = self.kind == 'adversarial' or self.kind in (None, 'nearest') and self.neighbours == 'latent'
         return _SCALES if multi_scale(codes) and seeks else None
 
     def __call__(self,
-        z:Float[Tensor, "b n e"],                  # latents as a quantizer takes them, or a bare codebook compares them
+        # latents as a quantizer takes them, or a bare codebook compares them
+        z:Float[Tensor, "b n e"],
         quantized:Quantized,                       # what the quantizer made of them
-        quantizer:Tensor|Quantizer|None,           # the quantizer; or its code vectors (k d), None for continuous latents
+        # the quantizer; or its code vectors (k d), None for continuous latents
+        quantizer:Tensor|Quantizer|None,
         epoch:float = 0,                           # for the annealing
         rng:torch.Generator|None = None,           # all draws
-        gradient:Float[Tensor, "b n d"]|None = None, # of the reconstruction loss by zq, where `needs_gradient`
+        # of the reconstruction loss by zq, where `needs_gradient`
+        gradient:Float[Tensor, "b n d"]|None = None,
         shard:tuple[int,int] = (0, 1),             # (rank, world), as in `perturb_codes`
     ) -> Perturbed:
         why = self.why_not(quantizer)
         if why: raise ValueError(why)
-        now,codes = self.at(epoch),quantizer
+        now = self.at(epoch)
+        codes = quantizer
         kind = now.kind or ('gaussian' if quantized.ids is None else 'nearest')
         how = dict(beta=now.beta, select=now.select, rng=rng, shard=shard)
         if kind == 'drop': return now._drop(quantized, codes, how)
         if quantized.ids is None or kind not in CODE_KINDS: return now._noise(quantized, kind, gradient, how)
-        ids = perturb_codes(quantized.ids, codes, now.alpha, now.delta, kind=kind, where=now.where, rate=now.rate,
-                            neighbours=now.neighbours, include_self=now.include_self, z=z, gradient=gradient, **how)
+        ids = perturb_codes(quantized.ids, codes, now.alpha, now.delta, kind=kind, where=now.where,
+                            rate=now.rate,
+                            neighbours=now.neighbours, include_self=now.include_self, z=z, gradient=gradient,
+                            **how)
         return Perturbed(_with_codes(z, quantized, codes, ids), ids, effective_rate(quantized.ids, ids))
 
     def _noise(self, q, kind, gradient, how):
         std = q.zq.detach().std().item() if self.std is None else self.std
-        moved = perturb_latents(q.zq, self.strength, kind, std=std, gamma=self.gamma, draw=self.draw, gradient=gradient, **how)
+        moved = perturb_latents(q.zq, self.strength, kind, std=std, gamma=self.gamma, draw=self.draw,
+                                gradient=gradient, **how)
         return Perturbed(moved, q.ids, (moved != q.zq).any(2).any(1).double().mean().item())
 
     def _drop(self, q, codes, how):
         moved = drop_tokens(q.zq, self.alpha, mean_code(codes), where=self.where, rate=self.rate, **how)
         gone = (moved != q.zq).any(2)
-        ids = q.ids if q.ids is None or multi_scale(codes) else q.ids.masked_fill(gone.view(*gone.shape, *[1]*(q.ids.ndim-2)), -1)
+        ids = (q.ids if q.ids is None or multi_scale(codes)
+               else q.ids.masked_fill(gone.view(*gone.shape, *[1]*(q.ids.ndim-2)), -1))
         return Perturbed(moved, ids, gone.double().mean().item())
 
 def _with_codes(z, q, codes, ids):
@@ -122,7 +139,8 @@ class Perturbation:
     settings:dict = field(default_factory=dict) # of its `LatentPerturbation`
 
 PERTURBATIONS = dict(
-    nearest=Perturbation('a token becomes one of the codes nearest to its own', 'arXiv 2509.12474 §4.2', dict(kind='nearest')),
+    nearest=Perturbation('a token becomes one of the codes nearest to its own', 'arXiv 2509.12474 §4.2',
+                         dict(kind='nearest')),
     official=Perturbation("the same, as released: around the latent, coin per token, the batch's first images", 'its released code',
                           dict(kind='nearest', **OFFICIAL)),
     uniform=Perturbation('a token becomes any code', 'control: how much does nearness matter?', dict(kind='uniform')),
@@ -142,7 +160,8 @@ def perturbation(
     **settings,   # fields of `LatentPerturbation` in place of the row's
 ) -> LatentPerturbation:
     "The `LatentPerturbation` of a row"
-    if name not in PERTURBATIONS: raise ValueError(f"no perturbation {name!r}; there are {', '.join(PERTURBATIONS)}")
+    if name not in PERTURBATIONS:
+        raise ValueError(f"no perturbation {name!r}; there are {', '.join(PERTURBATIONS)}")
     known = [f.name for f in fields(LatentPerturbation)]
     odd = set(settings)-set(known)
     if odd: raise ValueError(f"perturbation has no setting {min(odd)!r}; there are {', '.join(known)}")

@@ -20,7 +20,8 @@ class Annealing:
 
     def __post_init__(self):
         check_range('end_ratio', self.end_ratio)
-        if self.end < self.start: raise ValueError(f"annealing must end after it starts, got start {self.start} and end {self.end}")
+        if self.end < self.start:
+            raise ValueError(f"annealing must end after it starts, got start {self.start} and end {self.end}")
 
     def __call__(self, epoch:float) -> float:
         if epoch <= self.start: return 1.
@@ -34,5 +35,6 @@ def annealing(
     epochs:float = 200,  # length of the training; the paper's 40 and 120 of 200 are scaled to it
 ) -> Annealing:
     "One of the paper's three schedules"
-    if name not in ANNEALINGS: raise ValueError(f"annealing must be one of {', '.join(ANNEALINGS)}, or a function, got {name!r}")
+    if name not in ANNEALINGS:
+        raise ValueError(f"annealing must be one of {', '.join(ANNEALINGS)}, or a function, got {name!r}")
     return Annealing(epochs*.2, epochs*.6, ANNEALINGS[name])

@@ -41,7 +41,8 @@ def official_trainable(
     names = [n for n,_ in tok.named_parameters()]
     out = [n for n in names if not re.match(_BACKBONE, n)]
     if len(out) == len(names):
-        raise ValueError(f"freeze='official' is known for tokenizers with a ViT encoder, got kind {tok.cfg.kind!r}; take freeze='all'")
+        raise ValueError("freeze='official' is known for tokenizers with a ViT encoder, got kind "
+                         f"{tok.cfg.kind!r}; take freeze='all'")
     return out
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #17365c68
@@ -67,7 +68,8 @@ class Probe:
         "The distance now"
         x = decode_all(tok, self.latents)
         if not x.isfinite().all(): raise FloatingPointError("the decoder makes NaN or infinity")
-        return gfid(x, self.images, self.extractor, bootstrap=self.bootstrap, seed=self.seed, device=str(next(tok.parameters()).device))
+        return gfid(x, self.images, self.extractor, bootstrap=self.bootstrap, seed=self.seed,
+                    device=str(next(tok.parameters()).device))
 
 class KeepBest(Callback):
     "Probe the averaged weights after every epoch, keep the best, ask to stop when it gets worse"
@@ -77,26 +79,42 @@ class KeepBest(Callback):
         ema:EMA,             # the average
         patience:int = 1,    # epochs it may be worse
     ):
-        self.probe,self.tok,self.ema,self.patience = probe,tok,ema,patience
-        self.best,self.weights,self.rows,self.losses,self.stop = None,None,[],[],False
+        self.probe = probe
+        self.tok = tok
+        self.ema = ema
+        self.patience = patience
+        self.best = None
+        self.weights = None
+        self.rows = []
+        self.losses = []
+        self.stop = False
 
-    def begin(self, learner): self._judge(learner, 0)          # a checkpoint that is taken up puts its own rows in place of this
-    def epoch_begin(self, learner): self.losses = learner.history      # of finished epochs, should this one go astray
+    # a checkpoint that is taken up puts its own rows in place of this
+    def begin(self, learner): self._judge(learner, 0)
+    # of finished epochs, should this one go astray
+    def epoch_begin(self, learner): self.losses = learner.history
     def epoch_end(self, learner): self._judge(learner, learner.epoch+1)
 
     def _judge(self, learner, epoch):
         with ema_weights(learner.model, self.ema):
-            card,now = self.probe(self.tok),{k:v.detach().cpu().clone() for k,v in learner.model.state_dict().items()}
+            card = self.probe(self.tok)
+            now = {k:v.detach().cpu().clone() for k,v in learner.model.state_dict().items()}
         self.rows.append(dict(epoch=epoch-1, probe=card.value, probe_se=card.se))
         gap = None if self.best is None else card-self.best
-        if gap is None or gap.value < 0: self.best,self.weights,self.since,self.epoch = card,now,0,epoch-1
+        if gap is None or gap.value < 0:
+            self.best = card
+            self.weights = now
+            self.since = 0
+            self.epoch = epoch-1
         elif gap.value > (gap.se or 0): self.since += 1
         self.stop = self.since > self.patience
 
     def state(self):
-        return dict(best=self.best.to_dict()) | {k:getattr(self, k) for k in ('weights','rows','since','epoch','stop')}
+        return (dict(best=self.best.to_dict())
+                | {k:getattr(self, k) for k in ('weights','rows','since','epoch','stop')})
     def restore(self, state):
-        self.best,self.weights = Card.from_dict(state['best']),{k:v.cpu() for k,v in state['weights'].items()}
+        self.best = Card.from_dict(state['best'])
+        self.weights = {k:v.cpu() for k,v in state['weights'].items()}
         for k in ('rows','since','epoch','stop'): setattr(self, k, state[k])
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #9445de9e
@@ -120,11 +138,14 @@ def posttrain_step(
     "The step of post-training"
     def step(learner, batch):
         latents,x = batch
-        made,terms = tok.from_latents(latents).float(),{}
+        made = tok.from_latents(latents).float()
+        terms = {}
         out = loss(learner, made, x)
         if moments is not None: terms['moments'] = moments(made),weight
         if consistency:
-            with torch.no_grad(): own = original.quantize(original.encode(x)).zq; was = original.decode(own)
+            with torch.no_grad():
+                own = original.quantize(original.encode(x)).zq
+                was = original.decode(own)
             terms['drift'] = recon_loss(tok.decode(own).float(), was),consistency
         return add_terms(out, terms)
     return step
@@ -154,25 +175,32 @@ def posttrain_decoder(
     seed:int = 0,                         # moves the order
     desc:str = 'post-training',           # for the bar
     *,
-    freeze:str = 'all',                   # 'all' but the decoder, or 'official'; that takes pairs of source 'tokens'
-    lora:int = 0,                         # rank of the change of each matrix; 0 trains the matrices themselves
+    # 'all' but the decoder, or 'official'; that takes pairs of source 'tokens'
+    freeze:str = 'all',
+    # rank of the change of each matrix; 0 trains the matrices themselves
+    lora:int = 0,
     consistency:float = 0.,               # weight of staying near the untouched decoder on clean latents
-    moments:float = 0.,                   # weight of the moments of features, which pictures of the pairs should share with the images
+    # weight of the moments of features, which pictures of the pairs should share with the images
+    moments:float = 0.,
     loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one, of their size
-    critic:str|Path|None = None,          # discriminator that `train_tokenizer` kept; None: a fresh one, if adversarial
+    # discriminator that `train_tokenizer` kept; None: a fresh one, if adversarial
+    critic:str|Path|None = None,
     probe:Callable|None = None,           # tokenizer -> card, e.g. `Probe`; the best epoch by it is kept
     patience:int = 1,                     # epochs the probe may be worse before training ends
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
     check_options(tok, freeze, getattr(pairs, 'about', {}).get('source'), lora, consistency, moments)
     if isinstance(pairs, LatentPairs): check_latents(tok, pairs.parts, pairs.images)
-    cfg = cfg if freeze == 'official' else replace(cfg, semantic=0.)         # latents are given: that term has nobody to teach
+    # latents are given: that term has nobody to teach
+    cfg = cfg if freeze == 'official' else replace(cfg, semantic=0.)
     extra = moments_to_train(pairs.images, moments, loss, device)
     def step(healed, losses, original):
         if freeze == 'official': return official_step(healed, losses, original)
         return posttrain_step(healed, losses, consistency, original, extra, moments)
-    asked = dict(freeze=freeze, consistency=consistency, moments=moments, to=extra and tensors_hash(extra.state_dict()))
-    return heal(tok, pairs, step, cfg, work, preview, device, seed, desc, freeze=freeze, lora=lora, critic=critic, probe=probe,
+    asked = dict(freeze=freeze, consistency=consistency, moments=moments, to=extra
+                 and tensors_hash(extra.state_dict()))
+    return heal(tok, pairs, step, cfg, work, preview, device, seed, desc, freeze=freeze, lora=lora,
+                critic=critic, probe=probe,
                 patience=patience, extra=extra, remember=freeze == 'official' or consistency > 0, asked=asked)
 
 def check_options(
@@ -186,19 +214,23 @@ def check_options(
     "Raise one line about options of `posttrain_decoder` that do not go together; pairs take long, so ask before they are made"
     if freeze not in FREEZE: raise ValueError(f"freeze must be 'all' or 'official', got {freeze!r}")
     check_range('lora', lora, 0, 4096, 'it is a rank; 0 trains the matrices themselves')
-    check_range('consistency', consistency, 0, 1e6, 'it is a weight'); check_range('moments', moments, 0, 1e6, 'it is a weight')
+    check_range('consistency', consistency, 0, 1e6, 'it is a weight')
+    check_range('moments', moments, 0, 1e6, 'it is a weight')
     if lora: _linear(tok.decoder, tok.last_layer)
     if freeze == 'all': return
     if lora or consistency or moments:
-        raise ValueError("freeze='official' knows no lora, no consistency and no moments; take freeze='all', or leave them out")
+        raise ValueError("freeze='official' knows no lora, no consistency and no moments; take freeze='all', "
+                         "or leave them out")
     if source == 'reencode':
-        raise ValueError("freeze='official' encodes the pictures again, with the encoder that learns; give pairs with source='tokens'")
+        raise ValueError("freeze='official' encodes the pictures again, with the encoder that learns; give "
+                         "pairs with source='tokens'")
     official_trainable(tok)
 
 def heal(
     tok:Tokenizer,                        # left as it is
     data:Dataset,                         # of what a step takes
-    step:Callable,                        # (the copy that learns, `ImageLoss`, frozen original) -> step of the loop
+    # (the copy that learns, `ImageLoss`, frozen original) -> step of the loop
+    step:Callable,
     cfg:ImageTraining,                    # how
     work:str|Path|None = None,            # folder of the checkpoint; a second call resumes there
     preview:Callable|None = None,         # called with the learner after every epoch
@@ -207,16 +239,20 @@ def heal(
     desc:str = 'healing',                 # for the bar
     *,
     freeze:str = 'all',                   # 'all' but the decoder, or 'official'
-    lora:int = 0,                         # rank of the change of each of the decoder's matrices; 0 trains them themselves
-    critic:str|Path|None = None,          # discriminator that `train_tokenizer` kept; None: a fresh one, if adversarial
+    # rank of the change of each of the decoder's matrices; 0 trains them themselves
+    lora:int = 0,
+    # discriminator that `train_tokenizer` kept; None: a fresh one, if adversarial
+    critic:str|Path|None = None,
     probe:Callable|None = None,           # tokenizer -> card; the best epoch by it is kept
     patience:int = 1,                     # epochs the probe may be worse before training ends
     extra:nn.Module|None = None,          # a further loss, which moves along and is kept in checkpoints
     remember:bool = False,                # hold the untouched tokenizer beside the copy, for the step
-    asked:dict|None = None,               # what else decides the result; a checkpoint made with other values is not gone on with
+    # what else decides the result; a checkpoint made with other values is not gone on with
+    asked:dict|None = None,
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "Train a copy of a tokenizer, frozen as asked, by any step"
-    healed,kept = copy.deepcopy(tok),[]
+    healed = copy.deepcopy(tok)
+    kept = []
     parts = (healed.decoder,) if freeze == 'all' else (healed,)
     with only_train(healed, *parts), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -230,14 +266,22 @@ def heal(
         phase = Phase(step(healed, loss, loss.original), adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
         told = dict(asked or {}, critic=critic and tensors_hash(loss.critic.state_dict()))
         if probe: told |= dict(patience=patience, probe=getattr(probe, 'hash', None))
-        def watch(ema): kept.append(KeepBest(probe, healed, ema, patience)); return kept[0]
-        model,phases = _Frozen(healed) if freeze == 'all' else healed,[phase, *loss.phases()]
-        try: history = _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, told, watch if probe else None)
+        def watch(ema):
+            kept.append(KeepBest(probe, healed, ema, patience))
+            return kept[0]
+        model = _Frozen(healed) if freeze == 'all' else healed
+        phases = [phase, *loss.phases()]
+        try:
+            history = _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, told, watch
+                           if probe else None)
         except FloatingPointError as e:
             if not (kept and kept[0].weights): raise
             history = pd.DataFrame(kept[0].losses, columns=None if kept[0].losses else ['epoch'])
-            warnings.warn(f"{desc} went astray ({e}); the best weights before that are kept, of epoch {kept[0].epoch}", stacklevel=2)
-        if kept: model.load_state_dict(kept[0].weights); history = pd.DataFrame(kept[0].rows).merge(history, 'left', on='epoch')
+            warnings.warn(f"{desc} went astray ({e}); the best weights before that are kept, of epoch "
+                          f"{kept[0].epoch}", stacklevel=2)
+        if kept:
+            model.load_state_dict(kept[0].weights)
+            history = pd.DataFrame(kept[0].rows).merge(history, 'left', on='epoch')
         merge_low_rank(layers)
     return healed.eval(), history
 
@@ -248,13 +292,17 @@ def _freeze_backbone(tok):
 class _Frozen(nn.Module):
     "The tokenizer as the loop sees it: `train` reaches the decoder alone"
     def __init__(self, tok):
-        super().__init__(); self.tok = tok
-    def train(self, mode=True): self.tok.decoder.train(mode); return self
+        super().__init__()
+        self.tok = tok
+    def train(self, mode=True):
+        self.tok.decoder.train(mode)
+        return self
 
 class _HealingLoss(ImageLoss):
     "The image loss, with the original tokenizer and perhaps a further loss beside it"
     def __init__(self, *args, extra=None, original=None):
-        self.extra,self.original = extra,original and copy.deepcopy(original).requires_grad_(False).eval()
+        self.extra = extra
+        self.original = original and copy.deepcopy(original).requires_grad_(False).eval()
         super().__init__(*args)
     def to(self, device):
         for part in (self.extra, self.original):

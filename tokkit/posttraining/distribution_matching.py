@@ -33,18 +33,28 @@ class FreeSamples(Dataset):
         seed:int = 0,       # who meets whom
     ):
         if not len(samples) or samples.shape[1:] != latents.shape[1:]:
-            own,theirs = tuple(latents.shape[1:]),tuple(samples.shape)
-            raise ValueError(f"expected samples like the images' latents {own}, got {theirs}; take a generator of this tokenizer")
-        if len(latents) != len(images): raise ValueError(f"expected latents of {len(images)} images, got {len(latents)}")
-        self.samples,self.latents,self.images,self.seed,self.epoch = samples,latents,images,seed,0
+            own = tuple(latents.shape[1:])
+            theirs = tuple(samples.shape)
+            raise ValueError(f"expected samples like the images' latents {own}, got {theirs}; take a "
+                             "generator of this tokenizer")
+        if len(latents) != len(images):
+            raise ValueError(f"expected latents of {len(images)} images, got {len(latents)}")
+        self.samples = samples
+        self.latents = latents
+        self.images = images
+        self.seed = seed
+        self.epoch = 0
     @property
     def hash(self) -> str: return tensors_hash(dict(samples=self.samples, latents=self.latents))
     def set_epoch(self, epoch:int): self.epoch = epoch
     def _partners(self, i) -> Tensor:
-        n,of = len(self.images),len(self.samples)
+        n = len(self.images)
+        of = len(self.samples)
         rng = make_rng(self.seed, 'partners', self.epoch)
-        order,some = torch.randperm(n, generator=rng),torch.randperm(of, generator=rng)[:n%of]
-        who = torch.cat([torch.arange(of).repeat(n//of), some])                   # every sample as often as any other, give or take one
+        order = torch.randperm(n, generator=rng)
+        some = torch.randperm(of, generator=rng)[:n%of]
+        # every sample as often as any other, give or take one
+        who = torch.cat([torch.arange(of).repeat(n//of), some])
         return who[order[torch.as_tensor(i)]]
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
@@ -62,7 +72,8 @@ def unpaired_step(
     "The step of healing without pairs"
     def step(learner, batch):
         sample,clean,x = batch
-        made,terms = tok.from_latents(sample).float(),{}
+        made = tok.from_latents(sample).float()
+        terms = {}
         out = loss(learner, tok.from_latents(clean), x, judged=made)
         if moments is not None: terms['moments'] = moments(made),weight
         if consistency:
@@ -75,14 +86,16 @@ def heal_unpaired(
     tok:Tokenizer,                        # left as it is
     samples:Tensor,                       # latents a generator drew freely, one row a sample
     images:ImageSet,                      # real images
-    cfg:ImageTraining = ImageTraining(epochs=2, lr=5e-4), # how; `adversarial` is the weight of a discriminator on samples
+    # how; `adversarial` is the weight of a discriminator on samples
+    cfg:ImageTraining = ImageTraining(epochs=2, lr=5e-4),
     work:str|Path|None = None,            # folder of the checkpoint; a second call resumes there
     preview:Callable|None = None,         # called with the learner after every epoch
     device:str|None = None,               # where; None: the best there is
     seed:int = 0,                         # moves the order
     desc:str = 'healing without pairs',   # for the bar
     *,
-    moments:float = 1.,                   # weight of the moments of features; 0: samples teach by the discriminator alone, if there is one
+    # weight of the moments of features; 0: samples teach by the discriminator alone, if there is one
+    moments:float = 1.,
     consistency:float = .1,               # weight of staying near the untouched decoder on the samples
     loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one, of their size
     **options,                            # lora, critic, probe, patience of `posttrain_decoder`
@@ -90,10 +103,15 @@ def heal_unpaired(
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
     check_options(tok, lora=options.get('lora', 0), consistency=consistency, moments=moments)
     check_latents(tok, samples, images)
-    latents = encode_all(copy.deepcopy(tok).eval(), images)                   # in training mode encoding would move its statistics
+    # in training mode encoding would move its statistics
+    latents = encode_all(copy.deepcopy(tok).eval(), images)
     data = FreeSamples(samples.cpu(), latents, images, seed)
     extra = moments_to_train(images, moments, loss, device)
-    def step(healed, loss, original): return unpaired_step(healed, loss, original, extra, moments, consistency)
-    cfg = replace(cfg, semantic=0.)                                           # latents are given: that term has nobody to teach
-    return heal(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra, remember=consistency > 0,
-                asked=dict(moments=moments, consistency=consistency, to=extra and tensors_hash(extra.state_dict())), **options)
+    def step(healed, loss, original):
+        return unpaired_step(healed, loss, original, extra, moments, consistency)
+    # latents are given: that term has nobody to teach
+    cfg = replace(cfg, semantic=0.)
+    return heal(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra,
+                remember=consistency > 0,
+                asked=dict(moments=moments, consistency=consistency, to=extra
+                           and tensors_hash(extra.state_dict())), **options)

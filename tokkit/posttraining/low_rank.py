@@ -30,8 +30,10 @@ def add_low_rank(
 ) -> list[nn.Linear]:  # the layers that were changed
     "Give every linear layer a trainable change of low rank, and freeze the rest but `last`"
     layers = _linear(part, last)
-    part.requires_grad_(False); last.requires_grad_(True)
-    for m in layers: parametrize.register_parametrization(m, 'weight', LowRank(m.weight.shape, rank).to(m.weight))
+    part.requires_grad_(False)
+    last.requires_grad_(True)
+    for m in layers:
+        parametrize.register_parametrization(m, 'weight', LowRank(m.weight.shape, rank).to(m.weight))
     return layers
 
 def _linear(part, last) -> list[nn.Linear]:

@@ -48,41 +48,55 @@ def write_pairs(
 ) -> int:                            # files still missing, of any worker
     "Make pairs and keep them in a folder, file by file"
     which,of = shard
-    if not 0 <= which < of: raise ValueError(f"shard must be (which, of how many) with which from 0, got {shard}")
+    if not 0 <= which < of:
+        raise ValueError(f"shard must be (which, of how many) with which from 0, got {shard}")
     check_range('part', part, 1, 1e9, 'it is a number of pairs')
-    if latents not in ('float32','bfloat16'): raise ValueError(f"latents must be kept as 'float32' or 'bfloat16', got {latents!r}")
-    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling); _check_known(tok, images, known)
-    folder,n = Path(folder),len(images)
-    made_by = dict(images=images.hash, tokenizer=tok.fingerprint, generator=generator.fingerprint if generator else None)
+    if latents not in ('float32','bfloat16'):
+        raise ValueError(f"latents must be kept as 'float32' or 'bfloat16', got {latents!r}")
+    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling)
+    _check_known(tok, images, known)
+    folder = Path(folder)
+    n = len(images)
+    made_by = dict(images=images.hash, tokenizer=tok.fingerprint, generator=generator.fingerprint
+                   if generator else None)
     recipe = to_plain(made_by|dict(about=about, n=n, part=part, latents=latents))
     new = _begin(folder, recipe)
-    seeds,files = _seeds(seed, n),range(-(-n//part))
+    seeds = _seeds(seed, n)
+    files = range(-(-n//part))
     for i in files[which::of]: _keep_part(_part(folder, i), min(part, n-i*part), _mine(recipe, i))
     for i in bar([f for f in files[which::of] if not _part(folder, f).exists()], 'making pairs'):
-        rows = range(i*part, min(n, (i+1)*part)); at = slice(rows.start, rows.stop)
+        rows = range(i*part, min(n, (i+1)*part))
+        at = slice(rows.start, rows.stop)
         try: made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
-        except (TypeError, ValueError):                                                 # a wrong option: a corrected call may come here
-            if new and not any(_part(folder, f).exists() for f in files): (folder/'pairs.json').unlink(missing_ok=True)
+        # a wrong option: a corrected call may come here
+        except (TypeError, ValueError):
+            if new and not any(_part(folder, f).exists() for f in files):
+                (folder/'pairs.json').unlink(missing_ok=True)
             raise
         made = made.to(_dtype(tok, latents)).contiguous()
         try:
             about_it = differ|dict(hash=tensors_hash(dict(latents=made)), part=_mine(recipe, i))
             with atomic_path(_part(folder, i)) as p:
-                save_file(dict(latents=made), p, dict(about=json.dumps(about_it)))      # one entry: several would have no order
+                # one entry: several would have no order
+                save_file(dict(latents=made), p, dict(about=json.dumps(about_it)))
         except (OSError, SafetensorError) as e:
             whole = sum(_part(folder, f).exists() for f in files)
-            raise OSError(f"cannot write part {i} of {folder} ({str(e)[:80]}); {whole} of {len(files)} parts are whole and stay: "
+            raise OSError(f"cannot write part {i} of {folder} ({str(e)[:80]}); {whole} of {len(files)} parts "
+                          "are whole and stay: "
                           "make room and call again") from None
     return sum(not _part(folder, f).exists() for f in files)
 
 def _begin(folder, recipe) -> bool:
     "Write the recipe, or compare it with the one that is there; whether it was written"
     if not (folder/'pairs.json').exists():
-        folder.mkdir(parents=True, exist_ok=True); write_json(folder/'pairs.json', recipe|dict(hash=stable_hash(recipe, 64))); return True
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder/'pairs.json', recipe|dict(hash=stable_hash(recipe, 64)))
+        return True
     there = _read_recipe(folder)
     if wrong := [k for k in recipe if there.get(k) != recipe[k]]:
         k = wrong[0]
-        raise ValueError(f"{folder} holds pairs with {k} {there.get(k)}, asked for is {recipe[k]}; choose another folder, or delete it")
+        raise ValueError(f"{folder} holds pairs with {k} {there.get(k)}, asked for is {recipe[k]}; choose "
+                         "another folder, or delete it")
     return False
 
 class _Recipe(TypedDict):
@@ -100,8 +114,10 @@ def _read_recipe(folder) -> dict:
     again = f"delete {folder} and make them again"
     try: r = read_json(folder/'pairs.json', _Recipe)
     except ValueError as e: raise ValueError(f"{e}; {again}") from None
-    if r.pop('hash') != stable_hash(r, 64): raise ValueError(f"{folder/'pairs.json'} was changed after it was written; {again}")
-    if r['n'] < 1 or r['part'] < 1: raise ValueError(f"{folder/'pairs.json'} says {r['n']} pairs in files of {r['part']}; {again}")
+    if r.pop('hash') != stable_hash(r, 64):
+        raise ValueError(f"{folder/'pairs.json'} was changed after it was written; {again}")
+    if r['n'] < 1 or r['part'] < 1:
+        raise ValueError(f"{folder/'pairs.json'} says {r['n']} pairs in files of {r['part']}; {again}")
     return r
 
 def _mine(recipe, i) -> str:
@@ -112,7 +128,9 @@ def _keep_part(path, rows, mine):
     "Put a part that is not what was written aside, and say so; it is made again"
     try:
         if path.exists(): _read_part(path, rows, mine)
-    except ValueError as e: warnings.warn(f"{str(e).split(';')[0]}; it is made again, and kept as {set_aside(path).name}", stacklevel=3)
+    except ValueError as e:
+        warnings.warn(f"{str(e).split(';')[0]}; it is made again, and kept as {set_aside(path).name}",
+                      stacklevel=3)
 
 def open_pairs(
     folder:str|Path,                         # written by `write_pairs`
@@ -123,31 +141,41 @@ def open_pairs(
 ) -> LatentPairs:
     "Pairs from a folder, memory-mapped, or one line about what is wrong with it"
     folder = Path(folder)
-    if not (folder/'pairs.json').is_file(): raise FileNotFoundError(f"no pairs in {folder}; make them with write_pairs")
+    if not (folder/'pairs.json').is_file():
+        raise FileNotFoundError(f"no pairs in {folder}; make them with write_pairs")
     r = _read_recipe(folder)
-    for what,mine in (('images', images.hash), ('tokenizer', tok and tok.fingerprint), ('generator', generator and generator.fingerprint)):
+    for what,mine in (('images', images.hash), ('tokenizer', tok and tok.fingerprint),
+                      ('generator', generator and generator.fingerprint)):
         if mine and r[what] != mine:
-            raise ValueError(f"{folder} was made with {what} {r[what]}, not with {mine}; give that one, or make pairs of this one")
-    if r['n'] != len(images): raise ValueError(f"{folder} holds {r['n']} pairs for {len(images)} images; give the images they were made of")
+            raise ValueError(f"{folder} was made with {what} {r[what]}, not with {mine}; give that one, or "
+                             "make pairs of this one")
+    if r['n'] != len(images):
+        raise ValueError(f"{folder} holds {r['n']} pairs for {len(images)} images; give the images they were "
+                         "made of")
     files = [_part(folder, i) for i in range(-(-r['n']//r['part']))]
     if missing := [f.name for f in files if not f.exists()]:
         lacks = f"{len(missing)} of {len(files)} parts are missing, first {missing[0]}"
         raise FileNotFoundError(f"{folder} is not whole: {lacks}; call write_pairs again, it goes on")
-    parts,differs = zip(*[_read_part(f, min(r['part'], r['n']-i*r['part']), _mine(r, i), verify) for i,f in enumerate(files)])
+    parts,differs = zip(*[_read_part(f, min(r['part'], r['n']-i*r['part']), _mine(r, i), verify) for i,
+                          f in enumerate(files)])
     return LatentPairs(parts, images, r['about']|_merged(differs))
 
 def _read_part(path, rows, mine, verify=True) -> tuple[Tensor,dict]:
     "The latents of a file and how they differ from the real ones, or one line about what is wrong with it"
     again = "call write_pairs again, it makes that part anew"
     try:
-        with safe_open(path, 'pt') as f: latents,meta = f.get_tensor('latents'),json.loads((f.metadata() or {})['about'])
-        told,which = meta['hash'],meta['part']
+        with safe_open(path, 'pt') as f:
+            latents = f.get_tensor('latents')
+            meta = json.loads((f.metadata() or {})['about'])
+        told = meta['hash']
+        which = meta['part']
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path} does not say what it holds, so it is of another version or damaged; {again}") from None
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
     if which != mine: raise ValueError(f"{path} is a file of another place or of other pairs; {again}")
     if len(latents) != rows: raise ValueError(f"{path} has {len(latents)} pairs instead of {rows}; {again}")
-    if verify and tensors_hash(dict(latents=latents)) != told: raise ValueError(f"{path} is damaged: its checksum changed; {again}")
+    if verify and tensors_hash(dict(latents=latents)) != told:
+        raise ValueError(f"{path} is damaged: its checksum changed; {again}")
     return latents,{k:v for k,v in meta.items() if k not in ('hash', 'part')}
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #e56ab497
@@ -155,7 +183,8 @@ def latent_pairs(
     generator:LatentGenerator,       # of this tokenizer's latents, in eval mode
     tok:Tokenizer,                   # in eval mode
     images:ImageSet,                 # real images with labels
-    sigma:float|Iterable[float]|Mapping[float,float] = .9, # preservation ratio in (0, 1], or a mixture as `row_sigmas` takes it
+    # preservation ratio in (0, 1], or a mixture as `row_sigmas` takes it
+    sigma:float|Iterable[float]|Mapping[float,float] = .9,
     source:str = 'reencode',         # 'reencode' (paper) or 'tokens'
     seed:int = 0,                    # of all draws
     *,
@@ -168,6 +197,8 @@ def latent_pairs(
     if folder is not None:
         write_pairs(folder, generator, tok, images, sigma, source, seed, clean=clean, known=known, **sampling)
         return open_pairs(folder, images, tok, generator)
-    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling); _check_known(tok, images, known)
-    made,differ = _made(generator, tok, images, range(len(images)), sigmas, source, _seeds(seed, len(images)), sampling, known)
+    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling)
+    _check_known(tok, images, known)
+    made,differ = _made(generator, tok, images, range(len(images)), sigmas, source, _seeds(seed, len(images)),
+                        sampling, known)
     return LatentPairs(made, images, about|_merged([differ]))

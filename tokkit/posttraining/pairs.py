@@ -25,34 +25,45 @@ SOURCES = 'reencode', 'tokens'
 class LatentPairs(Dataset):
     "Latents a generator made, ids or continuous ones, each beside the real image it should decode to"
     def __init__(self,
-        latents:Tensor|Sequence[Tensor], # what the decoder gets, one row an image; or parts of it, all of one length but the last
+        # what the decoder gets, one row an image; or parts of it, all of one length but the last
+        latents:Tensor|Sequence[Tensor],
         images:ImageSet,                 # what it should give, one image a row
         about:dict|None = None,          # sigma, source, guidance ...
     ):
         self.parts = [latents] if isinstance(latents, Tensor) else list(latents)
         n = sum(map(len, self.parts))
-        if n != len(images): raise ValueError(f"pairs need one image a row, got {n} rows of latents and {len(images)} images")
-        self.images,self.about = images,dict(about or {})
+        if n != len(images):
+            raise ValueError(f"pairs need one image a row, got {n} rows of latents and {len(images)} images")
+        self.images = images
+        self.about = dict(about or {})
 
     @property
     def latents(self) -> Tensor: return _wide(torch.cat(self.parts))
     @property
-    def hash(self) -> str: return stable_hash([self.images.hash, *(tensors_hash(dict(latents=p)) for p in self.parts)])
+    def hash(self) -> str:
+        return stable_hash([self.images.hash, *(tensors_hash(dict(latents=p)) for p in self.parts)])
     def __len__(self): return len(self.images)
-    def __getitem__(self, i): i = range(len(self))[i]; return _wide(self._rows(torch.tensor([i])))[0],self.images[i][0]
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return _wide(self._rows(torch.tensor([i])))[0],self.images[i][0]
     def __getitems__(self, i): return _wide(self._rows(torch.as_tensor(i))),self.images[i][0]
 
     def _rows(self, i) -> Tensor:
         "Rows in the order asked for, each from its own part"
         if len(self.parts) == 1: return self.parts[0][i]
-        size,kind = len(self.parts[0]),self.parts[0].dtype
-        part,row = i//size,i%size
-        bits = {torch.uint16:torch.int16}.get(kind, kind)                     # torch cannot assign rows of uint16
+        size = len(self.parts[0])
+        kind = self.parts[0].dtype
+        part = i//size
+        row = i%size
+        # torch cannot assign rows of uint16
+        bits = {torch.uint16:torch.int16}.get(kind, kind)
         out = torch.empty(len(i), *self.parts[0].shape[1:], dtype=bits)
         for p in part.unique().tolist(): out[part == p] = self.parts[p].view(bits)[row[part == p]]
         return out.view(kind)
 
-    def __repr__(self): return f"LatentPairs: {len(self)} of {self.images.name}, " + ', '.join(f'{k}={v}' for k,v in self.about.items())
+    def __repr__(self):
+        return (f"LatentPairs: {len(self)} of {self.images.name}, "
+                + ', '.join(f'{k}={v}' for k,v in self.about.items()))
 
 def _wide(latents) -> Tensor:
     "As the tokenizer takes them, whatever they are stored as"
@@ -67,11 +78,13 @@ def _made(generator, tok, images, rows, sigmas, source, seeds, sampling, known) 
     "Latents of some of the images, and how far from the real ones they are"
     some = images.subset(rows)
     real = encode_all(tok, some) if known is None else known[rows.start:rows.stop].cpu()
-    made,drawn = real.clone(),(~sigmas.isnan()).nonzero()[:,0]
+    made = real.clone()
+    drawn = (~sigmas.isnan()).nonzero()[:,0]
     for s in sigmas[drawn].unique().tolist():
         i = (sigmas == s).nonzero()[:,0]
         keep = real[i],_plain_sigma(s)
-        made[i] = sample_batches(generator, some.labels[i], seed=seeds[i], keep=keep, desc=f'pairs, σ {s:g}', **sampling)[0]
+        made[i] = sample_batches(generator, some.labels[i], seed=seeds[i], keep=keep, desc=f'pairs, σ {s:g}',
+                                 **sampling)[0]
     if not len(drawn): return made,{}
     differ = dict(drawn_differ=_change(made[drawn], real[drawn]))
     if source == 'reencode':
@@ -82,19 +95,22 @@ def _made(generator, tok, images, rows, sigmas, source, seeds, sampling, known) 
 def _check_known(tok, images, known):
     "Latents said to be those of the images: as many, and the first few are"
     if known is None: return
-    if len(known) != len(images): raise ValueError(f"expected known latents of all {len(images)} images, got {len(known)}")
+    if len(known) != len(images):
+        raise ValueError(f"expected known latents of all {len(images)} images, got {len(known)}")
     first = encode_all(tok, images.subset(range(min(8, len(images)))))
     given = known[:len(first)].cpu()
     alike = given.shape == first.shape and given.is_floating_point() == first.is_floating_point()
     if not alike or not torch.allclose(given.to(first), first, atol=1e-2):
-        raise ValueError("the known latents are not this tokenizer's latents of these images; take encode_all(tok, images), or none")
+        raise ValueError("the known latents are not this tokenizer's latents of these images; take "
+                         "encode_all(tok, images), or none")
 
 def _recipe(generator, tok, images, sigma, source, clean, seed, sampling) -> tuple[dict,Tensor]:
     "Everything that decides the pairs, in plain words; and the sigma of every row"
     if source not in SOURCES: raise ValueError(f"source must be 'reencode' or 'tokens', got {source!r}")
     if generator is None: return dict(source='clean'),torch.full((len(images),), math.nan)
     check_fit(generator, tok)
-    sigma = _plain_sigma(sigma)                                             # once: an iterator tells its values one time
+    # once: an iterator tells its values one time
+    sigma = _plain_sigma(sigma)
     about = dict(sigma=sigma, source=source, seed=seed)|(dict(clean=clean) if clean else {})
     return about|to_plain(sampling),row_sigmas(len(images), sigma, clean, seed)
 
@@ -104,7 +120,8 @@ def _merged(differs) -> dict:
     keys = [k for k in ('drawn_differ','given_differ') if any(k in d for d in differs)]
     return {k:round(sum(d[k]*d['drawn'] for d in differs if k in d)/n, 4) for k in keys}
 
-def _seeds(seed, n): return row_seeds(make_rng(seed, 'sample'), n)       # the same whichever part a row is made in
+# the same whichever part a row is made in
+def _seeds(seed, n): return row_seeds(make_rng(seed, 'sample'), n)
 
 def clean_pairs(
     tok:Tokenizer,    # in eval mode

@@ -19,7 +19,8 @@ from ..generators import LatentGenerator
 from ..tokenizers import check_ids, Tokenizer
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #e9371c9a
-def _kind(shape, k) -> str: return f"ids {tuple(shape)} of {k} codes" if k else f"continuous latents {tuple(shape)}"
+def _kind(shape, k) -> str:
+    return f"ids {tuple(shape)} of {k} codes" if k else f"continuous latents {tuple(shape)}"
 
 def _decodes(tok) -> str:
     "The latents a tokenizer takes, in words"
@@ -32,12 +33,16 @@ def check_fit(
 ):
     "Raise one line unless the tokenizer decodes what the generator draws"
     s = tok.spec
-    mine,theirs = _decodes(tok),_kind(generator.shape, generator.codebook_size)
+    mine = _decodes(tok)
+    theirs = _kind(generator.shape, generator.codebook_size)
     if mine != theirs:
-        raise ValueError(f"the generator draws {theirs}, the tokenizer decodes {mine}; take one trained on this tokenizer's latents")
-    scale = getattr(getattr(generator, 'cfg', None), 'std', None)           # other people's generators need no cfg
+        raise ValueError(f"the generator draws {theirs}, the tokenizer decodes {mine}; take one trained on "
+                         "this tokenizer's latents")
+    # other people's generators need no cfg
+    scale = getattr(getattr(generator, 'cfg', None), 'std', None)
     if s.codebook_size is None and scale and not math.isclose(scale, s.std, rel_tol=.2) and s.std != 1.:
-        raise ValueError(f"the generator's latents have a standard deviation of {scale:.3g}, the tokenizer's {s.std:.3g}; "
+        raise ValueError(f"the generator's latents have a standard deviation of {scale:.3g}, the tokenizer's "
+                         f"{s.std:.3g}; "
                          "take a generator trained on this tokenizer's latents")
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #70159333
@@ -48,28 +53,39 @@ def check_latents(
 ):
     "Raise one line unless the tokenizer decodes such latents, and to such images"
     parts = [latents] if isinstance(latents, Tensor) else list(latents)
-    if not all(isinstance(p, Tensor) for p in parts): raise ValueError(f"expected latents as a tensor, got {type(parts[0]).__name__}")
-    if not any(p.numel() for p in parts): raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got no latents at all; give some")
-    first,k = parts[0],tok.spec.codebook_size
+    if not all(isinstance(p, Tensor) for p in parts):
+        raise ValueError(f"expected latents as a tensor, got {type(parts[0]).__name__}")
+    if not any(p.numel() for p in parts):
+        raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got no latents at all; give some")
+    first = parts[0]
+    k = tok.spec.codebook_size
     def got(k): return _kind(first.shape[1:], None if first.is_floating_point() else k)
     if (first.is_floating_point() or first.dtype == torch.bool) == bool(k) or got(k) != _decodes(tok):
-        raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this tokenizer")
+        raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this "
+                         "tokenizer")
     for p in parts:
         if k: check_ids(p, k)
         elif p.numel(): check_finite('latents of image', p, 'look at the generator')
-    mine,theirs = (tok.cfg.channels, tok.cfg.size, tok.cfg.size),tuple(images[:1][0].shape[1:])
-    if mine != theirs: raise ValueError(f"the tokenizer makes images {mine}, got images {theirs}; give images of its size and channels")
+    mine = (tok.cfg.channels, tok.cfg.size, tok.cfg.size)
+    theirs = tuple(images[:1][0].shape[1:])
+    if mine != theirs:
+        raise ValueError(f"the tokenizer makes images {mine}, got images {theirs}; give images of its size "
+                         "and channels")
 
 def check_same(
     tok:Tokenizer,   # as it was
     other:Tokenizer, # the same but for its decoder
 ):
     "Fails unless the two tokenizers differ in nothing but their decoders: else latents of one mean nothing to the other"
-    mine,theirs = tok.state_dict(),other.state_dict()
-    def same(k): return k in theirs and mine[k].shape == theirs[k].shape and mine[k].equal(theirs[k].to(mine[k]))
+    mine = tok.state_dict()
+    theirs = other.state_dict()
+    def same(k):
+        return k in theirs and mine[k].shape == theirs[k].shape and mine[k].equal(theirs[k].to(mine[k]))
     wrong = [k for k in mine if not k.startswith('decoder.') and not same(k)]
     wrong += [k for k in ('quantizer','quantizer_options') if getattr(tok.cfg, k) != getattr(other.cfg, k)]
-    if wrong: raise ValueError(f"the two tokenizers differ beyond their decoders, first in {wrong[0]}: their latents would not mean the "
+    if wrong:
+        raise ValueError(f"the two tokenizers differ beyond their decoders, first in {wrong[0]}: their "
+                         "latents would not mean the "
                                "same; give a tokenizer and what post-training made of it")
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #77976443
@@ -79,30 +95,36 @@ def _plain_sigma(sigma) -> float|list[float]|dict[float,float]:
     def plain(s): return round(float(s), 6)                                  # as it was before float32
     if not isinstance(sigma, Iterable): return plain(sigma)
     many = [plain(s) for s in sigma]
-    if len(set(many)) < len(many): raise ValueError(f"each sigma once, got {many}; give the shares of a mixture as {{sigma: share}}")
+    if len(set(many)) < len(many):
+        raise ValueError(f"each sigma once, got {many}; give the shares of a mixture as {{sigma: share}}")
     return dict(sorted(zip(many, map(float, sigma.values())))) if isinstance(sigma, Mapping) else many
 
 def row_sigmas(
     n:int,                                        # pairs
-    sigma:float|Iterable[float]|Mapping[float,float], # fraction kept; several with equal shares, or each with its share
+    # fraction kept; several with equal shares, or each with its share
+    sigma:float|Iterable[float]|Mapping[float,float],
     clean:float = 0.,                             # share of pairs that are the image's own latents, 0..1
     seed:int = 0,                                 # which rows get which
 ) -> Float[Tensor, "n"]: # NaN for clean rows
     "The preservation ratio of each pair, shares exact to a pair"
     sigma = _plain_sigma(sigma)
-    shares = sigma if isinstance(sigma, dict) else dict.fromkeys(sigma if isinstance(sigma, list) else [sigma], 1.)
+    shares = (sigma if isinstance(sigma, dict)
+              else dict.fromkeys(sigma if isinstance(sigma, list) else [sigma], 1.))
     if not shares: raise ValueError("sigma must name at least one fraction of real latents to keep, got none")
     for s,w in shares.items():
         check_range('sigma', s, hint='it is the fraction of the real latents that is kept')
         if s == 0:
-            raise ValueError("sigma 0 keeps nothing of the image, so that nothing ties the two of a pair together; "
+            raise ValueError("sigma 0 keeps nothing of the image, so that nothing ties the two of a pair "
+                             "together; "
                              "take sigma > 0, or heal without pairs")
         check_range('the share of a sigma', w, 0, math.inf)
     check_range('clean', clean, hint='it is the share of pairs with clean latents')
     if not sum(shares.values()) > 0: raise ValueError(f"the shares of sigma must not all be 0, got {shares}")
     total = sum(shares.values())
-    ends = (torch.tensor([w*(1-clean)/total for w in shares.values()], dtype=torch.float64).cumsum(0)*n).round().long().tolist()
+    ends = (torch.tensor([w*(1-clean)/total for w in shares.values()],
+                         dtype=torch.float64).cumsum(0)*n).round().long().tolist()
     out = torch.full((n,), math.nan)
-    order = torch.randperm(n, generator=make_rng(seed, 'sigma')) if len(shares) > 1 or clean else torch.arange(n)
+    order = (torch.randperm(n, generator=make_rng(seed, 'sigma')) if len(shares) > 1 or clean
+             else torch.arange(n))
     for s,a,b in zip(shares, [0, *ends], ends): out[order[a:b]] = s
     return out

@@ -37,9 +37,11 @@ def sigma_evidence(
     **sampling,                 # further arguments of `sample`
 ) -> pd.DataFrame:              # a row a sigma: MMD² to free samples with its error, mean squared error of the pair, fraction that differs
     "What pairs at each sigma look like: how near to free samples, how far from their image"
-    some,where = images.subset(min(n, len(images))),next(tok.parameters()).device
+    some = images.subset(min(n, len(images)))
+    where = next(tok.parameters()).device
     free,_ = sample_batches(generator, some.labels, seed=seed+1, **sampling)
-    def vectors(latents): return (latents if tok.spec.codebook_size is None else tok.codes(latents.to(where)).cpu()).flatten(1)
+    def vectors(latents):
+        return (latents if tok.spec.codebook_size is None else tok.codes(latents.to(where)).cpu()).flatten(1)
     def row(s):
         pairs = latent_pairs(generator, tok, some, s, source, seed, **sampling)
         near = mmd2(vectors(free), vectors(pairs.latents))
@@ -53,13 +55,15 @@ def sigma_evidence(
 class SigmaRace:
     "Which sigma won, and how"
     sigma:float          # the winner; 1 is the control, as `clean_pairs` makes it
-    table:pd.DataFrame   # a row a racer and round: value of the probe, its difference from the round's best with its error
+    # a row a racer and round: value of the probe, its difference from the round's best with its error
+    table:pd.DataFrame
     cost:float           # of the race, as a fraction of the full sweep's: pairs made and images gone through
     settings:dict = field(default_factory=dict)
 
     def __repr__(self):
         last = self.table[self.table['round'] == self.table['round'].max()].set_index('sigma')
-        def error(se): return '' if pd.isna(se) else f' ± {se:.2g}'                     # a probe may make none
+        # a probe may make none
+        def error(se): return '' if pd.isna(se) else f' ± {se:.2g}'
         said = ', '.join(f'{s:g}: {r.value:.4g}{error(r.se)}' for s,r in last.iterrows())
         control = last.loc[1.]
         note = 'clean tokens win, so pairs of this generator do not pay' if self.sigma == 1 else \
@@ -74,12 +78,15 @@ def race_plan(
     "Rounds of halving that cost equally much, together at most `share` of training everyone on everything"
     check_range('share', share, 1e-6, 1, "it is the part of the sweep's cost that a race may take")
     rounds = max(1, math.ceil(math.log2(racers))) if racers > 1 else 1
-    each,plan = share*racers*n/rounds,[]
+    each = share*racers*n/rounds
+    plan = []
     for _ in range(rounds):
         plan.append((racers, min(n, int(each/(racers+1)))))                      # the control races along
         racers = max(2, -(-racers//2))
     first,least = plan[0]
-    if least < 2: raise ValueError(f"{n} pairs are too few for a race of {first} at {share:g} of the cost; give more, or a larger share")
+    if least < 2:
+        raise ValueError(f"{n} pairs are too few for a race of {first} at {share:g} of the cost; give more, "
+                         "or a larger share")
     return plan
 
 def choose_sigma(
@@ -100,21 +107,29 @@ def choose_sigma(
     "Race the candidates by successive halving, the control beside them"
     racers = sorted({float(s) for s in sigmas})
     if not racers or not 0 < racers[0] <= racers[-1] < 1:
-        raise ValueError(f"sigmas must be fractions between 0 and 1, at least one, got {list(sigmas)}; the control races along by itself")
-    plan,rows,spent = race_plan(len(racers), len(images), share),[],0
+        raise ValueError(f"sigmas must be fractions between 0 and 1, at least one, got {list(sigmas)}; the "
+                         "control races along by itself")
+    plan = race_plan(len(racers), len(images), share)
+    rows = []
+    spent = 0
     for number,(_,n) in enumerate(plan):
-        some,cards = images.subset(n),{}
+        some = images.subset(n)
+        cards = {}
         for s in bar([*racers, 1.], f'round {number+1} of {len(plan)}'):
-            pairs = clean_pairs(tok, some) if s == 1 else latent_pairs(generator, tok, some, s, source, seed, **(sampling or {}))
+            pairs = (clean_pairs(tok, some) if s == 1
+                     else latent_pairs(generator, tok, some, s, source, seed, **(sampling or {})))
             how = replace(cfg, batch=min(cfg.batch, n))
-            cards[s] = probe(posttrain_decoder(tok, pairs, how, device=device, seed=seed, desc=f'σ {s:g}', **options)[0])
+            cards[s] = probe(posttrain_decoder(tok, pairs, how, device=device, seed=seed, desc=f'σ {s:g}',
+                                               **options)[0])
             spent += n
         best = min(cards, key=lambda s: cards[s].value)
         gaps = {s:c-cards[best] for s,c in cards.items()}
         about = dict(round=number+1, pairs=n)
-        rows += [about|dict(sigma=s, value=c.value, se=c.se, gap=gaps[s].value, gap_se=gaps[s].se) for s,c in cards.items()]
+        rows += [about|dict(sigma=s, value=c.value, se=c.se, gap=gaps[s].value, gap_se=gaps[s].se) for s,
+                 c in cards.items()]
         keep = plan[number+1][0] if number+1 < len(plan) else 1
         racers = sorted(sorted(racers, key=lambda s: cards[s].value)[:keep])
-    settings = dict(share=share, source=source, seed=seed, n=len(images), sampling=sampling or {}, epochs=cfg.epochs)
+    settings = dict(share=share, source=source, seed=seed, n=len(images), sampling=sampling or {},
+                    epochs=cfg.epochs)
     cost = spent/(len({float(s) for s in sigmas})*len(images))
     return SigmaRace(best if best == 1 else racers[0], pd.DataFrame(rows), cost, settings)

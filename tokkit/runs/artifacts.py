@@ -39,7 +39,9 @@ def _git(*args:str) -> str|None:
 
 def commit() -> str|None:
     "Short commit of the checkout, with `+` when tracked files differ from it; None outside git"
-    if _git('ls-files', '--error-unmatch', 'settings.ini') is None or not (short := _git('rev-parse', '--short=10', 'HEAD')): return None
+    if _git('ls-files', '--error-unmatch',
+            'settings.ini') is None or not (short := _git('rev-parse', '--short=10', 'HEAD')):
+        return None
     return short + ('+' if _git('status', '--porcelain', '--untracked-files=no') else '')
 
 def provenance(
@@ -48,14 +50,16 @@ def provenance(
     seed:int|None = None,     # the experiment's seed, when it has one
 ) -> dict[str,Any]:
     "Versions, commit, device, threads and seed"
-    return dict(tokkit=tokkit.__version__, commit=commit(), torch=torch.__version__, device=device or str(default_device()),
+    return dict(tokkit=tokkit.__version__, commit=commit(), torch=torch.__version__, device=device
+                or str(default_device()),
                 threads=threads or torch.get_num_threads(), seed=seed)
 
 # %% ../../nbs/runs/02_artifacts.ipynb #37de6ce3
 def _check_name(name:str, what:str):
     "Raise unless `name` can be the name of a folder, here and not elsewhere"
     if not isinstance(name, str) or not name or clean_name(name) != name:
-        raise ValueError(f"{what} names a folder: letters, digits and . = + - _, at most 60 of them; got {name!r}")
+        raise ValueError(f"{what} names a folder: letters, digits and . = + - _, at most 60 of them; got "
+                         f"{name!r}")
 
 def _now() -> str: return datetime.now().astimezone().isoformat(' ', 'seconds')
 
@@ -67,14 +71,16 @@ def artifact_path(
 ) -> Path:
     "Where the artifact made by `params` is or will be"
     _check_name(kind, 'the kind of an artifact')
-    digest, folder = stable_hash(dict(kind=kind, params=params, tokkit=tokkit.__version__)), runs_root(root)/kind
+    digest = stable_hash(dict(kind=kind, params=params, tokkit=tokkit.__version__))
+    folder = runs_root(root)/kind
     there = next((p for p in folder.glob(f'*{digest}') if not p.name.startswith('.')), None)
     return there or folder/(f"{clean_name(slug)}-{digest}" if slug else digest)
 
 def artifact(
     kind:str,                   # folder below the root, e.g. 'tokenizer'
     params:Any,                 # everything that decides the content, as `to_plain` understands it
-    make:Callable,              # make(tmp) fills the folder `tmp`; make(tmp, work) also gets a folder that survives a kill
+    # make(tmp) fills the folder `tmp`; make(tmp, work) also gets a folder that survives a kill
+    make:Callable,
     root:str|Path|None = None,  # see `runs_root`
     slug:str|None = None,       # readable part of the name; an existing artifact is found under any slug
 ) -> Path:
@@ -90,19 +96,24 @@ def artifact(
 def _keep_or_set_aside(final:Path, what:str):
     "A folder that is not what was sealed makes room for a new one, and says so; one without a seal is not judged"
     if not (final/MARKER).is_file():
-        if not (final/'params.json').is_file(): raise ValueError(f"{final} is in the way and was not made by tokkit; move it elsewhere")
-        raise ValueError(f"{what} carries no checksums, since it is of an earlier version or was copied without hidden files; "
+        if not (final/'params.json').is_file():
+            raise ValueError(f"{final} is in the way and was not made by tokkit; move it elsewhere")
+        raise ValueError(f"{what} carries no checksums, since it is of an earlier version or was copied "
+                         "without hidden files; "
                          f"take it as it is (tokkit verify {final} --seal), or move it elsewhere")
     if how := damage(final):
-        warnings.warn(f"{what} is damaged: {how}; it is made again, and what is there is kept as {set_aside(final).name}", stacklevel=4)
+        warnings.warn(f"{what} is damaged: {how}; it is made again, and what is there is kept as "
+                      f"{set_aside(final).name}", stacklevel=4)
 
 def _make(final:Path, make:Callable, about:dict):
     "Let `make` fill a temporary folder and publish it as `final`"
     clear_unfinished(final)
-    work, start = final.with_name(f".work-{final.name.split('-')[-1]}"), time.perf_counter()
+    work = final.with_name(f".work-{final.name.split('-')[-1]}")
+    start = time.perf_counter()
     with atomic_dir(final) as tmp:
         if len(inspect.signature(make).parameters) > 1:
-            mark(work); make(tmp, work)
+            mark(work)
+            make(tmp, work)
         else: make(tmp)
         write_json(tmp/'params.json', about)
         write_json(tmp/'timing.json', dict(seconds=round(time.perf_counter()-start, 2), finished=_now()))

@@ -36,9 +36,11 @@ def grid_runs(
     root:str|Path|None = None,            # see `runs_root`
 ) -> list[RunSpec]: # one a point
     "The runs of a grid, names and types checked; points that are one and the same run count once"
-    source, both = find_notebook(notebook), [(p, {**(params or {}), **p}) for p in grid_points(grid)]
+    source = find_notebook(notebook)
+    both = [(p, {**(params or {}), **p}) for p in grid_points(grid)]
     read = {}
-    specs = [RunSpec(source, all_, p, runs_root(root)/source.stem/run_id(source, all_, read)) for p,all_ in both]
+    specs = [RunSpec(source, all_, p, runs_root(root)/source.stem/run_id(source, all_, read)) for p,
+             all_ in both]
     return list({spec.folder:spec for spec in reversed(specs)}.values())[::-1]
 
 # %% ../../nbs/runs/05_collect.ipynb #6e81d035
@@ -46,7 +48,8 @@ _FIRST = 'experiment run_id metric value se n extractor seed commit'.split()
 
 def _collect_run(folder:Path) -> list[dict]:
     "The rows of one finished run, with its parameters as columns"
-    about, rows = read_json(folder/'params.json', _About), read_json(folder/'metrics.json', _Metrics)['rows']
+    about = read_json(folder/'params.json', _About)
+    rows = read_json(folder/'metrics.json', _Metrics)['rows']
     params = {k:', '.join(map(str, v)) if isinstance(v, list) else v for k,v in about['params'].items()}
     own = dict(experiment=about['experiment'], run_id=about['run_id'], commit=about['commit'])
     return [{**params, **row, **own} for row in rows]
@@ -55,18 +58,22 @@ def collect(
     root:str|Path|None = None, # see `runs_root`
 ) -> pd.DataFrame: # tidy: a value a row; `.attrs['skipped']` names what was left out and why
     "All finished runs below `root` in one table"
-    rows, skipped = [], []
+    rows = []
+    skipped = []
     for folder in sorted(p for p in runs_root(root).glob('*/*') if p.is_dir()):
         name = f'{folder.parent.name}/{folder.name}'
         if folder.name.endswith('.failed'): skipped.append(f'{name[:-7]}: failed')
         elif folder.name.startswith('.') and (folder/'.log').exists(): skipped.append(f'{name}: not finished')
         elif folder.name.startswith('.') or folder.suffix == '.damaged' or not _finished(folder): continue
-        elif not (folder/MARKER).is_file(): skipped.append(f'{name}: no checksums to compare; tokkit verify --seal takes it as it is')
-        elif how := damage(folder): skipped.append(f'{name}: damaged, {how}; the same run again makes it anew')
+        elif not (folder/MARKER).is_file():
+            skipped.append(f'{name}: no checksums to compare; tokkit verify --seal takes it as it is')
+        elif how := damage(folder):
+            skipped.append(f'{name}: damaged, {how}; the same run again makes it anew')
         else:
             try: rows += _collect_run(folder)
             except (ValueError, KeyError, TypeError) as e: skipped.append(f'{name}: {e}')
     table = pd.DataFrame(rows)
-    table = table[[c for c in _FIRST if c in table] + [c for c in table if c not in _FIRST and table[c].notna().any()]]
+    table = table[[c for c in _FIRST if c in table]
+                  + [c for c in table if c not in _FIRST and table[c].notna().any()]]
     table.attrs['skipped'] = skipped
     return table

@@ -37,19 +37,26 @@ def run_pool(
         jobs = {pool.submit(one, spec):i for i,spec in enumerate(specs)}
         try:
             for job in as_completed(jobs):
-                rows[jobs[job]] = {**specs[jobs[job]].point, **job.result()}; b.update()
+                rows[jobs[job]] = {**specs[jobs[job]].point, **job.result()}
+                b.update()
                 if error := job.result()['error']: b.write(error, file=sys.stderr)
-        except BaseException: stop.set(); pool.shutdown(wait=False, cancel_futures=True); raise
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return pd.DataFrame(rows)
 
 # %% ../../nbs/runs/06_engine.ipynb #68c27827
 def sweep_experiment(
-    notebook:str|Path,                    # path of a parameterised notebook, or the name of one of tokkit's experiments
+    # path of a parameterised notebook, or the name of one of tokkit's experiments
+    notebook:str|Path,
     grid:dict[str,Any]|list[dict],        # parameter -> values, or several such grids, see `grid_points`
     workers:int = 1,                      # runs at the same time
-    devices:list[str]|None = None,        # handed to the workers in turn, e.g. ['0','1'] or ['cpu']; None leaves the choice to each run
+    # handed to the workers in turn, e.g. ['0','1'] or ['cpu']; None leaves the choice to each run
+    devices:list[str]|None = None,
     params:dict[str,Any]|None = None,     # parameters that all runs share
-    root:str|Path|None = None,            # None asks `$TOKKIT_RUNS`, then takes `runs` in the working directory
+    # None asks `$TOKKIT_RUNS`, then takes `runs` in the working directory
+    root:str|Path|None = None,
     threads:int|None = None,              # threads a run; None shares the cores out
     minutes:float|None = None,            # no run is started after this long; a later call goes on
 ) -> pd.DataFrame: # a row a run: its grid columns, status (done, reused, failed, left), folder, error
@@ -58,8 +65,11 @@ def sweep_experiment(
     if threads is not None: check_count('threads', threads, 4096)
     if minutes is not None: check_range('minutes', minutes, 0, 1e6)
     for device in devices or (): run_device(device)
-    specs, threads = grid_runs(notebook, grid, params, root), threads or max(1, cores()//workers)
-    free, stop, end = queue.Queue(), threading.Event(), time.monotonic()+60*(float('inf') if minutes is None else minutes)
+    specs = grid_runs(notebook, grid, params, root)
+    threads = threads or max(1, cores()//workers)
+    free = queue.Queue()
+    stop = threading.Event()
+    end = time.monotonic()+60*(float('inf') if minutes is None else minutes)
     for i in range(workers): free.put(str(devices[i%len(devices)]) if devices else None)
     def one(spec):
         if spec.complete: return dict(status='reused', folder=spec.folder, error=None)

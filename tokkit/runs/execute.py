@@ -26,7 +26,8 @@ _CHILD = '; '.join([  # dies with its parent where Linux offers that
     "import os, signal, sys, ctypes", "parent = int(sys.argv.pop(1))",
     "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGKILL)",
     "os.getppid() == parent or sys.exit('the process that started this run is gone')",
-    "signal.signal(signal.SIGINT, signal.default_int_handler)",    # a command started in the background hands down that it is ignored
+    # a command started in the background hands down that it is ignored
+    "signal.signal(signal.SIGINT, signal.default_int_handler)",
     "from papermill.__main__ import papermill", "papermill()"])
 
 def run_device(
@@ -38,8 +39,11 @@ def run_device(
 
 def _environment(tmp:Path, root:Path, device:str, threads:int|None) -> dict[str,str]:
     "The environment of a run's process; of several GPUs it sees the one it computes on"
-    path = os.pathsep.join(filter(None, [str(Path(tokkit.__file__).resolve().parent.parent), os.environ.get('PYTHONPATH')]))
-    env = os.environ | dict(TOKKIT_RUN_DIR=str(tmp), TOKKIT_RUNS=str(root), TOKKIT_PROGRESS=str(tmp/'.progress'), PYTHONPATH=path,
+    path = os.pathsep.join(filter(None,
+                                  [str(Path(tokkit.__file__).resolve().parent.parent),
+                                   os.environ.get('PYTHONPATH')]))
+    env = os.environ | dict(TOKKIT_RUN_DIR=str(tmp), TOKKIT_RUNS=str(root),
+                            TOKKIT_PROGRESS=str(tmp/'.progress'), PYTHONPATH=path,
                             JUPYTER_PREFER_ENV_PATH='1')
     if threads: env |= dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS'), str(threads))
     kind,_,number = device.partition(':')
@@ -64,8 +68,11 @@ def _failure(notebook:Path, log:Path, code:int) -> str:
         return f"{o['ename']}: {(o['evalue'].strip().splitlines() or [''])[0]}"
     if code < 0: return f"ended by signal {-code}"
     wrote = (notebook.parent/'metrics.json').exists()
-    if not code: return "not every cell of it ran" if wrote else "it wrote no metrics.json; its last cell must call run.finish(...)"
-    return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()] or ['no message'])[-1]
+    if not code:
+        return ("not every cell of it ran" if wrote else "it wrote no metrics.json; its last cell must call "
+                                                         "run.finish(...)")
+    return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()]
+            or ['no message'])[-1]
 
 # %% ../../nbs/runs/04_execute.ipynb #0eadd173
 def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Event|None, progress:bool):
@@ -80,14 +87,19 @@ def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Even
         if child.poll() is None:
             child.terminate()
             try: child.wait(5)
-            except subprocess.TimeoutExpired: child.kill(); child.wait()
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
 def _show(b, notebook:Path):
     "Move the bar to the cell at work; the last bar inside the notebook follows in the postfix"
     (done, heading), inner = _state(notebook), notebook.with_name('.progress')
-    text = inner.read_text(errors='replace').replace('\r', '\n').strip().splitlines()[-1:] if inner.exists() else []
-    moved, b.n = done != b.n, done
-    b.set_description(heading[:40], refresh=False); b.set_postfix_str(text[0][:80] if text else '', refresh=False)
+    text = (inner.read_text(errors='replace').replace('\r', '\n').strip().splitlines()[-1:] if inner.exists()
+            else [])
+    moved = done != b.n
+    b.n = done
+    b.set_description(heading[:40], refresh=False)
+    b.set_postfix_str(text[0][:80] if text else '', refresh=False)
     if moved or sys.stderr.isatty(): b.refresh()  # a log file gets a line a cell
 
 def _whole(notebook:Path) -> bool:
@@ -96,7 +108,8 @@ def _whole(notebook:Path) -> bool:
     except (OSError, ValueError): return False
     code = [c for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
     failed = any(o.get('output_type') == 'error' for c in code for o in c.get('outputs', []))
-    return not failed and all(c.get('metadata', {}).get('papermill', {}).get('status') == 'completed' for c in code)
+    return (not failed
+            and all(c.get('metadata', {}).get('papermill', {}).get('status') == 'completed' for c in code))
 
 def _as_papermill_reads(path:Path) -> str:
     "A path for papermill, which takes braces in it for parameters"
@@ -104,13 +117,18 @@ def _as_papermill_reads(path:Path) -> str:
 
 def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event|None, progress:bool):
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
-    out, log = tmp/'notebook.ipynb', tmp/'.log'
+    out = tmp/'notebook.ipynb'
+    log = tmp/'.log'
     paths = _as_papermill_reads(source), _as_papermill_reads(out)
-    command = [sys.executable, '-c', _CHILD, str(os.getpid()), *paths, '--no-progress-bar', '--autosave-cell-every', '2',
-               *(['-y', yaml.safe_dump(changed)] if changed else []), '--start-timeout', '600']  # a busy machine may take minutes
-    for _ in range(3):  # of two kernels that start at once and are given the same port, one dies before its first cell
+    command = [sys.executable, '-c', _CHILD, str(os.getpid()), *paths, '--no-progress-bar',
+               '--autosave-cell-every', '2',
+               *(['-y', yaml.safe_dump(changed)] if changed else []), '--start-timeout',
+               '600']  # a busy machine may take minutes
+    # of two kernels that start at once and are given the same port, one dies before its first cell
+    for _ in range(3):
         with open(log, 'wb') as f:
-            child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+            child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+                                     start_new_session=True)
             _watch(child, out, len(read_notebook(source)['cells'])+1, stop, progress)
         done = not child.returncode and (tmp/'metrics.json').exists() and _whole(out)
         why = '' if done else _failure(out, log, child.returncode)
@@ -119,7 +137,8 @@ def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event
     for p in (log, tmp/'.progress'): p.unlink(missing_ok=True)
 
 # %% ../../nbs/runs/04_execute.ipynb #3a9549cc
-def _finished(folder:Path) -> bool: return (folder/'metrics.json').is_file() and (folder/'params.json').is_file()
+def _finished(folder:Path) -> bool:
+    return (folder/'metrics.json').is_file() and (folder/'params.json').is_file()
 
 def _complete(folder:Path) -> bool: return _finished(folder) and damage(folder) is None
 
@@ -128,13 +147,18 @@ def _say_reused(folder:Path):
     if os.environ.get('TOKKIT_QUIET'): return
     try:
         when = f", made at {read_json(folder/'timing.json', dict[str,Any])['finished']}"
-        then, now = read_json(folder/'params.json', _About)['commit'], commit()
-    except (OSError, ValueError, KeyError): when, then, now = '', None, None
+        then = read_json(folder/'params.json', _About)['commit']
+        now = commit()
+    except (OSError, ValueError, KeyError):
+        when = ''
+        then = None
+        now = None
     by = f', by commit {then}; the code is at {now} now' if then != now else ''
     tqdm.write(f'reused: {folder.parent.name}/{folder.name}{when}{by}', file=sys.stderr)
 
 def run_experiment(
-    notebook:str|Path,                    # path of a parameterised notebook, or the name of one of tokkit's experiments
+    # path of a parameterised notebook, or the name of one of tokkit's experiments
+    notebook:str|Path,
     params:dict[str,Any]|None = None,     # what differs from its defaults
     root:str|Path|None = None,            # see `runs_root`
     device:str|None = None,               # see `run_device`; a GPU becomes the only one that the run sees
@@ -143,18 +167,24 @@ def run_experiment(
     stop:threading.Event|None = None,     # set by another thread to end the run
 ) -> Path: # runs/<experiment>/<run-id>
     "Execute a notebook once and return its folder; a finished run with the same id is reused"
-    source, root, device = find_notebook(notebook), runs_root(root), run_device(device)
+    source = find_notebook(notebook)
+    root = runs_root(root)
+    device = run_device(device)
     if threads is not None: check_count('threads', threads, 4096)
-    values, read = fit_params(source, params or {}), {}
-    name, data = run_id(source, params, read), data_hashes(values, read)
-    final, what = root/source.stem/name, f'run {source.stem}/{name}'
+    values = fit_params(source, params or {})
+    read = {}
+    name = run_id(source, params, read)
+    data = data_hashes(values, read)
+    final = root/source.stem/name
+    what = f'run {source.stem}/{name}'
     if _complete(final):
         if progress: _say_reused(final)
         return final
     with writing(root), locked(final, what):
         if final.exists(): _keep_or_set_aside(final, what)
         given = {k:values[k] for k in params or {}}
-        if not _complete(final): _run(source, final, root, values, given, data, device, threads, stop, progress)
+        if not _complete(final):
+            _run(source, final, root, values, given, data, device, threads, stop, progress)
     return final
 
 def _discard(folder:Path):
@@ -166,20 +196,29 @@ def _compare_data(values:dict, data:dict[str,str], what:str):
     "Raise where what a run read changed meanwhile; other files may be what it wrote, so they are only named"
     moved = [k for k,v in data_hashes(values).items() if data.get(k) != v]
     for k in moved:
-        if k in INPUTS: raise RunError(f"{k} of {what} changed while it was at work, so its numbers are of neither: call again")
-        if k in data: warnings.warn(f"what parameter {k} of {what} names changed while it was at work; its numbers may be of either")
+        if k in INPUTS:
+            raise RunError(f"{k} of {what} changed while it was at work, so its numbers are of neither: call "
+                           "again")
+        if k in data:
+            warnings.warn(f"what parameter {k} of {what} names changed while it was at work; its numbers may "
+                          "be of either")
 
 def _run(source, final, root, values, changed, data, device, threads, stop, progress):
     "Make the run folder `final`; what a failed attempt printed is kept beside it as <run-id>.failed"
     clear_unfinished(final)
-    failed, start = final.with_name(final.name+'.failed'), time.perf_counter()
-    about = dict(experiment=source.stem, run_id=final.name, params=values, **provenance(device, threads, values.get('seed')))
+    failed = final.with_name(final.name+'.failed')
+    start = time.perf_counter()
+    about = dict(experiment=source.stem, run_id=final.name, params=values,
+                 **provenance(device, threads, values.get('seed')))
     about |= dict(data=data) if data else {}
     with atomic_dir(final) as tmp:
-        write_json(tmp/'params.json', about); (tmp/'figures').mkdir()
+        write_json(tmp/'params.json', about)
+        (tmp/'figures').mkdir()
         try: _execute(source, tmp, changed, _environment(tmp, root, device, threads), stop, progress)
         except RunError as e:
-            _discard(failed); shutil.copytree(tmp, failed); seal(failed)
+            _discard(failed)
+            shutil.copytree(tmp, failed)
+            seal(failed)
             raise RunError(f"run {source.stem}/{final.name} failed: {e} (see {failed/'notebook.ipynb'})") from None
         _compare_data(values, data, f'run {source.stem}/{final.name}')
         write_json(tmp/'timing.json', dict(seconds=round(time.perf_counter()-start, 2), finished=_now()))

@@ -20,7 +20,8 @@ from ..core import bar
 MOST_POINTS = 10_000     # of a grid: each is a run
 
 def grid_points(
-    grid:dict[str,Any]|list[dict], # name -> values to go through; a single value counts as a list of one; or several such grids
+    # name -> values to go through; a single value counts as a list of one; or several such grids
+    grid:dict[str,Any]|list[dict],
 ) -> list[dict[str,Any]]: # one dict a point, the last name moving fastest
     "Every combination of the values in `grid`; of several grids, one after the other, each point once"
     if isinstance(grid, list):
@@ -32,9 +33,11 @@ def grid_points(
     for k,v in lists.items() if many <= MOST_POINTS else ():
         twice = [word for word,count in Counter(map(repr, v)).items() if count > 1]
         if twice: raise ValueError(f"grid: {k} has the value {twice[0]} twice; give each value once")
-    if many > MOST_POINTS: raise ValueError(f"grid: {many:,} points; at most {MOST_POINTS:,} are taken, and fewer are wise")
+    if many > MOST_POINTS:
+        raise ValueError(f"grid: {many:,} points; at most {MOST_POINTS:,} are taken, and fewer are wise")
     empty = [k for k,v in lists.items() if not v]
-    if empty: raise ValueError(f"grid: no values for {', '.join(empty)}; give at least one value for each name")
+    if empty:
+        raise ValueError(f"grid: no values for {', '.join(empty)}; give at least one value for each name")
     return [dict(zip(lists, point)) for point in product(*lists.values())]
 
 # %% ../../nbs/runs/01_grid.ipynb #489ff001
@@ -47,7 +50,8 @@ def _rows(answer:Any) -> list[dict]:
     raise ValueError(f"sweep: run must return a dict, a card or a list of them, got {type(answer).__name__}")
 
 def sweep(
-    run:Callable,   # answers one point: called with the grid's names as keywords; returns a dict, a card, or a list of them
+    # answers one point: called with the grid's names as keywords; returns a dict, a card, or a list of them
+    run:Callable,
     **grid:Any,     # name=values, e.g. alpha=[0,.5], seed=range(3)
 ) -> pd.DataFrame:  # tidy: the grid's columns first
     "Ask `run` at every point of the grid and put the answers in one tidy table"

@@ -24,7 +24,8 @@ def checkout() -> Path|None:
 def experiments() -> dict[str,Path]:
     "The checkout's experiment and benchmark notebooks by name"
     home = checkout()
-    return {p.stem:p for sub in ('experiments','benchmarks') for p in sorted((home/'nbs'/sub).glob('*.ipynb'))} if home else {}
+    return ({p.stem:p for sub in ('experiments','benchmarks')
+             for p in sorted((home/'nbs'/sub).glob('*.ipynb'))} if home else {})
 
 def find_notebook(
     notebook:str|Path, # a path, or the name of one of tokkit's experiments
@@ -34,7 +35,8 @@ def find_notebook(
     if path.is_file() and path.suffix == '.ipynb': return path.absolute()
     known = experiments()
     if str(notebook).removesuffix('.ipynb') in known: return known[str(notebook).removesuffix('.ipynb')]
-    there = f"there are {', '.join(known)}" if known else "tokkit is not in a checkout here, so give the path of an .ipynb file"
+    there = (f"there are {', '.join(known)}" if known else "tokkit is not in a checkout here, so give the "
+                                                           "path of an .ipynb file")
     raise FileNotFoundError(f"no notebook {str(notebook)!r}; {there}")
 
 # %% ../../nbs/runs/00_parameters.ipynb #6b07dd6d
@@ -66,12 +68,14 @@ def notebook_params(
     "Name, default and help of each parameter"
     cells = read_notebook(path := find_notebook(notebook))['cells']
     source = next((''.join(c['source']) for c in cells if 'parameters' in _tags(c)), '')
-    lines, found = source.splitlines(), {}
+    lines = source.splitlines()
+    found = {}
     try: body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise ValueError(f"{path.name}: its parameters cell is no Python ({str(e)[:80]})") from None
     for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        target = (node.targets[0] if isinstance(node, ast.Assign) else node.target
+                  if isinstance(node, ast.AnnAssign) else None)
         if not isinstance(target, ast.Name): continue
         try: default = ast.literal_eval(node.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
@@ -94,7 +98,8 @@ def fit_value(
     default:Any,  # the parameter's default; None takes anything
 ) -> Any:
     "`value` in the type of `default`, or a one-line error"
-    given, kind = value, type(default)
+    given = value
+    kind = type(default)
     if isinstance(value, str) and kind is not str: value = _parse(value)
     if default is None: return value
     if kind in (list, tuple):
@@ -103,7 +108,9 @@ def fit_value(
         like = next((d for d in default if isinstance(d, float)), default[0] if default else None)
         return [fit_value(f'{name}[{i}]', v, like) for i,v in enumerate(value)]
     if kind is float and type(value) is int: value = float(value)
-    if type(value) is not kind: raise ValueError(f"parameter {name} must be {kind.__name__}, like its default {default!r}; got {given!r}")
+    if type(value) is not kind:
+        raise ValueError(f"parameter {name} must be {kind.__name__}, like its default {default!r}; got "
+                         f"{given!r}")
     return value
 
 def fit_params(
@@ -113,7 +120,8 @@ def fit_params(
     "Check names and types against the parameters cell"
     known = notebook_params(notebook)
     if unknown := [k for k in params if k not in known]:
-        has = '; '.join(f"{k}={p.default!r}" + (f" ({p.help})" if p.help else '') for k,p in known.items()) or 'none'
+        has = ('; '.join(f"{k}={p.default!r}" + (f" ({p.help})" if p.help else '') for k,p in known.items())
+               or 'none')
         raise ValueError(f"{Path(notebook).stem} has no parameter {', '.join(unknown)}; it has: {has}")
     return {k:fit_value(k, params.get(k, p.default), p.default) for k,p in known.items()}
 
@@ -126,14 +134,17 @@ OUTPUTS = 'csv', 'out'                     # parameters that name what it writes
 def _is_there(word:str) -> bool:
     "A file or a folder of this name exists; a device is neither"
     try: return (p := Path(word).expanduser()).is_file() or p.is_dir()
-    except (OSError, ValueError, RuntimeError): return False         # too long for a name, a zero in it, nobody's home
+    # too long for a name, a zero in it, nobody's home
+    except (OSError, ValueError, RuntimeError): return False
 
 def data_hashes(
     values:dict[str,Any],             # of a notebook's parameters
     read:dict[str,str]|None = None,   # hashes of paths that were read a moment ago; filled
 ) -> dict[str,str]: # parameter -> hash
     "Of each parameter that names files or folders, alone or in a list, a hash of what is in them"
-    def words(v): return [w for item in v for w in words(item)] if isinstance(v, list) else [v] if isinstance(v, str) and v.strip() else []
+    def words(v):
+        return ([w for item in v for w in words(item)] if isinstance(v, list) else [v] if isinstance(v, str)
+                and v.strip() else [])
     named = {k:[w for w in words(v) if w != 'fashion_mnist'] for k,v in values.items() if k not in OUTPUTS}
     read = {} if read is None else read
     for word in sorted({w for each in named.values() for w in each}-set(read)):
@@ -146,7 +157,8 @@ def run_id(
     read:dict[str,str]|None = None,    # as in `data_hashes`, for many names at once
 ) -> str:
     "Readable words and a hash that depend only on source, parameters, the files that these name, and version"
-    values, known = fit_params(path := find_notebook(notebook), params or {}), notebook_params(path)
+    values = fit_params(path := find_notebook(notebook), params or {})
+    known = notebook_params(path)
     changed = {k:v for k,v in values.items() if v != fit_value(k, known[k].default, known[k].default)}
     words = [f"{k}{'+'.join(map(_word, v)) if isinstance(v, list) else _word(v)}" for k,v in changed.items()]
     source = [(c['cell_type'], ''.join(c['source'])) for c in read_notebook(path)['cells']]

@@ -33,7 +33,8 @@ def _row(o:Any) -> tuple[dict,Any]:
     extra = {k:v for k,v in o.items() if k != 'card'} if isinstance(o, dict) else {}
     card = o.get('card') if isinstance(o, dict) else o
     if card is None: return extra, None
-    if not callable(getattr(card, 'row', None)): raise ValueError(f"a row must be a dict or a card, got {type(card).__name__}")
+    if not callable(getattr(card, 'row', None)):
+        raise ValueError(f"a row must be a dict or a card, got {type(card).__name__}")
     return {**card.row(), **extra}, card.to_dict() if hasattr(card, 'to_dict') else None
 
 @dataclass(frozen=True)
@@ -74,19 +75,26 @@ class Run:
     ) -> Path:
         "Save a figure as figures/name.png, with the same bytes for the same figure"
         path = self.folder/'figures'/f'{clean_name(name)}.png'
-        with writing(self.folder): figure.savefig(path, dpi=dpi, bbox_inches='tight', metadata=dict(Software=None))
+        with writing(self.folder):
+            figure.savefig(path, dpi=dpi, bbox_inches='tight', metadata=dict(Software=None))
         return path
 
     def finish(self,
-        rows:Any,  # cards, or dicts of columns; dict(card=card, tokenizer='plain') adds columns to a card; or a DataFrame
+        # cards, or dicts of columns; dict(card=card, tokenizer='plain') adds columns to a card; or a
+        # DataFrame
+        rows:Any,
     ) -> pd.DataFrame:
         "Write `metrics.json` and return its table: the last cell of every experiment"
-        rows = rows.to_dict('records') if isinstance(rows, pd.DataFrame) else rows if isinstance(rows, (list, tuple)) else [rows]
+        rows = (rows.to_dict('records') if isinstance(rows, pd.DataFrame) else rows
+                if isinstance(rows, (list, tuple)) else [rows])
         if not rows: raise ValueError(f"run {self.experiment}: finish needs at least one row, got none")
         plain, cards = zip(*map(_row, rows))
-        with writing(self.folder): write_json(self.folder/'metrics.json', dict(experiment=self.experiment, rows=plain, cards=cards))
+        with writing(self.folder):
+            write_json(self.folder/'metrics.json', dict(experiment=self.experiment, rows=plain, cards=cards))
         return self.frame()
 
     def _repr_html_(self) -> str:
         head = f"<b>{self.experiment}</b> · {self.folder.name} · "
-        return head + (f"finished{self.frame().to_html()}" if (self.folder/'metrics.json').exists() else 'not finished')
+        return (head
+                + (f"finished{self.frame().to_html()}" if (self.folder/'metrics.json').exists()
+                   else 'not finished'))

@@ -27,8 +27,10 @@ def nearest_codes(
     "Ids of the `m` codes nearest to each vector, nearest first, equals by id"
     check_range('m', m, 1, len(codebook), f'the codebook has {len(codebook)} codes')
     if v.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"vectors have {v.shape[-1]} channels, codes have {codebook.shape[1]}; pass latents of the same tokenizer")
-    v,codebook = v.float(),codebook.float()
+        raise ValueError(f"vectors have {v.shape[-1]} channels, codes have {codebook.shape[1]}; pass latents "
+                         "of the same tokenizer")
+    v = v.float()
+    codebook = codebook.float()
     half = codebook.square().sum(1)/2
     rows = v.reshape(-1, v.shape[-1]).split(max(1, chunk//len(codebook)))
     def near(r):
@@ -44,15 +46,18 @@ def _largest(closeness, m):
         if found is not None: return found
     value,column = closeness.topk(min(m+1, closeness.shape[1]))
     tied = (value[:,1:] == value[:,:-1]).any(1)
-    if tied.any(): column[tied] = closeness[tied].argsort(dim=1, descending=True, stable=True)[:,:column.shape[1]]
+    if tied.any():
+        column[tied] = closeness[tied].argsort(dim=1, descending=True, stable=True)[:,:column.shape[1]]
     return column[:,:m]
 
 def _divided(closeness, m):
     "The same for long rows, by dividing each at its m-th largest entry and sorting the larger part; None where that entry is there twice"
-    value,k = closeness.numpy(),closeness.shape[1]
+    value = closeness.numpy()
+    k = closeness.shape[1]
     keep = value >= np.partition(value, k-m, axis=1)[:,k-m,None]
     if np.count_nonzero(keep) > m*len(value): return None
-    column = torch.from_numpy(np.flatnonzero(keep)%k).view(-1, m)                # ascending, so equal entries stay in order
+    # ascending, so equal entries stay in order
+    column = torch.from_numpy(np.flatnonzero(keep)%k).view(-1, m)
     return column.gather(1, closeness.gather(1, column).sort(dim=1, descending=True, stable=True).indices)
 
 # %% ../../nbs/tokenizers/00_codebook.ipynb #461d8b17
@@ -72,10 +77,13 @@ def check_ids(
     k:int,       # codes in the codebook
 ):
     "Raise unless these are ids of that codebook; a negative one would count from its end"
-    if ids.is_floating_point() or ids.dtype == torch.bool: raise ValueError(f"ids must be whole numbers, got {ids.dtype}")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be whole numbers, got {ids.dtype}")
     if not ids.numel(): return
     lo,hi = (int(v) for v in ids.long().aminmax())
-    if lo < 0 or hi >= k: raise ValueError(f"ids must be in 0..{k-1} for {k} codes, got {lo}..{hi}; they are of another tokenizer")
+    if lo < 0 or hi >= k:
+        raise ValueError(f"ids must be in 0..{k-1} for {k} codes, got {lo}..{hi}; they are of another "
+                         "tokenizer")
 
 def code_neighbours(
     ids:Int[Tensor, "*b"],          # codes to look around
@@ -85,9 +93,11 @@ def code_neighbours(
 ) -> Int[Tensor, "*b delta"]:
     "The `delta` codes nearest to each code, nearest first"
     k = len(codebook)
-    check_delta(delta, k, include_self); check_finite('code', codebook, 'the codebook is damaged')
+    check_delta(delta, k, include_self)
+    check_finite('code', codebook, 'the codebook is damaged')
     around,back = ids.unique(return_inverse=True)
-    near = nearest_codes(codebook[around], codebook, min(delta+1, k), chunk=2**20)      # rows that fit in the cache
+    # rows that fit in the cache
+    near = nearest_codes(codebook[around], codebook, min(delta+1, k), chunk=2**20)
     mine = near == around[:,None]
     mine[~mine.any(1), -1] = True                       # equal codes crowded it out: the last one goes
     others = near[~mine].view(len(around), -1)
@@ -119,28 +129,37 @@ def lattice_neighbours(
 ) -> Int[Tensor, "*b delta"]:
     "The `delta` cells fewest single steps away, nearest first, equals by id"
     if min(levels) < 2: raise ValueError(f"every channel needs >= 2 levels, got {tuple(levels)}")
-    k = math.prod(levels); check_delta(delta, k, include_self)
+    k = math.prod(levels)
+    check_delta(delta, k, include_self)
     around,back = ids.unique(return_inverse=True)
-    digits,steps = to_digits(around, levels),_steps(levels, min(delta+1, k)).to(ids.device)                    # (u d) (c d)
+    digits = to_digits(around, levels)
+    steps = _steps(levels, min(delta+1, k)).to(ids.device)  # (u d) (c d)
     def near(a):
-        to = a[:,None]+steps                                                                                   # (u c d)
+        # (u c d)
+        to = a[:,None]+steps
         wall = torch.tensor(levels, device=ids.device)
-        to = torch.where(wall == 2, to%2, to)                                                                  # a bit only flips
-        rank = steps.abs().sum(1)*k+from_digits(to, levels)                                                    # distance, then id
+        # a bit only flips
+        to = torch.where(wall == 2, to%2, to)
+        # distance, then id
+        rank = steps.abs().sum(1)*k+from_digits(to, levels)
         rank.masked_fill_(((to < 0)|(to >= wall)).any(-1), 2**62)
         return rank.topk(delta+1-include_self, largest=False).values[:,int(not include_self):]%k
     return torch.cat([near(a) for a in digits.split(max(1, chunk//steps.numel()))])[back]
 
 def _steps(levels, wanted):
     "All steps within the radius at which every cell has `wanted` cells around it, itself included"
-    shells = torch.ones(1, dtype=torch.double)                                                      # cells at each distance from a corner
-    for l in levels: shells = torch.nn.functional.conv1d(shells[None,None], torch.ones(1,1,l).double(), padding=l-1)[0,0]
+    # cells at each distance from a corner
+    shells = torch.ones(1, dtype=torch.double)
+    for l in levels:
+        shells = torch.nn.functional.conv1d(shells[None,None], torch.ones(1,1,l).double(), padding=l-1)[0,0]
     radius = int((shells.cumsum(0) < wanted-.5).sum())
-    steps,far = torch.zeros(1, 0, dtype=torch.long),torch.zeros(1, dtype=torch.long)
+    steps = torch.zeros(1, 0, dtype=torch.long)
+    far = torch.zeros(1, dtype=torch.long)
     for l in levels:
         step = torch.arange(0 if l == 2 else 1-l, l)
         near = (far[:,None]+step.abs() <= radius).nonzero(as_tuple=True)
-        steps,far = torch.cat([steps[near[0]], step[near[1],None]], 1),far[near[0]]+step[near[1]].abs()
+        steps = torch.cat([steps[near[0]], step[near[1],None]], 1)
+        far = far[near[0]]+step[near[1]].abs()
     return steps
 
 # %% ../../nbs/tokenizers/00_codebook.ipynb #1d1a2166
@@ -157,28 +176,36 @@ def lattice_levels(
     found = min(ways(k, most), key=lambda w: (len(w), -min(w)), default=None)
     if found: return found
     below,above = (next(n for n in itertools.count(k, step) if next(ways(n, most), None)) for step in (-1, 1))
-    raise ValueError(f"no lattice of 2..{most} levels a channel has {k} cells; {below} and {above} are the nearest numbers")
+    raise ValueError(f"no lattice of 2..{most} levels a channel has {k} cells; {below} and {above} are the "
+                     "nearest numbers")
 
 # %% ../../nbs/tokenizers/00_codebook.ipynb #d19f1dc5
 class NeighbourTable:
     "The neighbours of every code, computed once per codebook version"
-    def __init__(self): self.key,self.table = None,None
+    def __init__(self):
+        self.key = None
+        self.table = None
 
     def __call__(self,
-        codes:Any,                     # code vectors as compared, (k d), or a quantizer: anything with `codebook` and `neighbours`
+        # code vectors as compared, (k d), or a quantizer: anything with `codebook` and `neighbours`
+        codes:Any,
         delta:int,                     # neighbours of each
         include_self:bool = True,      # as in `code_neighbours`
     ) -> Int[Tensor, "*l k delta"]:
         "The table for these codes, made anew only when they or the choice changed, or more neighbours are wanted"
-        vectors = (codes if isinstance(codes, Tensor) else codes.codebook).detach()         # (k d), or (l k d) of several levels
+        # (k d), or (l k d) of several levels
+        vectors = (codes if isinstance(codes, Tensor) else codes.codebook).detach()
         kept,kept_self = self.key or (None, None)
-        same = kept is not None and kept_self == include_self and kept.device == vectors.device and torch.equal(kept, vectors)
+        same = (kept is not None and kept_self == include_self and kept.device == vectors.device
+                and torch.equal(kept, vectors))
         check_delta(delta, vectors.shape[-2], include_self)
         if not same or self.table.shape[-1] < delta:
             every = torch.arange(vectors.shape[-2], device=vectors.device)
             if isinstance(codes, Tensor): self.table = code_neighbours(every, vectors, delta, include_self)
             elif vectors.ndim == 2: self.table = codes.neighbours(every, delta, include_self)
-            else: self.table = codes.neighbours(every[:,None].expand(-1, len(vectors)), delta, include_self).transpose(0, 1)
+            else:
+                self.table = codes.neighbours(every[:,None].expand(-1, len(vectors)), delta,
+                                              include_self).transpose(0, 1)
             self.key = vectors.clone(),include_self
         return self.table[...,:delta]
 
@@ -192,8 +219,10 @@ def kmeans_centres(
     from sklearn.cluster import KMeans
     v = v[:most].float().unique(dim=0)
     k = min(k, len(v))
-    start = 'k-means++' if k <= 1024 else 'random'      # careful starts cost more than they give with thousands of centres
-    return torch.from_numpy(KMeans(k, init=start, n_init=1, max_iter=20, random_state=0).fit(v.cpu().numpy()).cluster_centers_).to(v)
+    # careful starts cost more than they give with thousands of centres
+    start = 'k-means++' if k <= 1024 else 'random'
+    return torch.from_numpy(KMeans(k, init=start, n_init=1, max_iter=20,
+                                   random_state=0).fit(v.cpu().numpy()).cluster_centers_).to(v)
 
 # %% ../../nbs/tokenizers/00_codebook.ipynb #82f1d9c9
 def codebook_usage(
@@ -201,7 +230,8 @@ def codebook_usage(
     margin:float = .08,           # smallest share, as a fraction of 1/K, that counts as used
 ) -> tuple[float, float]:
     "Fraction of codes in use, and perplexity (effective number of equally used codes, 1..K)"
-    if usage.ndim > 1: return tuple(sum(v)/len(usage) for v in zip(*(codebook_usage(u, margin) for u in usage)))
+    if usage.ndim > 1:
+        return tuple(sum(v)/len(usage) for v in zip(*(codebook_usage(u, margin) for u in usage)))
     total = usage.sum()
     if total <= 0: return 0., 1.
     p = usage.double()/total

@@ -22,7 +22,8 @@ class TokenizerCfg:
     channels:int = 1              # image channels
     patch:int = 4                 # pixels a token side stands for
     kind:str = 'vit'              # a name in `BACKBONES`: 'vit', 'cnn', 'robustok', 'taming'
-    latents:int = 0               # learnable latent tokens; a square number lies on a grid; 0: the patch tokens are the latents
+    # learnable latent tokens; a square number lies on a grid; 0: the patch tokens are the latents
+    latents:int = 0
     width:int = 64                # channels of the networks
     depth:int = 2                 # blocks of the encoder, and of the decoder
     heads:int = 4                 # attention heads (vit, robustok)
@@ -34,24 +35,33 @@ class TokenizerCfg:
     drop_path:float = 0.          # stochastic depth of the last block (vit, robustok)
     quantizer:str = 'vq'          # a name in `tokkit.tokenizers.quantizer_registry.QUANTIZERS`
     quantizer_options:dict = field(default_factory=dict) # further arguments of the quantizer, e.g. groups
-    positions:str = 'shared'      # latent tokens share the patches' positions, with level embeddings, or have their 'own' (robustok)
+    # latent tokens share the patches' positions, with level embeddings, or have their 'own' (robustok)
+    positions:str = 'shared'
     class_token:bool = True       # one more token in front (robustok)
     layer_scale:float|None = 1e-5 # initial LayerScale, or none (robustok)
-    multipliers:Sequence[int] = (1, 1, 2, 2, 4) # width of each level over `width`, finest first; halved between them (taming)
+    # width of each level over `width`, finest first; halved between them (taming)
+    multipliers:Sequence[int] = (1, 1, 2, 2, 4)
     z_channels:int = 256          # channels between network and quantizer (taming)
 
     def __post_init__(self):
-        as_tuples = {k:tuple(v) if isinstance(v, list) else v for k,v in self.quantizer_options.items()}    # JSON knows lists only
-        for k,v in dict(multipliers=tuple(self.multipliers), quantizer_options=as_tuples).items(): object.__setattr__(self, k, v)
+        # JSON knows lists only
+        as_tuples = {k:tuple(v) if isinstance(v, list) else v for k,v in self.quantizer_options.items()}
+        for k,v in dict(multipliers=tuple(self.multipliers), quantizer_options=as_tuples).items():
+            object.__setattr__(self, k, v)
         check_sizes(self, 'size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')
-        for k,most in dict(latents=2**16, codebook_size=2**24, refine=2**12).items(): check_count(k, getattr(self, k), most, least=0)
-        if self.size%self.patch: raise ValueError(f"patch must divide size, got patch {self.patch} and size {self.size}")
-        if self.kind not in BACKBONES: raise ValueError(f"kind must be one of {', '.join(BACKBONES)}, got {self.kind!r}")
-        if self.tokens*self.width > 2**28: raise ValueError(f"{self.tokens} tokens of {self.width} channels do not fit into any memory")
+        for k,most in dict(latents=2**16, codebook_size=2**24, refine=2**12).items():
+            check_count(k, getattr(self, k), most, least=0)
+        if self.size%self.patch:
+            raise ValueError(f"patch must divide size, got patch {self.patch} and size {self.size}")
+        if self.kind not in BACKBONES:
+            raise ValueError(f"kind must be one of {', '.join(BACKBONES)}, got {self.kind!r}")
+        if self.tokens*self.width > 2**28:
+            raise ValueError(f"{self.tokens} tokens of {self.width} channels do not fit into any memory")
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
         if not self.codebook_size and self.quantizer not in ('vq', 'kl', 'none'):
-            raise ValueError(f"codebook_size 0 means continuous latents (vq, kl, none); {self.quantizer} needs a codebook_size")
+            raise ValueError(f"codebook_size 0 means continuous latents (vq, kl, none); {self.quantizer} "
+                             "needs a codebook_size")
         if self.quantizer in ('lfq', 'bsq', 'fsq'): object.__setattr__(self, 'code_dim', _quantizer(self).dim)
         check = getattr(BACKBONES[self.kind][0], 'check', None)
         if check: check(self)
@@ -69,10 +79,13 @@ class TokenizerCfg:
         side = math.isqrt(self.latents)
         return (side, side) if side**2 == self.latents else None
 
-BACKBONES = {}  # kind -> (encoder, decoder), each made with (cfg, channels of a latent); an encoder may have a static `check(cfg)`
+# kind -> (encoder, decoder), each made with (cfg, channels of a latent); an encoder may have a static
+# `check(cfg)`
+BACKBONES = {}
 
 def _check_heads(cfg):
-    if cfg.width%cfg.heads: raise ValueError(f"heads must divide width, got {cfg.heads} heads and width {cfg.width}")
+    if cfg.width%cfg.heads:
+        raise ValueError(f"heads must divide width, got {cfg.heads} heads and width {cfg.width}")
 
 # %% ../../nbs/tokenizers/05_config.ipynb #a681fbb8
 def _quantizer(cfg) -> Quantizer:

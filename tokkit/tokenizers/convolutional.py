@@ -19,24 +19,29 @@ class CNNEncoder(nn.Module):
     "Image to latents by strided convolutions"
     def __init__(self, cfg:TokenizerCfg, dim:int|None = None): # sizes, channels of a latent
         super().__init__()
-        w,levels = cfg.width,cfg.patch.bit_length()-1
-        stages = [nn.Sequential(Down(w, w), *[ResBlock(w, w) for _ in range(cfg.depth)]) for _ in range(levels)]
+        w = cfg.width
+        levels = cfg.patch.bit_length()-1
+        stages = [nn.Sequential(Down(w, w), *[ResBlock(w, w) for _ in range(cfg.depth)])
+                  for _ in range(levels)]
         self.net = nn.Sequential(nn.Conv2d(cfg.channels, w, 3, padding=1), *stages, group_norm(w), nn.SiLU(),
                                  nn.Conv2d(w, dim or cfg.code_dim, 1))
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]: return self.net(x).flatten(2).mT
     @staticmethod
     def check(cfg):
         if cfg.patch & (cfg.patch-1) or cfg.latents:
-            raise ValueError(f"a cnn needs a patch that is a power of 2 and latents=0, got patch {cfg.patch} and latents {cfg.latents}")
+            raise ValueError(f"a cnn needs a patch that is a power of 2 and latents=0, got patch {cfg.patch} "
+                             f"and latents {cfg.latents}")
 
 class CNNDecoder(nn.Module):
     "Quantized latents to image by convolutions and upsampling"
     def __init__(self, cfg:TokenizerCfg, dim:int|None = None): # sizes, channels of a latent
         super().__init__()
-        w,levels = cfg.width,cfg.patch.bit_length()-1
+        w = cfg.width
+        levels = cfg.patch.bit_length()-1
         stages = [nn.Sequential(*[ResBlock(w, w) for _ in range(cfg.depth)], Up(w, w)) for _ in range(levels)]
         self.grid = cfg.grid
-        self.net = nn.Sequential(nn.Conv2d(dim or cfg.code_dim, w, 3, padding=1), *stages, ResBlock(w, w), group_norm(w), nn.SiLU(),
+        self.net = nn.Sequential(nn.Conv2d(dim or cfg.code_dim, w, 3, padding=1), *stages, ResBlock(w, w),
+                                 group_norm(w), nn.SiLU(),
                                  nn.Conv2d(w, cfg.channels, 3, padding=1))
     def forward(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         return self.net(rearrange(zq, 'b (h w) d -> b d h w', h=self.grid[0]))
@@ -69,18 +74,21 @@ class TamingEncoder(nn.Module):
     "Image to latents, as VQGAN has it"
     def __init__(self, cfg:TokenizerCfg, dim:int): # sizes, channels of a latent
         super().__init__()
-        widths,last = [m*cfg.width for m in cfg.multipliers],len(cfg.multipliers)-1
+        widths = [m*cfg.width for m in cfg.multipliers]
+        last = len(cfg.multipliers)-1
         self.conv_in = nn.Conv2d(cfg.channels, cfg.width, 3, padding=1)
         self.stages = nn.ModuleList([Stage(i, o, cfg.depth, l == last, DownFar(o, o) if l < last else None)
                                      for l,(i,o) in enumerate(zip([cfg.width, *widths], widths))])
-        self.mid,self.norm_out = _middle(widths[-1]),group_norm(widths[-1])
+        self.mid = _middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
         self.out = nn.Linear(cfg.z_channels, dim)
 
     @staticmethod
     def check(cfg):
         if cfg.latents or cfg.patch != 2**(len(cfg.multipliers)-1):
-            raise ValueError(f"{len(cfg.multipliers)} multipliers need patch {2**(len(cfg.multipliers)-1)} and latents 0, "
+            raise ValueError(f"{len(cfg.multipliers)} multipliers need patch {2**(len(cfg.multipliers)-1)} "
+                             "and latents 0, "
                              f"got patch {cfg.patch} and latents {cfg.latents}")
 
     def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
@@ -89,13 +97,16 @@ class TamingEncoder(nn.Module):
         for stage in self.stages: x = stage(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]: return self.out(self.features(x).flatten(2).mT)
+    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        return self.out(self.features(x).flatten(2).mT)
 
 class TamingDecoder(nn.Module):
     "Quantized latents to image, as VQGAN has it"
     def __init__(self, cfg:TokenizerCfg, dim:int): # sizes, channels of a latent
         super().__init__()
-        widths,last,self.grid = [m*cfg.width for m in reversed(cfg.multipliers)],len(cfg.multipliers)-1,cfg.grid
+        widths = [m*cfg.width for m in reversed(cfg.multipliers)]
+        last = len(cfg.multipliers)-1
+        self.grid = cfg.grid
         self.embed = nn.Linear(dim, cfg.z_channels)
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0])

@@ -23,7 +23,8 @@ def encode_all(
 ) -> Int[Tensor, "b *n"]|Float[Tensor, "b n d"]:
     "Ids or latents of all images"
     device = next(tok.parameters()).device
-    return torch.cat([tok.to_latents(images[i:i+batch][0].to(device)).cpu() for i in bar(range(0, len(images), batch), 'encoding')])
+    return torch.cat([tok.to_latents(images[i:i+batch][0].to(device)).cpu()
+                      for i in bar(range(0, len(images), batch), 'encoding')])
 
 @torch.no_grad()
 def decode_all(
@@ -33,7 +34,8 @@ def decode_all(
 ) -> Float[Tensor, "b c h w"]: # on the CPU, within [-1,1]
     "Images of all latents"
     device = next(tok.parameters()).device
-    return torch.cat([tok.from_latents(z.to(device)).float().cpu() for z in latents.split(batch)]).clamp(-1, 1)
+    return torch.cat([tok.from_latents(z.to(device)).float().cpu() for z in latents.split(batch)]).clamp(-1,
+                                                                                                         1)
 
 @torch.no_grad()
 def reencode(

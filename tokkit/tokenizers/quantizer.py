@@ -22,7 +22,8 @@ from .codebook import code_neighbours, kmeans_centres, lattice_neighbours, neare
 class Quantized(NamedTuple):
     "What a quantizer gives back; every quantizer gives all of it"
     zq:Float[Tensor, "b n d"]        # quantized latents; gradients pass straight through to z
-    ids:Int[Tensor, "b *n"]|None     # code ids: (b n), (b n l) of several levels, (b m) of several scales, None for continuous latents
+    # code ids: (b n), (b n l) of several levels, (b m) of several scales, None for continuous latents
+    ids:Int[Tensor, "b *n"]|None
     codebook_loss:Tensor             # pulls codes to latents
     commitment_loss:Tensor           # pulls latents to codes, already weighted
     prior_loss:Tensor|float = 0.     # keeps codes in use, or latents near a Gaussian; already weighted
@@ -54,10 +55,14 @@ class Quantizer(nn.Module):
         super().__init__()
         if codebook_size is not None and codebook_size < 2 or in_dim is not None and in_dim < 1:
             raise ValueError(f"a codebook needs >= 2 codes and >= 1 channel, got {codebook_size} x {in_dim}")
-        self.codebook_size,self.in_dim,self.dim,self.levels = codebook_size,in_dim,in_dim if dim is None else dim,levels
+        self.codebook_size = codebook_size
+        self.in_dim = in_dim
+        self.dim = in_dim if dim is None else dim
+        self.levels = levels
         if codebook_size is None: return
         rows = max(rows, levels)
-        self.register_buffer('usage', torch.zeros(rows, codebook_size) if rows > 1 else torch.zeros(codebook_size))
+        self.register_buffer('usage', torch.zeros(rows, codebook_size) if rows > 1
+                             else torch.zeros(codebook_size))
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))          # steps `usage` has seen
 
     def _fill(self, books, **options):
@@ -66,8 +71,10 @@ class Quantizer(nn.Module):
 
     def forward(self, z:Float[Tensor, "b *n e"]) -> Quantized:
         if self.in_dim not in (None, z.shape[-1]):
-            raise ValueError(f"{type(self).__name__} takes latents of {self.in_dim} channels, got {z.shape[-1]}; see its in_dim")
-        if not self.training: check_finite('the latents of image', z)      # the code of NaN would be code 0; in training the loss tells
+            raise ValueError(f"{type(self).__name__} takes latents of {self.in_dim} channels, got "
+                             f"{z.shape[-1]}; see its in_dim")
+        # the code of NaN would be code 0; in training the loss tells
+        if not self.training: check_finite('the latents of image', z)
         with torch.autocast(z.device.type, enabled=False): q = self.snap(z.float())
         if not self.training: check_finite('the quantized latents of image', q.zq, 'the codebook is damaged')
         if self.training and q.ids is not None: self.count(q.ids)
@@ -78,7 +85,8 @@ class Quantizer(nn.Module):
     @property
     def codebook(self) -> Float[Tensor, "*l k d"]|None:
         "Codes as they are compared, (l k d) of several levels; None for continuous latents"
-        return self.codes(torch.arange(self.codebook_size, device=self.usage.device)) if self.lattice else None
+        return (self.codes(torch.arange(self.codebook_size, device=self.usage.device)) if self.lattice
+                else None)
 
     def project(self, z:Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
         "The form in which latents are compared with codes"
@@ -86,7 +94,8 @@ class Quantizer(nn.Module):
 
     def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*n d"]:
         "The code vectors named by `ids`, as the decoder takes them"
-        raise ValueError(f"{type(self).__name__} has continuous latents, no codes and no neighbours; damage them with noise instead")
+        raise ValueError(f"{type(self).__name__} has continuous latents, no codes and no neighbours; damage "
+                         "them with noise instead")
 
     def neighbours(self,
         ids:Int[Tensor, "*b"],    # codes to look around, in the form `forward` gives
@@ -98,7 +107,8 @@ class Quantizer(nn.Module):
         if self.lattice: return lattice_neighbours(ids, self.lattice, delta, include_self)
         vectors = self.codebook.detach()
         if vectors.ndim == 2: return code_neighbours(ids, vectors, delta, include_self)
-        return torch.stack([code_neighbours(i, v, delta, include_self) for i,v in zip(ids.unbind(-1), vectors)], -2)
+        return torch.stack([code_neighbours(i, v, delta, include_self) for i,
+                            v in zip(ids.unbind(-1), vectors)], -2)
 
     def ids_shape(self, n:int) -> tuple[int,...]:
         "Shape of one image's ids, for `n` latents"
@@ -119,10 +129,12 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def count(self, ids:Int[Tensor, "b *n"]):
         "Add the hits of one step to `usage`"
-        hits = torch.stack([i.flatten().bincount(minlength=self.codebook_size) for i in self.split_levels(ids)]).view_as(self.usage)
+        hits = torch.stack([i.flatten().bincount(minlength=self.codebook_size)
+                            for i in self.split_levels(ids)]).view_as(self.usage)
         if _processes(): dist.all_reduce(hits)
         keep = 0. if self.steps == 0 else .9 if self.steps < 100 else .99    # quick at first, steady later
-        self.usage.mul_(keep).add_(hits.to(self.usage), alpha=1-keep); self.steps.add_(1)
+        self.usage.mul_(keep).add_(hits.to(self.usage), alpha=1-keep)
+        self.steps.add_(1)
 
 # %% ../../nbs/tokenizers/01_quantizer.ipynb #70f8faad
 class NoQuantizer(Quantizer):
@@ -142,16 +154,23 @@ class VectorQuantizer(Quantizer):
         decay:float = .99,          # of the running means
         kmeans:bool = False,        # start from the centres of the first training batch
     ):
-        super().__init__(codebook_size, dim); check_range('decay', decay)
-        if update not in ('gradient', 'ema'): raise ValueError(f"update must be 'gradient' or 'ema', got {update!r}")
-        self.l2_norm,self.commitment,self.decay,self.kmeans,self.ema = l2_norm,commitment,decay,kmeans,update == 'ema'
+        super().__init__(codebook_size, dim)
+        check_range('decay', decay)
+        if update not in ('gradient', 'ema'):
+            raise ValueError(f"update must be 'gradient' or 'ema', got {update!r}")
+        self.l2_norm = l2_norm
+        self.commitment = commitment
+        self.decay = decay
+        self.kmeans = kmeans
+        self.ema = update == 'ema'
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.embedding.weight, -1/codebook_size, 1/codebook_size)
         if l2_norm: self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
         if kmeans: self.register_buffer('started', torch.zeros((), dtype=torch.bool))
         if not self.ema: return
         self.embedding.weight.requires_grad_(False)
-        self.register_buffer('ema_hits', torch.ones(codebook_size)); self.register_buffer('ema_sum', self.embedding.weight.data.clone())
+        self.register_buffer('ema_hits', torch.ones(codebook_size))
+        self.register_buffer('ema_sum', self.embedding.weight.data.clone())
 
     @property
     def books(self): return [self]
@@ -169,32 +188,42 @@ class VectorQuantizer(Quantizer):
         zq = self.codes(ids)
         if self.training and self.ema: self._follow(zh, ids)
         codebook_loss = z.new_zeros(()) if self.ema else F.mse_loss(zq, zh.detach())
-        return Quantized(straight_through(zh, zq), ids, codebook_loss, self.commitment*F.mse_loss(zh, zq.detach()))
+        return Quantized(straight_through(zh, zq), ids, codebook_loss,
+                         self.commitment*F.mse_loss(zh, zq.detach()))
 
     @torch.no_grad()
     def _follow(self, zh, ids):
         hits = ids.flatten().bincount(minlength=self.codebook_size).to(self.ema_hits)
-        total = torch.zeros_like(self.ema_sum).index_add_(0, ids.flatten(), zh.flatten(0, -2).to(self.ema_sum))
-        if _processes(): dist.all_reduce(hits); dist.all_reduce(total)
-        self.ema_hits.lerp_(hits, 1-self.decay); self.ema_sum.lerp_(total, 1-self.decay)
+        total = torch.zeros_like(self.ema_sum).index_add_(0, ids.flatten(),
+                                                          zh.flatten(0, -2).to(self.ema_sum))
+        if _processes():
+            dist.all_reduce(hits)
+            dist.all_reduce(total)
+        self.ema_hits.lerp_(hits, 1-self.decay)
+        self.ema_sum.lerp_(total, 1-self.decay)
         mean = self.ema_sum/self.ema_hits.clamp_min(1e-3)[:,None]
-        self.embedding.weight.data.copy_(torch.where((self.ema_hits > 1e-3)[:,None], mean, self.embedding.weight))
+        self.embedding.weight.data.copy_(torch.where((self.ema_hits > 1e-3)[:,None], mean,
+                                                     self.embedding.weight))
 
     @torch.no_grad()
     def _start(self, zh):
         flat = zh.flatten(0, -2).float().contiguous()
         if _processes():
             parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, flat); flat = torch.cat(parts)
+            dist.all_gather(parts, flat)
+            flat = torch.cat(parts)
         centres = kmeans_centres(flat, self.codebook_size)
-        self._place(slice(len(centres)), centres); self.started.fill_(True)     # with fewer latents than codes the other rows stay
+        self._place(slice(len(centres)), centres)
+        self.started.fill_(True)  # with fewer latents than codes the other rows stay
 
     @torch.no_grad()
     def _place(self, which, vectors):
         "Move rows of the codebook; the first process decides for all"
         self.embedding.weight.data[which] = vectors.to(self.embedding.weight)
         if _processes(): dist.broadcast(self.embedding.weight.data, 0)
-        if self.ema: self.ema_sum[which] = self.embedding.weight[which].to(self.ema_sum); self.ema_hits[which] = 1
+        if self.ema:
+            self.ema_sum[which] = self.embedding.weight[which].to(self.ema_sum)
+            self.ema_hits[which] = 1
 
 # %% ../../nbs/tokenizers/01_quantizer.ipynb #7f80ba5d
 @torch.no_grad()
@@ -206,11 +235,14 @@ def revive(
 ) -> int:
     "Move unused codes onto random latents of the batch; returns how many moved"
     if not len(vq.books): return 0
-    usage,moved = vq.usage.view(len(vq.books), -1, vq.codebook_size),0        # (books, levels that share one, k)
+    usage = vq.usage.view(len(vq.books), -1, vq.codebook_size)
+    moved = 0  # (books, levels that share one, k)
     for book,hits,shown in zip(vq.books, usage, vq.shown(z.float())):
         flat = shown.flatten(0, -2)
         dead = (hits.sum(0) < threshold*hits.sum(0).mean()).nonzero()[:,0][:len(flat)]
-        pick = torch.randperm(len(flat), generator=rng, device=rng.device if rng else None)[:len(dead)].to(flat.device)
+        pick = torch.randperm(len(flat), generator=rng, device=rng.device if rng
+                              else None)[:len(dead)].to(flat.device)
         book._place(dead, flat[pick])
-        hits[:,dead] = hits.mean(); moved += len(dead)
+        hits[:,dead] = hits.mean()
+        moved += len(dead)
     return moved

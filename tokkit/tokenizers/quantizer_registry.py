@@ -16,15 +16,19 @@ from .residual_quantizers import (MultiScaleResidualQuantizer, ProductQuantizer,
 from .scalar_quantizers import DiagonalGaussian, FiniteScalarQuantizer, LookupFreeQuantizer
 
 # %% ../../nbs/tokenizers/04_quantizer_registry.ipynb #d0817bba
-QUANTIZERS = dict(vq=VectorQuantizer, pq=ProductQuantizer, rq=ResidualQuantizer, msrq=MultiScaleResidualQuantizer, lfq=LookupFreeQuantizer,
-                  bsq=partial(LookupFreeQuantizer, spherical=True), fsq=FiniteScalarQuantizer, kl=DiagonalGaussian, none=NoQuantizer)
+QUANTIZERS = dict(vq=VectorQuantizer, pq=ProductQuantizer, rq=ResidualQuantizer,
+                  msrq=MultiScaleResidualQuantizer, lfq=LookupFreeQuantizer,
+                  bsq=partial(LookupFreeQuantizer, spherical=True), fsq=FiniteScalarQuantizer,
+                  kl=DiagonalGaussian, none=NoQuantizer)
 
 def quantizer_options(
     kind:str, # a name of `QUANTIZERS`
 ) -> list[str]:
     "The options a quantizer knows"
-    if kind not in QUANTIZERS: raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {kind!r}")
-    names = [n for make in (QUANTIZERS[kind], VectorQuantizer)[:1+(kind in ('pq', 'rq'))] for n in inspect.signature(make).parameters]
+    if kind not in QUANTIZERS:
+        raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {kind!r}")
+    names = [n for make in (QUANTIZERS[kind], VectorQuantizer)[:1+(kind in ('pq', 'rq'))]
+             for n in inspect.signature(make).parameters]
     return [n for n in dict.fromkeys(names) if n not in ('codebook_size', 'dim', 'options')]
 
 def make_quantizer(
@@ -41,7 +45,10 @@ def make_quantizer(
     if kind == 'fsq':
         made = FiniteScalarQuantizer(options.get('levels') or lattice_levels(codebook_size or 0))
         if codebook_size not in (None, made.codebook_size):
-            raise ValueError(f"levels {made.lattice} make {made.codebook_size} codes, got codebook_size {codebook_size}; let it be that")
+            raise ValueError(f"levels {made.lattice} make {made.codebook_size} codes, got codebook_size "
+                             f"{codebook_size}; let it be that")
         return made
-    if not codebook_size: raise ValueError(f"{kind} needs a codebook_size, got {codebook_size!r}; continuous latents are kl or none")
+    if not codebook_size:
+        raise ValueError(f"{kind} needs a codebook_size, got {codebook_size!r}; continuous latents are kl or "
+                         "none")
     return QUANTIZERS[kind](codebook_size, *(() if kind in ('lfq', 'bsq') else (dim,)), **options)

@@ -28,9 +28,11 @@ class _Stacked(Quantizer):
         return self.join([b.codes(i) for b,i in zip(self.each, ids.unbind(-1))])
 
     def snap(self, z):
-        zh = self.project(z); parts = self.name(zh)
+        zh = self.project(z)
+        parts = self.name(zh)
         mean = lambda losses: torch.stack(losses).mean()
-        return Quantized(straight_through(zh, self.join([q.zq.detach() for q in parts])), torch.stack([q.ids for q in parts], -1),
+        return Quantized(straight_through(zh, self.join([q.zq.detach() for q in parts])),
+                         torch.stack([q.ids for q in parts], -1),
                          mean([q.codebook_loss for q in parts]), mean([q.commitment_loss for q in parts]))
 
 class ProductQuantizer(_Stacked):
@@ -41,11 +43,13 @@ class ProductQuantizer(_Stacked):
         groups:int = 2,     # codes a position, >= 2
         **options,          # of each group's `VectorQuantizer`
     ):
-        if groups < 2 or dim%groups: raise ValueError(f"dim must be divisible by groups, and groups be >= 2, got {dim} and {groups}")
+        if groups < 2 or dim%groups:
+            raise ValueError(f"dim must be divisible by groups, and groups be >= 2, got {dim} and {groups}")
         super().__init__(codebook_size, dim, levels=groups)
         self._fill(groups, dim=dim//groups, **options)
 
-    def project(self, z): return self.join([b.project(p) for b,p in zip(self.stack, z.chunk(self.levels, -1))])
+    def project(self, z):
+        return self.join([b.project(p) for b,p in zip(self.stack, z.chunk(self.levels, -1))])
     def shown(self, z): return self.project(z).chunk(self.levels, -1)
     def name(self, zh): return [b.snap(p) for b,p in zip(self.stack, zh.chunk(self.levels, -1))]
     def join(self, parts): return torch.cat(parts, -1)
@@ -60,7 +64,9 @@ class ResidualQuantizer(_Stacked):
         l2_norm:bool = False,   # normalise the latents, once; what is left over is compared by distance
         **options,              # of each level's `VectorQuantizer`
     ):
-        if levels < 2: raise ValueError(f"a residual quantizer needs >= 2 levels, got {levels}; for one there is VectorQuantizer")
+        if levels < 2:
+            raise ValueError(f"a residual quantizer needs >= 2 levels, got {levels}; for one there is "
+                             "VectorQuantizer")
         super().__init__(codebook_size, dim, levels=levels)
         self.l2_norm = l2_norm
         self._fill(1 if shared else levels, dim=dim, l2_norm=False, **options)
@@ -69,13 +75,17 @@ class ResidualQuantizer(_Stacked):
     def join(self, parts): return sum(parts)
 
     def name(self, zh):
-        rest,parts = zh,[]
-        for book in self.each: parts.append(book.snap(rest)); rest = rest-parts[-1].zq.detach()
+        rest = zh
+        parts = []
+        for book in self.each:
+            parts.append(book.snap(rest))
+            rest = rest-parts[-1].zq.detach()
         return parts
 
     def shown(self, z):
         parts = [self.project(z)]
-        for book in self.each[:-1]: parts.append(parts[-1]-book.codes(nearest_codes(parts[-1], book.codebook)[...,0]))
+        for book in self.each[:-1]:
+            parts.append(parts[-1]-book.codes(nearest_codes(parts[-1], book.codebook)[...,0]))
         return parts if len(self.stack) == self.levels else [torch.cat(parts)]
 
 # %% ../../nbs/tokenizers/02_residual_quantizers.ipynb #0f9f8e90
@@ -88,37 +98,53 @@ class MultiScaleResidualQuantizer(Quantizer):
         phi:int = 4,            # smoothing convolutions, shared by nearby scales; 0: one for each scale
         blend:float = .5,       # share of the convolution in the smoothing, 0..1
         commitment:float = .25, # weight of the commitment loss
-        drop:float = 0.,        # fraction of the images that lose their last scales in training, the first ones of a batch
+        # fraction of the images that lose their last scales in training, the first ones of a batch
+        drop:float = 0.,
         drop_start:int = 1,     # scales they keep at least
         signs:bool = False,     # signs instead of rows; K = 2**dim
         shrink:float = 1.,      # step of a scale in units of the one before, for signs
     ):
         super().__init__(codebook_size, dim, rows=len(scales))
-        if list(scales) != sorted(set(scales)) or scales[0] < 1: raise ValueError(f"scales must grow, from 1 or more, got {tuple(scales)}")
-        if signs and codebook_size != 2**dim: raise ValueError(f"the signs of {dim} channels make {2**dim} codes, got {codebook_size}")
-        check_range('drop', drop); check_range('blend', blend); check_range('drop_start', drop_start, 1, len(scales))
-        self.scales,self.blend,self.commitment,self.drop,self.drop_start = tuple(scales),blend,commitment,drop,drop_start
-        self.shrink,self.lattice = shrink,(2,)*dim if signs else None
+        if list(scales) != sorted(set(scales)) or scales[0] < 1:
+            raise ValueError(f"scales must grow, from 1 or more, got {tuple(scales)}")
+        if signs and codebook_size != 2**dim:
+            raise ValueError(f"the signs of {dim} channels make {2**dim} codes, got {codebook_size}")
+        check_range('drop', drop)
+        check_range('blend', blend)
+        check_range('drop_start', drop_start, 1, len(scales))
+        self.scales = tuple(scales)
+        self.blend = blend
+        self.commitment = commitment
+        self.drop = drop
+        self.drop_start = drop_start
+        self.shrink = shrink
+        self.lattice = (2,)*dim if signs else None
         self._fill(0 if signs else 1, dim=dim)
-        count = phi or len(scales); edge = 1/3 if count == 4 else 1/2
-        ticks = np.linspace(edge/count, 1-edge/count, count)      # float64, as the authors: 2/9 and 7/9 tie, rounding decides
+        count = phi or len(scales)
+        edge = 1/3 if count == 4 else 1/2
+        # float64, as the authors: 2/9 and 7/9 tie, rounding decides
+        ticks = np.linspace(edge/count, 1-edge/count, count)
         self.phi = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
         self.which = [int(np.abs(ticks-s/max(1, len(scales)-1)).argmin()) for s in range(len(scales))]
 
     @property
     def codebook(self) -> Float[Tensor, "k d"]:
-        return self.stack[0].codebook if self.stack else self._signs(torch.arange(self.codebook_size, device=self.usage.device))
+        return (self.stack[0].codebook if self.stack
+                else self._signs(torch.arange(self.codebook_size, device=self.usage.device)))
     def _signs(self, ids): return (2*to_digits(ids, self.lattice)-1)*self.dim**-.5
     def project(self, z): return F.normalize(z, dim=-1) if self.lattice else z
     def ids_shape(self, n): return (sum(p*p for p in self.scales),)
     def grids(self, n): return [(p, p) for p in self.scales]
     def split_levels(self, ids): return list(ids.split([p*p for p in self.scales], 1))
     def join_levels(self, parts): return torch.cat(parts, 1)
-    def shown(self, z): return [torch.cat([left.flatten(0, 1) for left,_,_ in self._scales(self._map(z))])] if self.stack else []
+    def shown(self, z):
+        return ([torch.cat([left.flatten(0, 1) for left,_,_ in self._scales(self._map(z))])] if self.stack
+                else [])
 
     def _map(self, z):
         if z.ndim != 3 or z.shape[1] != self.scales[-1]**2:
-            raise ValueError(f"scales {self.scales} end with {self.scales[-1]**2} latents, got {tuple(z.shape)[1:-1]}")
+            raise ValueError(f"scales {self.scales} end with {self.scales[-1]**2} latents, got "
+                             f"{tuple(z.shape)[1:-1]}")
         return rearrange(self.project(z), 'b (h w) d -> b d h w', h=self.scales[-1])
 
     def _name(self, left):
@@ -134,8 +160,10 @@ class MultiScaleResidualQuantizer(Quantizer):
     def _scales(self, f):           # of each scale: what is left over, the ids that name it, what they add
         rest = f.detach()
         for s,p in enumerate(self.scales):
-            left = rearrange(F.interpolate(rest, size=(p, p), mode='area') if s < len(self.scales)-1 else rest, 'b d h w -> b (h w) d')
-            ids = self._name(left); h = self._paint(ids, s)
+            left = rearrange(F.interpolate(rest, size=(p, p), mode='area') if s < len(self.scales)-1
+                             else rest, 'b d h w -> b (h w) d')
+            ids = self._name(left)
+            h = self._paint(ids, s)
             yield left, ids, h
             rest = rest-h.detach()
 
@@ -147,14 +175,24 @@ class MultiScaleResidualQuantizer(Quantizer):
     def codes(self, ids:Int[Tensor, "b m"]) -> Float[Tensor, "b n d"]: return self.progress(ids)[-1]
 
     def snap(self, z):
-        f = self._map(z); b,scales = len(f),len(self.scales)
+        f = self._map(z)
+        b = len(f)
+        scales = len(self.scales)
         kept = torch.full((b,), scales, device=z.device)
         if self.training and self.drop:
-            some = int(b*self.drop); kept[:some] = torch.randint(self.drop_start, scales+1, (b,), device=z.device)[:some]
-        hat,ids,pulls,pushes = 0.,[],[],[]
+            some = int(b*self.drop)
+            kept[:some] = torch.randint(self.drop_start, scales+1, (b,), device=z.device)[:some]
+        hat = 0.
+        ids = []
+        pulls = []
+        pushes = []
         for s,(_,i,h) in enumerate(self._scales(f)):
-            here = (s < kept).to(z).view(-1,1,1,1); share = here.mean().clamp_min(1e-6)
-            hat = hat+here*h; ids.append(i)
-            pulls.append((here*(hat-f.detach()).square()).mean()/share); pushes.append((here*(hat.detach()-f).square()).mean()/share)
-        return Quantized(rearrange(straight_through(f, hat), 'b d h w -> b (h w) d'), self.join_levels(ids), sum(pulls)/scales,
+            here = (s < kept).to(z).view(-1,1,1,1)
+            share = here.mean().clamp_min(1e-6)
+            hat = hat+here*h
+            ids.append(i)
+            pulls.append((here*(hat-f.detach()).square()).mean()/share)
+            pushes.append((here*(hat.detach()-f).square()).mean()/share)
+        return Quantized(rearrange(straight_through(f, hat), 'b d h w -> b (h w) d'), self.join_levels(ids),
+                         sum(pulls)/scales,
                          self.commitment*sum(pushes)/(scales if self.lattice else 1))

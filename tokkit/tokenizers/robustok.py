@@ -25,21 +25,28 @@ RULES = (  # (ours, theirs), regular expressions, applied in this order
     (r'^decoder\.head\.proj\.', 'decoder.to_pixel.model.'),
     (r'^encoder\.out\.', 'quant_conv.'), (r'^decoder\.embed\.', 'post_quant_conv.'),
     (r'\.stages\.', '.conv_blocks.'),
-    (r'^(encoder.*)\.resample\.', r'\1.downsample.conv.'), (r'^(decoder.*)\.resample\.1\.', r'\1.upsample.conv.'),
-    (r'\.body\.0\.', '.norm1.'), (r'\.body\.2\.', '.conv1.'), (r'\.body\.3\.', '.norm2.'), (r'\.body\.5\.', '.conv2.'),
+    (r'^(encoder.*)\.resample\.', r'\1.downsample.conv.'),
+         (r'^(decoder.*)\.resample\.1\.', r'\1.upsample.conv.'),
+    (r'\.body\.0\.', '.norm1.'), (r'\.body\.2\.', '.conv1.'), (r'\.body\.3\.', '.norm2.'),
+         (r'\.body\.5\.', '.conv2.'),
     (r'\.skip\.', '.nin_shortcut.'),
-    (r'^quantizer\.stack\.', 'quantizes.'), (r'^quantizer\.', 'quantize.'), (r'\.usage$', '.ema_vocab_hit_SV'),
+    (r'^quantizer\.stack\.', 'quantizes.'), (r'^quantizer\.', 'quantize.'),
+         (r'\.usage$', '.ema_vocab_hit_SV'),
 )
-MATRICES = 'quant_conv.weight', 'post_quant_conv.weight'                      # theirs have two more axes of size 1
-IGNORED = r'^semantic_model\.|\.lvl1LC$|^sem_linear\.|\.steps$'               # theirs without a counterpart here
+# theirs have two more axes of size 1
+MATRICES = 'quant_conv.weight', 'post_quant_conv.weight'
+# theirs without a counterpart here
+IGNORED = r'^semantic_model\.|\.lvl1LC$|^sem_linear\.|\.steps$'
 
 def _rows_apart(state):
     usage = state.get('quantizer.usage')
     if usage is None or usage.ndim == 1: return state
-    return {k:v for k,v in state.items() if k != 'quantizer.usage'} | {f'quantizer.stack.{i}.usage':row for i,row in enumerate(usage)}
+    return ({k:v for k,v in state.items() if k != 'quantizer.usage'}
+            | {f'quantizer.stack.{i}.usage':row for i,row in enumerate(usage)})
 
 def _rows_together(state):
-    rows = sorted((k for k in state if re.fullmatch(r'quantizer\.stack\.\d+\.usage', k)), key=lambda k: int(k.split('.')[2]))
+    rows = sorted((k for k in state if re.fullmatch(r'quantizer\.stack\.\d+\.usage', k)),
+                  key=lambda k: int(k.split('.')[2]))
     rest = {k:v for k,v in state.items() if k not in rows}
     return rest | {'quantizer.usage':torch.stack([state[k] for k in rows])} if rows else rest
 
@@ -50,12 +57,14 @@ def official_names(
     if tok.cfg.kind not in ('robustok', 'taming'):
         raise ValueError(f"the released code knows the kinds robustok and taming, got {tok.cfg.kind!r}")
     if tok.cfg.quantizer not in ('vq', 'pq') or not tok.cfg.codebook_size:
-        raise ValueError(f"its names are known for the quantizers vq and pq, got {tok.cfg.quantizer!r} with {tok.cfg.codebook_size} codes")
+        raise ValueError(f"its names are known for the quantizers vq and pq, got {tok.cfg.quantizer!r} with "
+                         f"{tok.cfg.codebook_size} codes")
     def theirs(name):
         for pattern,new in RULES: name = re.sub(pattern, new, name)
         return name
     names = {theirs(k):k for k in _rows_apart(tok.state_dict()) if not k.endswith('.steps')}
-    if any('.refine.' in k for k in names): raise ValueError("the released code has no convolutions after the pixel head; take refine=0")
+    if any('.refine.' in k for k in names):
+        raise ValueError("the released code has no convolutions after the pixel head; take refine=0")
     return names
 
 # %% ../../nbs/tokenizers/10_robustok.ipynb #7a95e379
@@ -63,7 +72,8 @@ def _official_shape(name, value): return value[...,None,None] if name in MATRICE
 
 def _levels(cfg, side):
     "The released code's `lvl1LC`: which level embedding each position gets"
-    front,n = int(cfg.class_token),cfg.tokens
+    front = int(cfg.class_token)
+    n = cfg.tokens
     sizes = [front+cfg.patches[0]*cfg.patches[1], *([n]*cfg.groups if side == 'encoder' else [front+n])]
     return torch.tensor([[level for level,many in enumerate(sizes) for _ in range(many)]])
 
@@ -76,7 +86,8 @@ def official_state(
     state = {theirs:_official_shape(theirs, mine[ours]) for theirs,ours in official_names(tok).items()}
     for side in ('encoder', 'decoder'):
         if f'{side}.lvl_embed.weight' in state: state[f'{side}.lvl1LC'] = _levels(tok.cfg, side)
-    return state | {f'semantic_model.{to_timm(k)}':v for k,v in (teacher.state_dict() if teacher else {}).items()}
+    return (state
+            | {f'semantic_model.{to_timm(k)}':v for k,v in (teacher.state_dict() if teacher else {}).items()})
 
 # %% ../../nbs/tokenizers/10_robustok.ipynb #52ea230c
 class Stub:
@@ -90,7 +101,8 @@ class Stub:
     def add(self, item): pass
     def extend(self, items): pass
 
-def _parameter(data, requires_grad, hooks, state=None): return torch.nn.Parameter(data, requires_grad)  # without hooks and attributes
+# without hooks and attributes
+def _parameter(data, requires_grad, hooks, state=None): return torch.nn.Parameter(data, requires_grad)
 
 ALLOWED = {('collections', 'OrderedDict'):OrderedDict, ('torch', 'Size'):torch.Size,
            ('torch._utils', '_rebuild_tensor_v2'):torch._utils._rebuild_tensor_v2,
@@ -98,7 +110,8 @@ ALLOWED = {('collections', 'OrderedDict'):OrderedDict, ('torch', 'Size'):torch.S
 
 class TensorUnpickler(pickle.Unpickler):
     "Builds tensors and plain containers; every other name becomes a `Stub`"
-    def find_class(self, module, name): return ALLOWED.get((module, name)) or type(name.rpartition('.')[2], (Stub,), {})
+    def find_class(self, module, name):
+        return ALLOWED.get((module, name)) or type(name.rpartition('.')[2], (Stub,), {})
 
 class InertPickle:
     "What `torch.load` uses in place of the module `pickle`"
@@ -108,21 +121,28 @@ class InertPickle:
 
 def read_official_checkpoint(
     path:str|Path,      # written by torch.save
-    which:str = 'ema',  # the averaged weights 'ema', or the raw ones 'model'; a file that holds tensors only is given back whole
+    # the averaged weights 'ema', or the raw ones 'model'; a file that holds tensors only is given back whole
+    which:str = 'ema',
 ) -> dict[str,Tensor]:
     "Tensors of a released checkpoint, read without running anything that stands in it"
-    if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}; expected a checkpoint of the released code")
-    if not zipfile.is_zipfile(path): raise ValueError(f"{path} is no checkpoint in torch's zip format; fetch it again")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}; expected a checkpoint of the released code")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no checkpoint in torch's zip format; fetch it again")
     with zipfile.ZipFile(path) as z:
-        if any(n.endswith('constants.pkl') for n in z.namelist()): raise ValueError(f"{path} is a TorchScript program, not a checkpoint")
+        if any(n.endswith('constants.pkl') for n in z.namelist()):
+            raise ValueError(f"{path} is a TorchScript program, not a checkpoint")
     try: whole = torch.load(path, map_location='cpu', weights_only=False, pickle_module=InertPickle)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, LookupError, AssertionError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, ValueError,
+            LookupError, AssertionError) as e:
         raise ValueError(f"{path} is damaged ({str(e)[:80]}); fetch it again") from None
     if not isinstance(whole, dict): raise ValueError(f"{path} holds no dictionary of tensors")
     state = whole if all(isinstance(v, Tensor) for v in whole.values()) else whole.get(which)
-    if not isinstance(state, dict): raise ValueError(f"{path} holds no {which!r}; it has {', '.join(map(str, whole))}")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no {which!r}; it has {', '.join(map(str, whole))}")
     if odd := [f"{k}: {type(v).__name__}" for k,v in state.items() if isinstance(v, Stub)]:
-        raise ValueError(f"{path}: {len(odd)} weights are of a kind this reader does not build ({', '.join(odd[:3])}); save plain tensors")
+        raise ValueError(f"{path}: {len(odd)} weights are of a kind this reader does not build "
+                         f"({', '.join(odd[:3])}); save plain tensors")
     return {k:v for k,v in state.items() if isinstance(v, Tensor)}
 
 def _read(weights, which):
@@ -132,28 +152,35 @@ def _read(weights, which):
 # %% ../../nbs/tokenizers/10_robustok.ipynb #66e050f8
 def load_official(
     tok:Tokenizer,                     # gets the weights, in place; of the checkpoint's size
-    weights:dict[str,Tensor]|str|Path, # in the released code's names: tensors, a safetensors file, or a checkpoint
+    # in the released code's names: tensors, a safetensors file, or a checkpoint
+    weights:dict[str,Tensor]|str|Path,
     which:str = 'ema',                 # of a checkpoint: the averaged weights 'ema', or the raw ones 'model'
 ) -> Tokenizer:
     "Load weights of the released code; strict, the teacher is left out"
     where = 'these weights' if isinstance(weights, dict) else str(weights)
     state = {k:v for k,v in _read(weights, which).items() if not re.search(IGNORED, k)}
-    names,mine = official_names(tok),_rows_apart(tok.state_dict())
+    names = official_names(tok)
+    mine = _rows_apart(tok.state_dict())
     if wrong := misfits({k:_official_shape(k, mine[ours]) for k,ours in names.items()}, state):
         raise ValueError(f"{where}: {', '.join(wrong)}; expected the released names of {tok}")
     ours = _rows_together({names[k]:v.reshape(mine[names[k]].shape) for k,v in state.items()})
-    seen = 100*int((ours['quantizer.usage'] > 0).any())                         # hits in the file are an average already
-    return load_strictly(tok, ours | {'quantizer.steps':torch.full_like(mine['quantizer.steps'], seen)}, where)
+    # hits in the file are an average already
+    seen = 100*int((ours['quantizer.usage'] > 0).any())
+    return load_strictly(tok, ours | {'quantizer.steps':torch.full_like(mine['quantizer.steps'], seen)},
+                         where)
 
 # %% ../../nbs/tokenizers/10_robustok.ipynb #fd9bf871
 def official_teacher(
-    weights:dict[str,Tensor]|str|Path, # tensors, a safetensors file, or a checkpoint, in the released code's names
+    # tensors, a safetensors file, or a checkpoint, in the released code's names
+    weights:dict[str,Tensor]|str|Path,
     which:str = 'ema',                 # of a checkpoint: 'ema' or 'model'
     heads:int|None = None,             # attention heads; None: one for 64 channels
 ) -> ViT:
     "The frozen teacher that a released checkpoint carries along; takes ImageNet-normalised images, see `tokkit.training.semantic.VitTeacher`"
-    state = {k.removeprefix('semantic_model.'):v for k,v in _read(weights, which).items() if k.startswith('semantic_model.')}
-    if 'patch_embed.proj.weight' not in state: raise ValueError("these weights hold no teacher (semantic_model.*)")
+    state = {k.removeprefix('semantic_model.'):v for k,v in _read(weights, which).items()
+             if k.startswith('semantic_model.')}
+    if 'patch_embed.proj.weight' not in state:
+        raise ValueError("these weights hold no teacher (semantic_model.*)")
     (width,channels,patch,_),n = state['patch_embed.proj.weight'].shape,state['pos_embed'].shape[1]-1
     depth = 1+max(int(k.split('.')[1]) for k in state if k.startswith('blocks.'))
     scale = 1e-5 if any('.ls1.' in k for k in state) else None
@@ -166,7 +193,8 @@ def init_from_dinov2(
     weights:dict[str,Tensor]|str|Path, # a state dict in timm's names, or a safetensors file of one
 ) -> Tokenizer:
     "Start encoder and decoder from a pretrained vision transformer"
-    if tok.cfg.kind != 'robustok': raise ValueError(f"DINOv2 weights fit the kind robustok, got {tok.cfg.kind!r}")
+    if tok.cfg.kind != 'robustok':
+        raise ValueError(f"DINOv2 weights fit the kind robustok, got {tok.cfg.kind!r}")
     state = read_tensors(weights)
     where = None if isinstance(weights, dict) else weights
     for part in (tok.encoder, tok.decoder): load_vit(part.vit, state, where=where)

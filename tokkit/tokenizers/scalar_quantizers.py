@@ -28,31 +28,49 @@ class LookupFreeQuantizer(Quantizer):
         entropy:float = .1,         # weight w of the entropy loss
         diversity:float = 1.,       # gamma: how much the entropy of the mean counts
         temperature:float = 1.,     # T, squared distance over which a latent is unsure
-        joint:int|None = None,      # channels whose joint distribution is counted, the groups as independent; None: 18, on the sphere 1
+        # channels whose joint distribution is counted, the groups as independent; None: 18, on the sphere 1
+        joint:int|None = None,
     ):
         bits = max(1, int(codebook_size).bit_length()-1)
-        if codebook_size != 2**bits: raise ValueError(f"signs make a power of 2 of codes, got {codebook_size}; {2**bits} or {2**(bits+1)}")
-        if dim not in (None, bits): raise ValueError(f"{codebook_size} codes are the signs of {bits} channels, got dim {dim}")
-        super().__init__(codebook_size, bits); self.joint = joint or (1 if spherical else 18)
-        self.lattice,self.spherical,self.scale = (2,)*bits,spherical,bits**-.5 if spherical else 1.
-        self.commitment,self.entropy,self.diversity,self.temperature = commitment,entropy,diversity,temperature
+        if codebook_size != 2**bits:
+            raise ValueError(f"signs make a power of 2 of codes, got {codebook_size}; {2**bits} or "
+                             f"{2**(bits+1)}")
+        if dim not in (None, bits):
+            raise ValueError(f"{codebook_size} codes are the signs of {bits} channels, got dim {dim}")
+        super().__init__(codebook_size, bits)
+        self.joint = joint or (1 if spherical else 18)
+        self.lattice = (2,)*bits
+        self.spherical = spherical
+        self.scale = bits**-.5 if spherical else 1.
+        self.commitment = commitment
+        self.entropy = entropy
+        self.diversity = diversity
+        self.temperature = temperature
 
     def project(self, z): return F.normalize(z, dim=-1) if self.spherical else z
-    def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]: return ((2*to_digits(ids, self.lattice)-1)*self.scale).to(self.usage)
+    def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
+        return ((2*to_digits(ids, self.lattice)-1)*self.scale).to(self.usage)
 
     def entropies(self, zh:Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:
         "Mean entropy of a latent's code, and entropy of the mean over all latents"
-        logits = (4*self.scale/self.temperature)*zh.flatten(0, -2); p = logits.sigmoid()               # (m bits)
+        logits = (4*self.scale/self.temperature)*zh.flatten(0, -2)
+        p = logits.sigmoid()  # (m bits)
         def spell(g):
             out = g.new_ones(len(g), 1)
-            for b in g.unbind(1): out = torch.cat([out*(1-b)[:,None], out*b[:,None]], 1)               # first bit fastest
-            return out                                                                                 # (m 2**bits)
+            # first bit fastest
+            for b in g.unbind(1): out = torch.cat([out*(1-b)[:,None], out*b[:,None]], 1)
+            # (m 2**bits)
+            return out
         means = [spell(g[:,:(h:=g.shape[1]//2)]).T@spell(g[:,h:])/len(g) for g in p.split(self.joint, 1)]
-        means = [straight_through(m, process_mean(m)) for m in means]     # values of all processes' latents, gradients as one would have
-        return (F.softplus(logits)-logits*p).sum(1).mean(), sum(torch.special.entr(m.clamp_min(1e-20)).sum() for m in means)
+        # values of all processes' latents, gradients as one would have
+        means = [straight_through(m, process_mean(m)) for m in means]
+        return (F.softplus(logits)-logits*p).sum(1).mean(), sum(torch.special.entr(m.clamp_min(1e-20)).sum()
+                                                                for m in means)
 
     def snap(self, z):
-        zh = self.project(z); ids = from_digits((zh > 0).long(), self.lattice); zq = self.codes(ids)
+        zh = self.project(z)
+        ids = from_digits((zh > 0).long(), self.lattice)
+        zq = self.codes(ids)
         sure,spread = self.entropies(zh) if self.entropy else (0., 0.)
         return Quantized(straight_through(zh, zq), ids, z.new_zeros(()), self.commitment*F.mse_loss(zh, zq),
                          self.entropy*(sure-self.diversity*spread))
@@ -61,19 +79,22 @@ class LookupFreeQuantizer(Quantizer):
 class FiniteScalarQuantizer(Quantizer):
     "Each channel is rounded to one of a few levels"
     def __init__(self, levels:tuple[int,...] = (8,5,5,5)): # levels of each channel, each >= 2
-        if not len(levels) or min(levels) < 2: raise ValueError(f"every channel needs >= 2 levels, got {tuple(levels)}")
+        if not len(levels) or min(levels) < 2:
+            raise ValueError(f"every channel needs >= 2 levels, got {tuple(levels)}")
         super().__init__(math.prod(levels), len(levels))
         self.lattice = tuple(levels)
         self.register_buffer('count_levels', torch.tensor(self.lattice), persistent=False)
 
     def project(self, z:Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        reach = (self.count_levels-1)*(1+1e-3)/2; offset = .5*(self.count_levels%2 == 0)
+        reach = (self.count_levels-1)*(1+1e-3)/2
+        offset = .5*(self.count_levels%2 == 0)
         return (torch.tanh(z+torch.atanh(offset/reach))*reach-offset)/(self.count_levels//2)
     def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         return (to_digits(ids, self.lattice)/(self.count_levels//2)-1).to(self.usage)
 
     def snap(self, z):
-        zh = self.project(z); half = self.count_levels//2
+        zh = self.project(z)
+        half = self.count_levels//2
         ids = from_digits((zh*half).round().long()+half, self.lattice)
         return Quantized(straight_through(zh, self.codes(ids)), ids, z.new_zeros(()), z.new_zeros(()))
 
@@ -85,10 +106,12 @@ class DiagonalGaussian(Quantizer):
         kl:float = 1e-6,    # weight of the divergence from the standard normal, a mean over elements
     ):
         super().__init__(None, 2*dim, dim)
-        check_range('kl', kl, 0, float('inf')); self.kl = kl
+        check_range('kl', kl, 0, float('inf'))
+        self.kl = kl
     def project(self, z:Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]: return z.chunk(2, -1)[0]
     def snap(self, z):
-        mean,spread = z.chunk(2, -1); spread = spread.clamp(-30, 20)                # spread: log variance
+        mean,spread = z.chunk(2, -1)
+        spread = spread.clamp(-30, 20)  # spread: log variance
         divergence = .5*(mean.square()+spread.exp()-1-spread).mean()
         zq = mean+(spread/2).exp()*torch.randn_like(mean) if self.training else mean
         return Quantized(zq, None, z.new_zeros(()), z.new_zeros(()), self.kl*divergence)

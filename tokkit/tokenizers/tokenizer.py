@@ -25,27 +25,34 @@ class Tokenizer(nn.Module):
     def __init__(self, cfg:TokenizerCfg): # sizes and kinds
         super().__init__()
         self.cfg = cfg
-        with torch.random.fork_rng(devices=[]): quantizer = _quantizer(cfg)          # says how many channels the networks need
+        # says how many channels the networks need
+        with torch.random.fork_rng(devices=[]): quantizer = _quantizer(cfg)
         Encoder,Decoder = BACKBONES[cfg.kind]
-        self.encoder,self.decoder = Encoder(cfg, quantizer.in_dim),Decoder(cfg, quantizer.dim)
+        self.encoder = Encoder(cfg, quantizer.in_dim)
+        self.decoder = Decoder(cfg, quantizer.dim)
         self.quantizer = _quantizer(cfg)
         self.spec = self._plain_spec()
 
     def _plain_spec(self) -> LatentSpec:
         "What the configuration says of the latents, before anybody measured their scale"
-        n,q = self.cfg.tokens,self.quantizer
+        n = self.cfg.tokens
+        q = self.quantizer
         ids = tuple(q.ids_shape(n)) if q.codebook_size is not None else (n,)
-        return LatentSpec((n, q.dim), self.cfg.grid, codebook_size=q.codebook_size, ids_shape=None if ids == (n,) else ids)
+        return LatentSpec((n, q.dim), self.cfg.grid, codebook_size=q.codebook_size, ids_shape=None
+                          if ids == (n,) else ids)
 
     def _check(self, x):
-        if not x.is_floating_point(): raise ValueError(f"this tokenizer takes images in [-1,1] as floats, got {x.dtype}; see from_uint8")
+        if not x.is_floating_point():
+            raise ValueError(f"this tokenizer takes images in [-1,1] as floats, got {x.dtype}; see from_uint8")
         want = (self.cfg.channels, self.cfg.size, self.cfg.size)
         if tuple(x.shape[1:]) != want:
-            raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got {tuple(x.shape)}")
+            raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got "
+                             f"{tuple(x.shape)}")
 
     def encode(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         "Images in [-1,1] to latents"
-        self._check(x); return self.encoder(x)
+        self._check(x)
+        return self.encoder(x)
 
     def quantize(self, z:Float[Tensor, "b n d"]) -> Quantized:
         "Snap latents to codes"
@@ -56,11 +63,13 @@ class Tokenizer(nn.Module):
         return self.decoder(zq)
 
     def _discrete(self):
-        if self.spec.codebook_size is None: raise ValueError("this tokenizer has continuous latents and no ids; use encode and decode")
+        if self.spec.codebook_size is None:
+            raise ValueError("this tokenizer has continuous latents and no ids; use encode and decode")
 
     def tokenize(self, x:Float[Tensor, "b c h w"]) -> Int[Tensor, "b *n"]:
         "Images to code ids"
-        self._discrete(); return self.quantize(self.encode(x)).ids
+        self._discrete()
+        return self.quantize(self.encode(x)).ids
 
     def codes(self, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b n d"]:
         "Code vectors of ids, as the decoder takes them"
@@ -102,15 +111,18 @@ class Tokenizer(nn.Module):
         return stable_hash([to_plain(self.cfg), tensors_hash(self.state_dict()), *measured])
 
     def __repr__(self):
-        c,s = self.cfg,self.spec
+        c = self.cfg
+        s = self.spec
         codes = f"{s.codebook_size} codes, {s.bits:.0f} bits an image" if s.codebook_size else 'continuous'
-        return (f"Tokenizer {c.kind}: ({c.channels}, {c.size}, {c.size}) -> {s.shape[0]} x {s.shape[1]} ({codes}), "
+        return (f"Tokenizer {c.kind}: ({c.channels}, {c.size}, {c.size}) -> {s.shape[0]} x {s.shape[1]} "
+                f"({codes}), "
                 f"{sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters")
 
 # %% ../../nbs/tokenizers/08_tokenizer.ipynb #1ef467a4
 TOKENIZERS = {
     'tiny':      TokenizerCfg(),                                             # 28 px grey, 49 tokens, CPU
-    'tiny-16':   TokenizerCfg(patch=7),                                      # 16 coarse tokens: quick generators
+    # 16 coarse tokens: quick generators
+    'tiny-16':   TokenizerCfg(patch=7),
     'tiny-rgb':  TokenizerCfg(size=32, channels=3),                          # 32 px colour, 64 tokens, CPU
     'tiny-1d':   TokenizerCfg(latents=16),                                   # 16 learnable latents
     'tiny-kl0':  TokenizerCfg(codebook_size=0, code_dim=8),                  # continuous latents
@@ -119,17 +131,24 @@ TOKENIZERS = {
     # the paper's network, small; without pretrained weights it needs many more steps than 'tiny'
     'tiny-robustok': TokenizerCfg(kind='robustok', latents=49, layer_scale=.1),
     'tiny-taming': TokenizerCfg(kind='taming', width=32, depth=1, multipliers=(1,1,2), z_channels=32),
-    'tiny-pq':   TokenizerCfg(quantizer='pq', codebook_size=64, quantizer_options=dict(groups=2)),    # 2 ids a token
-    'tiny-rq':   TokenizerCfg(quantizer='rq', codebook_size=64, quantizer_options=dict(levels=4)),    # 4 ids a token, coarse to fine
-    'tiny-msrq': TokenizerCfg(quantizer='msrq', codebook_size=64, quantizer_options=dict(scales=(1,2,4,7))), # coarse maps first
+    # 2 ids a token
+    'tiny-pq':   TokenizerCfg(quantizer='pq', codebook_size=64, quantizer_options=dict(groups=2)),
+    # 4 ids a token, coarse to fine
+    'tiny-rq':   TokenizerCfg(quantizer='rq', codebook_size=64, quantizer_options=dict(levels=4)),
+    # coarse maps first
+    'tiny-msrq': TokenizerCfg(quantizer='msrq', codebook_size=64, quantizer_options=dict(scales=(1,2,4,7))),
     'tiny-lfq':  TokenizerCfg(quantizer='lfq', code_dim=9),                  # 9 signs
     'tiny-bsq':  TokenizerCfg(quantizer='bsq', code_dim=9),                  # 9 signs on the sphere
-    'tiny-fsq':  TokenizerCfg(quantizer='fsq', codebook_size=512, code_dim=3, quantizer_options=dict(levels=(8,8,8))),
+    'tiny-fsq':  TokenizerCfg(quantizer='fsq', codebook_size=512, code_dim=3,
+                              quantizer_options=dict(levels=(8,8,8))),
     'tiny-kl':   TokenizerCfg(quantizer='kl', codebook_size=0, code_dim=8),  # continuous, sampled
-    'small':     TokenizerCfg(64, 3, 8, latents=64, width=256, depth=6, heads=8, codebook_size=1024, code_dim=32),
-    'base':      TokenizerCfg(256, 3, 16, 'robustok', latents=256, width=768, depth=12, heads=12, codebook_size=4096, code_dim=64,
+    'small':     TokenizerCfg(64, 3, 8, latents=64, width=256, depth=6, heads=8, codebook_size=1024,
+                              code_dim=32),
+    'base':      TokenizerCfg(256, 3, 16, 'robustok', latents=256, width=768, depth=12, heads=12,
+                              codebook_size=4096, code_dim=64,
                               refine=0, drop_path=.1),                       # the paper's network
-    'base-cnn':  TokenizerCfg(256, 3, 16, 'taming', width=128, depth=2, codebook_size=16384, code_dim=8),  # VQ-16 of VQGAN and LlamaGen
+    # VQ-16 of VQGAN and LlamaGen
+    'base-cnn':  TokenizerCfg(256, 3, 16, 'taming', width=128, depth=2, codebook_size=16384, code_dim=8),
 }
 
 def make_tokenizer(
@@ -139,7 +158,8 @@ def make_tokenizer(
 ) -> Tokenizer:
     "A new tokenizer with seeded weights"
     if isinstance(cfg, str):
-        if cfg not in TOKENIZERS: raise ValueError(f"no tokenizer preset {cfg!r}; there are {', '.join(TOKENIZERS)}")
+        if cfg not in TOKENIZERS:
+            raise ValueError(f"no tokenizer preset {cfg!r}; there are {', '.join(TOKENIZERS)}")
         cfg = TOKENIZERS[cfg]
     cfg = changed(cfg, 'TokenizerCfg has no', **overrides)
     with torch.random.fork_rng(devices=[]):
@@ -149,9 +169,11 @@ def make_tokenizer(
 # %% ../../nbs/tokenizers/08_tokenizer.ipynb #caf4de9c
 def _tokenizer_from(config:dict) -> Tokenizer:
     s = config.get('spec')
-    check_kind(config['cfg'], TokenizerCfg, 'config.json: cfg'); check_kind(s, LatentSpec, 'config.json: spec')
+    check_kind(config['cfg'], TokenizerCfg, 'config.json: cfg')
+    check_kind(s, LatentSpec, 'config.json: spec')
     tok = Tokenizer(TokenizerCfg(**config['cfg']))
-    grid,ids = s['grid'] and tuple(s['grid']),s.get('ids_shape') and tuple(s['ids_shape'])
+    grid = s['grid'] and tuple(s['grid'])
+    ids = s.get('ids_shape') and tuple(s['ids_shape'])
     tok.spec = LatentSpec(tuple(s['shape']), grid, s['mean'], s['std'], s['codebook_size'], ids)
     return tok
 
@@ -178,7 +200,8 @@ def fit_spec(
     x:Float[Tensor, "b c h w"],          # images to measure on, on any device
 ) -> LatentSpec:
     "Measure mean and standard deviation of the latents a decoder gets, in eval mode"
-    device,modes = next(tok.parameters()).device,[(m, m.training) for m in tok.modules()]
+    device = next(tok.parameters()).device
+    modes = [(m, m.training) for m in tok.modules()]
     tok.eval()
     try: zq = torch.cat([tok.quantize(tok.encode(b.to(device))).zq for b in x.split(250)])
     finally:

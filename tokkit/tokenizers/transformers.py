@@ -24,7 +24,8 @@ class LatentViT(nn.Module):
     ):
         super().__init__()
         self.given_pos = nn.Parameter(sincos_pos(given, cfg.width))
-        self.asked = nn.Parameter(sincos_pos(asked, cfg.width)) if asked else None    # learnable, starts as its place
+        # learnable, starts as its place
+        self.asked = nn.Parameter(sincos_pos(asked, cfg.width)) if asked else None
         self.blocks = transformer(cfg.depth, cfg.width, cfg.heads, drop_path=cfg.drop_path)
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
@@ -42,7 +43,8 @@ class ViTEncoder(nn.Module):
         self.embed = PatchEmbed(cfg.channels, cfg.patch, cfg.width)
         self.body = LatentViT(cfg, cfg.patches, (cfg.grid or (1, cfg.latents)) if cfg.latents else None)
         self.out = nn.Linear(cfg.width, dim or cfg.code_dim)
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]: return self.out(self.body(self.embed(x)))
+    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        return self.out(self.body(self.embed(x)))
 
 class ViTDecoder(nn.Module):
     "Quantized latents to image"
@@ -51,7 +53,8 @@ class ViTDecoder(nn.Module):
         self.embed = nn.Linear(dim or cfg.code_dim, cfg.width)
         self.body = LatentViT(cfg, cfg.grid or (1, cfg.latents), cfg.patches if cfg.latents else None)
         self.head = PixelHead(cfg.width, cfg.channels, cfg.patch, cfg.patches, cfg.refine)
-    def forward(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]: return self.head(self.body(self.embed(zq)))
+    def forward(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
+        return self.head(self.body(self.embed(zq)))
     @property
     def last_layer(self) -> nn.Parameter: return self.head.last_layer
 
@@ -59,14 +62,19 @@ BACKBONES['vit'] = ViTEncoder, ViTDecoder
 
 # %% ../../nbs/tokenizers/06_transformers.ipynb #01d11dec
 def _vit(cfg, channels):
-    return ViT(cfg.size, cfg.patch, channels, cfg.width, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path, class_token=cfg.class_token)
+    return ViT(cfg.size, cfg.patch, channels, cfg.width, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path,
+               class_token=cfg.class_token)
 
 class RobusTokEncoder(nn.Module):
     "Image to latents, as the paper has it: a DINOv2 network with latent tokens"
     def __init__(self, cfg:TokenizerCfg, dim:int): # sizes, channels of a latent
         super().__init__()
-        p,n,w = cfg.groups,cfg.latents,cfg.width
-        self.groups,self.tokens,self.latent_grid = p,cfg.tokens,cfg.grid
+        p = cfg.groups
+        n = cfg.latents
+        w = cfg.width
+        self.groups = p
+        self.tokens = cfg.tokens
+        self.latent_grid = cfg.grid
         self.vit = _vit(cfg, cfg.channels)
         shared = cfg.positions == 'shared'
         self.latent_tokens = nn.Parameter(torch.randn(1, p*n, w)*1e-6) if n else None
@@ -77,19 +85,25 @@ class RobusTokEncoder(nn.Module):
     @staticmethod
     def check(cfg):
         _check_heads(cfg)
-        if cfg.positions not in ('shared', 'own'): raise ValueError(f"positions must be shared or own, got {cfg.positions!r}")
+        if cfg.positions not in ('shared', 'own'):
+            raise ValueError(f"positions must be shared or own, got {cfg.positions!r}")
         if cfg.positions == 'shared' and cfg.grid is None:
-            raise ValueError(f"shared positions need a square number of latents, got {cfg.latents}; or take positions='own'")
+            raise ValueError(f"shared positions need a square number of latents, got {cfg.latents}; or take "
+                             "positions='own'")
         if cfg.groups > 1 and (not cfg.latents or cfg.code_dim%cfg.groups):
-            raise ValueError(f"{cfg.groups} groups need latents > 0 and a code_dim they divide, got {cfg.latents} and {cfg.code_dim}")
+            raise ValueError(f"{cfg.groups} groups need latents > 0 and a code_dim they divide, got "
+                             f"{cfg.latents} and {cfg.code_dim}")
 
     def sequence(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
         "Both groups of tokens as they enter the first block"
-        s,t = self.vit.embed(x),self.latent_tokens                                              # (b 1+N d)
+        s = self.vit.embed(x)
+        t = self.latent_tokens  # (b 1+N d)
         if t is None: return s
         if self.level is None: return torch.cat([s, (t+self.latent_pos).expand(len(x), -1, -1)], 1)
-        placed = [self.vit.place(g, self.latent_grid)[:,self.vit.prefix:]+level for g,level in zip(t.chunk(self.groups, 1), self.level[1:])]
-        return torch.cat([s+self.level[0], torch.cat(placed, 1).expand(len(x), -1, -1)], 1)     # (b 1+N+p*n d)
+        placed = [self.vit.place(g, self.latent_grid)[:,self.vit.prefix:]+level for g,
+                  level in zip(t.chunk(self.groups, 1), self.level[1:])]
+        # (b 1+N+p*n d)
+        return torch.cat([s+self.level[0], torch.cat(placed, 1).expand(len(x), -1, -1)], 1)
 
     def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
         "Latent tokens after the blocks, one group after the other"
@@ -102,8 +116,10 @@ class RobusTokDecoder(nn.Module):
     "Quantized latents to image, as the paper has it: mask tokens ask, latents answer"
     def __init__(self, cfg:TokenizerCfg, dim:int): # sizes, channels of a latent
         super().__init__()
-        w,shared = cfg.width,cfg.positions == 'shared'
-        self.latent_grid,self.patches = cfg.grid,cfg.patches[0]*cfg.patches[1]
+        w = cfg.width
+        shared = cfg.positions == 'shared'
+        self.latent_grid = cfg.grid
+        self.patches = cfg.patches[0]*cfg.patches[1]
         self.vit = _vit(cfg, channels=0)
         self.mask_token = nn.Parameter(torch.randn(1, 1, w)*1e-6)
         self.level = nn.Parameter(torch.randn(2, w)/(3*w)**.5) if shared else None
@@ -116,7 +132,8 @@ class RobusTokDecoder(nn.Module):
         z = self.embed(zq)
         a = self.vit.place(self.mask_token.expand(len(z), self.patches, -1))                    # (b 1+N w)
         if self.level is None: return torch.cat([a, z+self.latent_pos], 1)
-        return torch.cat([a+self.level[0], self.vit.place(z, self.latent_grid)+self.level[1]], 1) # (b 2+N+n w)
+        # (b 2+N+n w)
+        return torch.cat([a+self.level[0], self.vit.place(z, self.latent_grid)+self.level[1]], 1)
 
     def forward(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         first = self.vit.prefix

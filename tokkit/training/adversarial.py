@@ -24,10 +24,13 @@ class PatchCritic(nn.Module):
         depth:int = 2,        # strided layers; each doubles the patch
     ):
         super().__init__()
-        def conv(i, o, stride): return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, 4 if stride == 2 else 3, stride, 1))
+        def conv(i, o, stride):
+            return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, 4 if stride == 2 else 3, stride,
+                                                                     1))
         widths = [channels]+[width*2**i for i in range(depth)]
         layers = [m for i,o in zip(widths, widths[1:]) for m in (conv(i, o, 2), nn.LeakyReLU(.2))]
-        self.net = nn.Sequential(*layers, conv(widths[-1], widths[-1], 1), nn.LeakyReLU(.2), conv(widths[-1], 1, 1))
+        self.net = nn.Sequential(*layers, conv(widths[-1], widths[-1], 1), nn.LeakyReLU(.2),
+                                 conv(widths[-1], 1, 1))
     def forward(self,
         x:Float[Tensor, "b c h w"],       # images in [-1,1]
         rng:torch.Generator|None = None,  # ignored: no draws
@@ -48,10 +51,13 @@ def hinge_g(
     return -fake.float().mean()
 
 # %% ../../nbs/training/06_adversarial.ipynb #ed3b4b3c
-CRITICS = {'patch': PatchCritic, 'patchgan': PatchGAN, 'features': FeatureCritic, 'dino': DinoCritic}   # name -> class
+# name -> class
+CRITICS = {'patch': PatchCritic, 'patchgan': PatchGAN, 'features': FeatureCritic, 'dino': DinoCritic}
 
 def make_critic(
-    kind:str,          # 'patch', 'patchgan' (released code, BatchNorm), 'features' (offline) or 'dino' (paper; needs DINO's weights)
+    # 'patch', 'patchgan' (released code, BatchNorm), 'features' (offline) or 'dino' (paper; needs DINO's
+    # weights)
+    kind:str,
     channels:int = 1,  # image channels
     **options,         # further arguments of the class
 ) -> nn.Module:
@@ -79,7 +85,8 @@ def vanilla_g(
     "The decoder's loss of the minimax game; has no pull where the critic is sure"
     return -F.softplus(fake.float()).mean()
 
-ADVERSARIAL = {'hinge': (hinge_d, hinge_g), 'non-saturating': (logistic_d, non_saturating_g), 'vanilla': (logistic_d, vanilla_g)}
+ADVERSARIAL = {'hinge': (hinge_d, hinge_g), 'non-saturating': (logistic_d, non_saturating_g),
+               'vanilla': (logistic_d, vanilla_g)}
 
 # %% ../../nbs/training/06_adversarial.ipynb #a7609dd4
 def adaptive_weight(
@@ -87,7 +94,8 @@ def adaptive_weight(
     adversarial:Tensor, # decoder's adversarial loss
     last:Tensor,       # weight of the decoder's last layer
     most:float = 1e4,  # upper bound
-    synchronize:bool = False, # use the gradients of all processes' batches; the released code uses each its own
+    # use the gradients of all processes' batches; the released code uses each its own
+    synchronize:bool = False,
 ) -> Tensor:
     "Weight that gives both losses the same pull on the last layer"
     grads = [torch.autograd.grad(l, last, retain_graph=True)[0] for l in (recon, adversarial)]
@@ -100,10 +108,14 @@ class LeCAM(nn.Module):
     def __init__(self, decay:float = .999): # of the running means
         super().__init__()
         self.decay = decay
-        self.register_buffer('real', torch.zeros(())); self.register_buffer('fake', torch.zeros(()))
+        self.register_buffer('real', torch.zeros(()))
+        self.register_buffer('fake', torch.zeros(()))
     def forward(self, real:Tensor, fake:Tensor) -> Tensor:
-        real,fake = real.float(),fake.float()
+        real = real.float()
+        fake = fake.float()
         with torch.no_grad():
-            r,f = process_mean(real.mean()),process_mean(fake.mean())
-            self.real.lerp_(r.to(self.real), 1-self.decay); self.fake.lerp_(f.to(self.fake), 1-self.decay)
+            r = process_mean(real.mean())
+            f = process_mean(fake.mean())
+            self.real.lerp_(r.to(self.real), 1-self.decay)
+            self.fake.lerp_(f.to(self.fake), 1-self.decay)
         return F.relu(real-self.fake).square().mean()+F.relu(self.real-fake).square().mean()

@@ -33,13 +33,16 @@ class EMA(Callback):
     def __init__(self,
         decay:float = .999,  # lambda at the end; early on it is less, so that the start is forgotten
     ):
-        self.decay,self.average = decay,None
+        self.decay = decay
+        self.average = None
     def begin(self, learner):
-        if self.average is None: self.average = {k:v.detach().clone() for k,v in learner.model.state_dict().items()}
+        if self.average is None:
+            self.average = {k:v.detach().clone() for k,v in learner.model.state_dict().items()}
         self.average = {k:v.to(learner.device) for k,v in self.average.items()}
     def batch_end(self, learner):
         current = learner.model.state_dict()
-        ema_update([self.average[k] for k in current], current.values(), min(self.decay, (1+learner.step)/(10+learner.step)))
+        ema_update([self.average[k] for k in current], current.values(),
+                   min(self.decay, (1+learner.step)/(10+learner.step)))
     def state(self): return dict(average=self.average)
     def restore(self, state): self.average = state['average']
 
@@ -61,7 +64,8 @@ class Checkpoint(Callback):
         path:str|Path,    # one file, replaced whole
         key:str = '',     # what makes this training what it is, e.g. a hash of its settings
     ):
-        self.path,self.key = Path(path),key
+        self.path = Path(path)
+        self.key = key
 
     def _read(self, device) -> dict|None:
         "What was saved; None where that is not what is in the file"
@@ -81,16 +85,20 @@ class Checkpoint(Callback):
         if damaged:
             if learner.main:
                 kept = set_aside(self.path).name
-                warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins anew, "
+                warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins "
+                              "anew, "
                               f"and the file is kept as {kept}", stacklevel=2)
             return
         if saved['key'] != self.key:
-            raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another folder")
+            raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another "
+                             "folder")
         learner.model.load_state_dict(saved['model'])
         for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
         for c in learner.callbacks:
             if type(c).__name__ in saved['callbacks']: c.restore(saved['callbacks'][type(c).__name__])
-        learner.epoch,learner.step,learner.history = saved['epoch']+1,saved['step'],saved['history']
+        learner.epoch = saved['epoch']+1
+        learner.step = saved['step']
+        learner.history = saved['history']
 
     def epoch_end(self, learner):
         learner.accelerator.wait_for_everyone()

@@ -45,9 +45,11 @@ def blur_fade(
     r = min(int(3*sigma), min(x.shape[-2:])-1)
     if r < 1: return x
     i = torch.arange(-r, r+1, device=x.device, dtype=x.dtype)
-    k = torch.exp2(-(i/sigma)**2); k = (k/k.sum()).view(1,1,-1,1)
+    k = torch.exp2(-(i/sigma)**2)
+    k = (k/k.sum()).view(1,1,-1,1)
     flat = x.flatten(0,1)[:,None]                                                # (b*c 1 h w)
-    for kernel,pad in ((k, (0,0,r,r)), (k.mT, (r,r,0,0))): flat = F.conv2d(F.pad(flat, pad, mode='reflect'), kernel)
+    for kernel,pad in ((k, (0,0,r,r)), (k.mT, (r,r,0,0))):
+        flat = F.conv2d(F.pad(flat, pad, mode='reflect'), kernel)
     return flat.view_as(x)
 
 def blur_schedule(
@@ -72,22 +74,27 @@ def critic_weight(
 def _move(x, u):
     "Shift rows and columns by up to an eighth; what comes in is 0"
     b,_,h,w = x.shape
-    dy,dx = round(h/8),round(w/8)
-    rows,cols = ((u[i]*(2*d+1)).floor().long()[:,None]+torch.arange(n, device=x.device) for i,d,n in ((0,dy,h), (1,dx,w)))
+    dy = round(h/8)
+    dx = round(w/8)
+    rows,cols = ((u[i]*(2*d+1)).floor().long()[:,None]+torch.arange(n, device=x.device) for i,d,
+                 n in ((0,dy,h), (1,dx,w)))
     padded = F.pad(x, (dx,dx,dy,dy))                                             # (b c h+2dy w+2dx)
-    return padded[torch.arange(b, device=x.device)[:,None,None],:,rows[:,:,None],cols[:,None]].permute(0,3,1,2)
+    return padded[torch.arange(b, device=x.device)[:,None,None],:,rows[:,:,None],cols[:,None]].permute(0,3,1,
+                                                                                                       2)
 
 def _recolour(x, u):
     "Brightness, saturation, contrast"
     u = u[...,None,None,None]
     x = x+u[2]-.5
-    grey = x.mean(1, keepdim=True); x = (x-grey)*2*u[3]+grey
+    grey = x.mean(1, keepdim=True)
+    x = (x-grey)*2*u[3]+grey
     mean = x.mean((1,2,3), keepdim=True)
     return (x-mean)*(u[4]+.5)+mean
 
 def _cut(x, u, part):
     "Set a rectangle to 0; at the border it is cut off"
-    def inside(v, n):                                                            # (b n) rows or columns of the rectangle
+    # (b n) rows or columns of the rectangle
+    def inside(v, n):
         size = round(part*n)
         first = (v*(n+1-size%2)).floor()[:,None]-size//2
         i = torch.arange(n, device=x.device)
@@ -98,7 +105,8 @@ def _cut(x, u, part):
 def diff_augment(
     x:Float[Tensor, "b c h w"],  # images
     on:Bool[Tensor, "3"],        # whether to move, recolour, cut
-    u:Float[Tensor, "7 b"],      # how, uniform in [0,1): rows, columns, brightness, saturation, contrast, row and column of the cut
+    # how, uniform in [0,1): rows, columns, brightness, saturation, contrast, row and column of the cut
+    u:Float[Tensor, "7 b"],
     cutout:float = .2,           # side of the cut rectangle, as a fraction of the image's
 ) -> Float[Tensor, "b c h w"]:
     "Move, recolour and cut with given draws; differentiable"
@@ -112,16 +120,20 @@ class DiffAug:
         prob:float = 1.,     # probability of each of the three kinds, for a whole batch
         cutout:float = .2,   # side of the cut rectangle, as a fraction of the image's
     ):
-        check_range('prob', prob); check_range('cutout', cutout)
-        self.prob,self.cutout = prob,cutout
+        check_range('prob', prob)
+        check_range('cutout', cutout)
+        self.prob = prob
+        self.cutout = cutout
 
     def __call__(self,
         x:Float[Tensor, "b c h w"],        # images
         rng:torch.Generator|None = None,   # where the draws come from
         fade:float = 0.,                   # blur before it, in [0,1]
     ) -> Float[Tensor, "b c h w"]:
-        on,u = (torch.rand(*s, generator=rng, device=rng.device if rng is not None else 'cpu') for s in ((3,), (7, len(x))))
-        return diff_augment(blur_fade(x, fade), (on <= self.prob)&(self.prob > 0), u.to(x.device), self.cutout)
+        on,u = (torch.rand(*s, generator=rng, device=rng.device if rng is not None else 'cpu')
+                for s in ((3,), (7, len(x))))
+        return diff_augment(blur_fade(x, fade), (on <= self.prob)&(self.prob > 0), u.to(x.device),
+                            self.cutout)
 
     def __repr__(self): return f"DiffAug(prob={self.prob}, cutout={self.cutout})"
 
@@ -137,8 +149,10 @@ class PatchGAN(nn.Module):
         widths = [width*min(2**i, 8) for i in range(depth+1)]
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(.2)]
         for i,(a,b) in enumerate(zip(widths, widths[1:]), 1):
-            layers += [nn.Conv2d(a, b, 4, 2 if i < depth else 1, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(.2)]
-        self.main,self.least = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1)),3*2**depth
+            layers += [nn.Conv2d(a, b, 4, 2 if i < depth else 1, 1, bias=False), nn.BatchNorm2d(b),
+                       nn.LeakyReLU(.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.least = 3*2**depth
         for m in self.main:
             if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0., .02)
             if isinstance(m, nn.BatchNorm2d): nn.init.normal_(m.weight, 1., .02)
@@ -148,7 +162,8 @@ class PatchGAN(nn.Module):
         rng:torch.Generator|None = None,  # ignored: no draws
     ) -> Float[Tensor, "b 1 i j"]:        # a score a patch
         if min(x.shape[-2:]) < self.least:
-            raise ValueError(f"this PatchGAN needs images of at least {self.least} pixels, got {tuple(x.shape)}; use a smaller depth")
+            raise ValueError(f"this PatchGAN needs images of at least {self.least} pixels, got "
+                             f"{tuple(x.shape)}; use a smaller depth")
         return self.main(x).float()
 
 # %% ../../nbs/training/04_discriminators.ipynb #88ef149c
@@ -160,8 +175,10 @@ class BatchNormLocal(nn.Module):
         eps:float = 1e-6,   # added to the variance
     ):
         super().__init__()
-        self.group,self.eps = group,eps
-        self.weight,self.bias = nn.Parameter(torch.ones(channels)),nn.Parameter(torch.zeros(channels))
+        self.group = group
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x:Float[Tensor, "b c l"]) -> Float[Tensor, "b c l"]:
         def norm(g):
@@ -180,7 +197,9 @@ def _ring(width, k):
 
 class _Residual(nn.Module):
     "(f(x)+x)/sqrt 2"
-    def __init__(self, fn): super().__init__(); self.fn = fn
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
     def forward(self, x): return (self.fn(x)+x)/math.sqrt(2)
 
 def _dino(weights, width, depth, heads) -> ViT:
@@ -188,7 +207,8 @@ def _dino(weights, width, depth, heads) -> ViT:
     if isinstance(weights, nn.Module): return weights
     if weights is None: weights = data_home()/'dino_vits16.safetensors'
     if isinstance(weights, Path) and not weights.is_file():
-        raise FileNotFoundError(f"no file {weights}; the DINO critic needs DINO's ViT-S/16 in timm's names there or at backbone=PATH; "
+        raise FileNotFoundError(f"no file {weights}; the DINO critic needs DINO's ViT-S/16 in timm's names "
+                                "there or at backbone=PATH; "
                                 "the critic 'features' needs nothing")
     return load_vit(ViT(224, 16, 3, width, depth, heads, layer_scale=None, gelu='tanh'), weights)
 
@@ -196,16 +216,20 @@ class DinoCritic(nn.Module):
     "Small heads on frozen DINO features, as in the paper; parameters are named as in the released code"
     def __init__(self,
         channels:int = 1,                      # image channels, 1 or 3; grey is shown three times
-        backbone:ViT|dict|str|Path|None = None, # network, or weights in timm's names, or a file of them; None: in the data folder
+        # network, or weights in timm's names, or a file of them; None: in the data folder
+        backbone:ViT|dict|str|Path|None = None,
         width:int = 384, depth:int = 12, heads:int = 6, # of the backbone
         after:Sequence[int] = (2,5,8,11),      # blocks after which it is read; also before the first
         kernel:int = 9,                        # tokens a head's second convolution sees
     ):
         super().__init__()
-        if channels not in (1,3): raise ValueError(f"the DINO critic sees grey or RGB images; channels must be 1 or 3, got {channels}")
+        if channels not in (1,3):
+            raise ValueError("the DINO critic sees grey or RGB images; channels must be 1 or 3, got "
+                             f"{channels}")
         net = _dino(backbone, width, depth, heads)
         width = net.norm.normalized_shape[0]
-        self.backbone,self.after = Frozen(net),tuple(after)
+        self.backbone = Frozen(net)
+        self.after = tuple(after)
         def head(): return nn.Sequential(_ring(width, 1), _Residual(_ring(width, kernel)), _sn(width, 1, 1))
         self.heads = nn.ModuleList([head() for _ in range(len(after)+1)])
 
@@ -214,16 +238,19 @@ class DinoCritic(nn.Module):
         if x.ndim != 4 or x.shape[1] not in (1,3):
             raise ValueError(f"the DINO critic expects images (b c h w), c 1 or 3, got {tuple(x.shape)}")
         size,(h,w) = self.backbone.module.size,x.shape[-2:]
-        x = (x.expand(-1, 3, -1, -1)/2+.5-x.new_tensor(IMAGENET_MEAN)[:,None,None])/x.new_tensor(IMAGENET_STD)[:,None,None]
+        x = ((x.expand(-1, 3, -1, -1)/2
+              +.5-x.new_tensor(IMAGENET_MEAN)[:,None,None])/x.new_tensor(IMAGENET_STD)[:,None,None])
         if min(h, w) > size and rng is not None and torch.rand((), generator=rng, device=rng.device) <= .5:
             top,left = (int(torch.randint(n-size+1, (), generator=rng, device=rng.device)) for n in (h, w))
             return x[...,top:top+size,left:left+size]
-        return F.interpolate(x, (size, size), mode='area') if h > size else F.interpolate(x, (size, size), mode='bicubic')
+        return (F.interpolate(x, (size, size), mode='area') if h > size
+                else F.interpolate(x, (size, size), mode='bicubic'))
 
     def activations(self, x:Float[Tensor, "b 3 s s"]) -> list[Float[Tensor, "b d l"]]:
         "Patch tokens plus class token, before the first block and after the chosen ones"
         net = self.backbone.module
-        x = net.embed(x); seen = [x]
+        x = net.embed(x)
+        seen = [x]
         for i in range(max(self.after)+1):
             x = net.blocks[i](x)
             if i in self.after: seen.append(x)
@@ -233,7 +260,8 @@ class DinoCritic(nn.Module):
         x:Float[Tensor, "b c h w"],       # images in [-1,1]
         rng:torch.Generator|None = None,  # tosses the coin of crop or all; None always shows all
     ) -> Float[Tensor, "b l"]:            # a score for each token of each depth
-        return torch.cat([head(a).flatten(1).float() for head,a in zip(self.heads, self.activations(self.view(x, rng)))], 1)
+        return torch.cat([head(a).flatten(1).float() for head,
+                          a in zip(self.heads, self.activations(self.view(x, rng)))], 1)
 
 # %% ../../nbs/training/04_discriminators.ipynb #aab07c60
 class FeatureCritic(nn.Module):
@@ -245,12 +273,17 @@ class FeatureCritic(nn.Module):
         size:int|None = None,                 # side the images are resized to; None keeps theirs (28 and up)
     ):
         super().__init__()
-        if channels not in (1,3): raise ValueError(f"the feature critic sees grey or RGB images; channels must be 1 or 3, got {channels}")
+        if channels not in (1,3):
+            raise ValueError("the feature critic sees grey or RGB images; channels must be 1 or 3, got "
+                             f"{channels}")
         taps = efficientnet_taps('lite2', layers, size)
         with torch.no_grad(): given = [m.shape[1] for m in taps(torch.zeros(1,channels,32,32))]
         def conv(i, o, k): return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, k, padding=k//2))
-        def head(i): return nn.Sequential(conv(i, width, 1), nn.LeakyReLU(.2), conv(width, width, 3), nn.LeakyReLU(.2), conv(width, 1, 1))
-        self.taps,self.heads = Frozen(taps),nn.ModuleList([head(i) for i in given])
+        def head(i):
+            return nn.Sequential(conv(i, width, 1), nn.LeakyReLU(.2), conv(width, width, 3), nn.LeakyReLU(.2),
+                                 conv(width, 1, 1))
+        self.taps = Frozen(taps)
+        self.heads = nn.ModuleList([head(i) for i in given])
 
     def forward(self,
         x:Float[Tensor, "b c h w"],       # images in [-1,1]

@@ -20,19 +20,24 @@ from ..features import chunks, efficientnet_taps
 class MomentLoss(nn.Module):
     "How far mean and second moments of features are from those of real images"
     def __init__(self,
-        layers:tuple[int,...] = (1, 4, 7),     # blocks (from 1) of `efficientnet_lite2` whose maps are looked at
+        # blocks (from 1) of `efficientnet_lite2` whose maps are looked at
+        layers:tuple[int,...] = (1, 4, 7),
         size:int = 32,                         # images are resized to this side, pixels
         memory:float = .8,                     # of the running moments, in [0, 1)
     ):
         super().__init__()
-        check_range('memory', memory, 0, .999, 'it is the part of the running moments that a batch leaves as it is')
-        self.taps,self.memory = efficientnet_taps('lite2', layers=layers, size=size),memory
-        for name in ('centre','scale','correlation','mean','second','steps'): self.register_buffer(name, torch.zeros(0))
+        check_range('memory', memory, 0, .999,
+                    'it is the part of the running moments that a batch leaves as it is')
+        self.taps = efficientnet_taps('lite2', layers=layers, size=size)
+        self.memory = memory
+        for name in ('centre','scale','correlation','mean','second','steps'):
+            self.register_buffer(name, torch.zeros(0))
 
     def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         "Mean and standard deviation over space of every channel of the maps"
         maps = self.taps(x)
-        return torch.cat([part for m in maps for part in (m.mean((2, 3)), (m.var((2, 3), correction=0)+1e-6).sqrt())], 1).float()
+        return torch.cat([part for m in maps
+                          for part in (m.mean((2, 3)), (m.var((2, 3), correction=0)+1e-6).sqrt())], 1).float()
 
     @torch.no_grad()
     def fit(self,
@@ -40,32 +45,46 @@ class MomentLoss(nn.Module):
     ) -> 'MomentLoss': # itself
         "Learn what real images look like"
         device = next(self.taps.parameters()).device
-        f = torch.cat([self.features(x.to(device)).double() for x in bar(list(chunks(images, 250)), 'moments of real images')])
+        f = torch.cat([self.features(x.to(device)).double()
+                       for x in bar(list(chunks(images, 250)), 'moments of real images')])
         if len(f) < 2: raise ValueError(f"moments need at least 2 real images, got {len(f)}")
-        centre,scale = f.mean(0),f.std(0).clamp(min=1e-6)
+        centre = f.mean(0)
+        scale = f.std(0).clamp(min=1e-6)
         z = (f-centre)/scale
-        self.centre,self.scale,self.correlation = centre.float(),scale.float(),(z.T@z/len(z)).float()
+        self.centre = centre.float()
+        self.scale = scale.float()
+        self.correlation = (z.T@z/len(z)).float()
         return self.forget()
 
     def forget(self) -> 'MomentLoss': # itself
         "Drop the running moments, not what real images look like"
-        self.mean,self.second,self.steps = torch.zeros_like(self.centre),torch.zeros_like(self.correlation),self.centre.new_zeros(())
+        self.mean = torch.zeros_like(self.centre)
+        self.second = torch.zeros_like(self.correlation)
+        self.steps = self.centre.new_zeros(())
         return self
 
     def forward(self, x:Float[Tensor, "b c h w"]) -> Tensor:
         "The loss of a batch; in training the running moments move"
-        if not len(self.centre): raise RuntimeError("MomentLoss knows no real images yet; call fit(images) first")
+        if not len(self.centre):
+            raise RuntimeError("MomentLoss knows no real images yet; call fit(images) first")
         z = (self.features(x)-self.centre)/self.scale
-        mean,second = z.mean(0),z.T@z/len(z)
-        if self.steps: mean,second = torch.lerp(mean, self.mean, self.memory),torch.lerp(second, self.second, self.memory)
-        if self.training: self.mean,self.second,self.steps = mean.detach(),second.detach(),self.steps+1
+        mean = z.mean(0)
+        second = z.T@z/len(z)
+        if self.steps:
+            mean = torch.lerp(mean, self.mean, self.memory)
+            second = torch.lerp(second, self.second, self.memory)
+        if self.training:
+            self.mean = mean.detach()
+            self.second = second.detach()
+            self.steps = self.steps+1
         return mean.square().mean()+(second-self.correlation).square().mean()
 
 # %% ../../nbs/training/07_feature_moments.ipynb #5e1f7b92
 def moments_to_train(
     images:ImageSet,               # real images
     weight:float,                  # of the moments; 0: none are wanted
-    loss:MomentLoss|None = None,   # one that was fitted to the images; None: a new one, of their size (at least 32 pixels)
+    # one that was fitted to the images; None: a new one, of their size (at least 32 pixels)
+    loss:MomentLoss|None = None,
     device:str|None = None,        # where a new one looks at the images; None: the best there is
 ) -> MomentLoss|None:
     "The moments of real images as a training wants them"

@@ -30,59 +30,82 @@ class ImageTraining:
     batch:int = 128               # images a step
     lr:float = 2e-3               # largest learning rate
     weight_decay:float = 0.       # of AdamW
-    schedule:str = 'cosine'       # of the learning rate: 'cosine' after a warm-up, 'epoch' (in steps of an epoch) or 'constant'
+    # of the learning rate: 'cosine' after a warm-up, 'epoch' (in steps of an epoch) or 'constant'
+    schedule:str = 'cosine'
     reconstruction:float = 1.     # weight of the pixel loss
     reconstruction_kind:str = 'l2' # 'l2' or 'l1'
     perceptual:float = .1         # weight of the perceptual loss
-    perceptual_kind:str = 'efficientnet_lite2' # whose features: 'efficientnet_lite2', or 'lpips' where its weights are
-    perceptual_size:int|None = None # side at which it looks, pixels; None: 32 for 'efficientnet_lite2', the images' own for 'lpips'
+    # whose features: 'efficientnet_lite2', or 'lpips' where its weights are
+    perceptual_kind:str = 'efficientnet_lite2'
+    # side at which it looks, pixels; None: 32 for 'efficientnet_lite2', the images' own for 'lpips'
+    perceptual_size:int|None = None
     perceptual_every:int = 1      # steps between its uses (its weight makes up for it)
     semantic:float = 0.           # weight of the semantic loss (paper .1)
     semantic_kind:str = 'class'   # 'class' or 'patch' feature of the teacher
     semantic_on:str = 'clean'     # latents it sees: 'clean' (paper) or 'perturbed' (released code)
-    semantic_options:dict = field(default_factory=dict) # further arguments of `SemanticLoss`, e.g. teacher and size
+    # further arguments of `SemanticLoss`, e.g. teacher and size
+    semantic_options:dict = field(default_factory=dict)
     adversarial:float = 0.        # weight of the adversarial loss
     adversarial_kind:str = 'hinge' # 'hinge', 'non-saturating' or 'vanilla'
-    adversarial_start:float = .5  # fraction of training after which the decoder feels it; the critic learns from the first step
+    # fraction of training after which the decoder feels it; the critic learns from the first step
+    adversarial_start:float = .5
     critic:str = 'patch'          # the discriminator, of `tokkit.training.adversarial.CRITICS`
-    critic_options:dict = field(default_factory=dict)   # further arguments of the critic, e.g. width, or backbone of 'dino'
+    # further arguments of the critic, e.g. width, or backbone of 'dino'
+    critic_options:dict = field(default_factory=dict)
     critic_lr:float = 1e-3        # learning rate of the critic
     adaptive:bool = True          # balance it by `adaptive_weight`
     critic_augment:float = 0.     # probability of each kind of DiffAug on what the critic sees
-    critic_blur:float = 0.        # fraction of training, from `adversarial_start`, over which a blur before the critic fades
+    # fraction of training, from `adversarial_start`, over which a blur before the critic fades
+    critic_blur:float = 0.
     lecam:float = .001            # weight of the critic's LeCAM regularisation
     ema:float = .99               # decay of the averaged weights, which are the result
     clip:float = 1.               # largest gradient norm; 0: any
-    revive:int = 50               # steps between revivals of dead codes, over the first 70% of training; 0 never
+    # steps between revivals of dead codes, over the first 70% of training; 0 never
+    revive:int = 50
     precision:str = 'no'          # 'no' or 'bf16'
-    accumulate:int = 1            # parts in which a batch is gone through; contrast, balance and batch norms see a part
+    # parts in which a batch is gone through; contrast, balance and batch norms see a part
+    accumulate:int = 1
     compile:str = ''              # backend of torch.compile, e.g. 'inductor'; '' runs as it is
 
     def __post_init__(self):
-        for name in ('adversarial_start', 'critic_augment', 'critic_blur'): check_range(name, getattr(self, name))
-        _check_optimiser(self); check_range('critic_lr', self.critic_lr, 1e-12, 10); check_range('revive', self.revive, 0, float('inf'))
+        for name in ('adversarial_start', 'critic_augment', 'critic_blur'):
+            check_range(name, getattr(self, name))
+        _check_optimiser(self)
+        check_range('critic_lr', self.critic_lr, 1e-12, 10)
+        check_range('revive', self.revive, 0, float('inf'))
         check_range('perceptual_every', self.perceptual_every, 1, float('inf'))
-        for name in _WEIGHTS: check_range(f'the weight {name}', getattr(self, name), 0, float('inf'), 'a weight of 0 leaves the term out')
+        for name in _WEIGHTS:
+            check_range(f'the weight {name}', getattr(self, name), 0, float('inf'),
+                        'a weight of 0 leaves the term out')
         if not any(getattr(self, name) for name in _WEIGHTS[:4]):
-            raise ValueError(f"nothing to learn from: {', '.join(_WEIGHTS[:4])} are all 0; give one of them a weight")
+            raise ValueError(f"nothing to learn from: {', '.join(_WEIGHTS[:4])} are all 0; give one of them "
+                             "a weight")
         for name,known in _CHOICES.items():
-            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.accumulate < 1 or self.batch%self.accumulate:
-            raise ValueError(f"accumulate must divide batch, got {self.accumulate} parts of {self.batch} images")
-        if not self.reconstruction and (not self.perceptual or self.perceptual_every > 1) and not self.semantic:
+            raise ValueError(f"accumulate must divide batch, got {self.accumulate} parts of {self.batch} "
+                             "images")
+        if not self.reconstruction and (not self.perceptual
+                                        or self.perceptual_every > 1) and not self.semantic:
             if self.adaptive or self.adversarial_start or not self.adversarial:
                 raise ValueError("without pixels there must be something to learn from at every step: "
-                                 "perceptual_every=1, a semantic weight, or adversarial_start=0 with adaptive=False")
+                                 "perceptual_every=1, a semantic weight, or adversarial_start=0 with "
+                                 "adaptive=False")
 
 def _check_optimiser(cfg):
     "Raise one line about what no optimiser can use"
-    if cfg.epochs < 1 or cfg.batch < 1: raise ValueError(f"epochs and batch must be at least 1, got {cfg.epochs} and {cfg.batch}")
-    check_range('lr', cfg.lr, 1e-12, 10); check_range('ema', cfg.ema)
+    if cfg.epochs < 1 or cfg.batch < 1:
+        raise ValueError(f"epochs and batch must be at least 1, got {cfg.epochs} and {cfg.batch}")
+    check_range('lr', cfg.lr, 1e-12, 10)
+    check_range('ema', cfg.ema)
     for name in ('weight_decay', 'clip'): check_range(name, getattr(cfg, name), 0, float('inf'))
-    if cfg.precision not in ('no', 'bf16'): raise ValueError(f"precision must be 'no' or 'bf16', got {cfg.precision!r}")
+    if cfg.precision not in ('no', 'bf16'):
+        raise ValueError(f"precision must be 'no' or 'bf16', got {cfg.precision!r}")
 
 _WEIGHTS = 'reconstruction', 'perceptual', 'semantic', 'adversarial', 'lecam'
-_CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'), semantic_kind=('class','patch'),
+_CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'),
+                semantic_kind=('class','patch'),
                 perceptual_kind=tuple(PERCEPTUAL), adversarial_kind=tuple(ADVERSARIAL), critic=tuple(CRITICS),
                 reconstruction_kind=('l2','l1'))
 
@@ -99,7 +122,9 @@ class GeneratorTraining:
     betas:tuple = (.9, .95)       # of AdamW
     warmup:float = .05            # fraction of training in which the learning rate rises
     final:float = .05             # fraction of the learning rate left at the end of the cosine
-    decay:str = 'matrices'        # what decays: 'matrices' (embeddings too), or as 'released' (`tokkit.generators.autoregressive.released_decay`)
+    # what decays: 'matrices' (embeddings too), or as 'released'
+    # (`tokkit.generators.autoregressive.released_decay`)
+    decay:str = 'matrices'
     ema:float = .99               # decay of the averaged weights, which are the result
     clip:float = 1.               # largest gradient norm; 0: any
     precision:str = 'no'          # 'no' or 'bf16'
@@ -107,11 +132,14 @@ class GeneratorTraining:
     def __post_init__(self):
         _check_optimiser(self)
         for name in ('warmup', 'final'): check_range(name, getattr(self, name), 0, .99)
-        if self.decay not in DECAYS: raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
 
 DECAYS = 'matrices', 'released'
-RELEASED_TRAINING = GeneratorTraining(epochs=400, batch=2048, lr=4e-4, weight_decay=.03, betas=(.9,.96), warmup=.25, final=.025,
-                                      decay='released', ema=0., precision='bf16')    # of the paper's generators, on ImageNet
+RELEASED_TRAINING = GeneratorTraining(epochs=400, batch=2048, lr=4e-4, weight_decay=.03, betas=(.9,.96),
+                                      warmup=.25, final=.025,
+                                      decay='released', ema=0.,
+                                      precision='bf16')    # of the paper's generators, on ImageNet
 
 # %% ../../nbs/training/08_image_loss.ipynb #ab4b576c
 class ImageLoss(Callback):
@@ -124,15 +152,21 @@ class ImageLoss(Callback):
         seed:int = 0,               # of the initial weights of critic and projection
         dim:int = 0,                # channels of the latents, for the semantic loss
     ):
-        if cfg.semantic and not dim: raise ValueError('the semantic loss looks at latents; give their channels as dim')
-        self.cfg,self.last,self.real,self.fake = cfg,last,{},{}
+        if cfg.semantic and not dim:
+            raise ValueError('the semantic loss looks at latents; give their channels as dim')
+        self.cfg = cfg
+        self.last = last
+        self.real = {}
+        self.fake = {}
         size = {} if cfg.perceptual_size is None else dict(size=cfg.perceptual_size)
         self.perceptual = perceptual_loss(cfg.perceptual_kind, **size) if cfg.perceptual else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.critic = make_critic(cfg.critic, channels, **cfg.critic_options) if cfg.adversarial else None
-            self.semantic = SemanticLoss(dim, kind=cfg.semantic_kind, **cfg.semantic_options) if cfg.semantic else None
-        self.lecam,self.augment = LeCAM(),DiffAug(cfg.critic_augment)
+            self.semantic = (SemanticLoss(dim, kind=cfg.semantic_kind, **cfg.semantic_options)
+                             if cfg.semantic else None)
+        self.lecam = LeCAM()
+        self.augment = DiffAug(cfg.critic_augment)
         self.critic_loss,self.decoder_loss = ADVERSARIAL[cfg.adversarial_kind]
         self.to(device)
 
@@ -145,7 +179,10 @@ class ImageLoss(Callback):
     def __call__(self, learner:Learner, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"],
                  zq:Float[Tensor, "b n d"]|None = None, judged:Float[Tensor, "b c h w"]|None = None) -> dict:
         "The loss and its parts; `zq` are the latents the semantic term looks at, `judged` what the critic sees instead of `xh`"
-        c,out,loss,xh = self.cfg,{},0.,xh.float()          # losses in full precision, whatever the networks used
+        c = self.cfg
+        out = {}
+        loss = 0.
+        xh = xh.float()  # losses in full precision, whatever the networks used
         fake = xh if judged is None else judged.float()
         if c.reconstruction:
             out['recon'] = recon_loss(xh, x, c.reconstruction_kind)
@@ -157,7 +194,8 @@ class ImageLoss(Callback):
             self.real[learner.part],self.fake[learner.part] = x,fake.detach()
             if learner.done >= c.adversarial_start:
                 out['adversarial'] = self.decoder_loss(self._scores(learner, fake, 'decoder'))
-                balance = adaptive_weight(loss, out['adversarial'], self.last, synchronize=True) if c.adaptive else 1.
+                balance = (adaptive_weight(loss, out['adversarial'], self.last, synchronize=True)
+                           if c.adaptive else 1.)
                 loss = loss+c.adversarial*balance*out['adversarial']
         if self.semantic is not None and zq is not None:
             out['semantic'] = self.semantic(zq, x)
@@ -199,11 +237,14 @@ class ImageLoss(Callback):
         path:str|Path, # written by `save_critic`
     ) -> 'ImageLoss':  # itself
         "Go on with a discriminator, or say in one line why not"
-        if self.critic is None: raise ValueError("a discriminator was given, but adversarial is 0: give it a weight, or leave critic out")
+        if self.critic is None:
+            raise ValueError("a discriminator was given, but adversarial is 0: give it a weight, or leave "
+                             "critic out")
         load_strictly(self.critic, read_tensors(path), path)
         return self
 
     def _critic_step(self, learner, batch):
-        real,fake = (self._scores(learner, x[learner.part], who) for x,who in ((self.real, 'real'), (self.fake, 'fake')))
+        real,fake = (self._scores(learner, x[learner.part], who) for x,
+                     who in ((self.real, 'real'), (self.fake, 'fake')))
         loss = self.critic_loss(real, fake)
         return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), critic=loss.detach())

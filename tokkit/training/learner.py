@@ -30,7 +30,8 @@ class Phase:
     "One optimiser and what it minimises"
     step:Callable                    # (learner, batch) -> dict with 'loss' and whatever else is worth logging
     optimizer:torch.optim.Optimizer  # over the parameters this phase moves
-    schedule:Callable = constant     # fraction of the learning rate, as a function of the fraction of training done
+    # fraction of the learning rate, as a function of the fraction of training done
+    schedule:Callable = constant
     clip:float|None = None           # largest gradient norm
 
 class Callback:
@@ -41,14 +42,17 @@ class Callback:
     def batch_end(self, learner): "After every batch, with `learner.log` filled"
     def epoch_end(self, learner): "After an epoch"
     def end(self, learner): "After the last batch"
-    def state(self) -> dict: "What a checkpoint must keep"; return {}
+    def state(self) -> dict:
+        "What a checkpoint must keep"
+        return {}
     def restore(self, state:dict): "Take it back"
 
 def _accelerator(device, precision) -> Accelerator:
     "An accelerator for this device; accelerate keeps one state a process, and would stay with the first device and precision"
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     if not dist.is_initialized(): AcceleratorState._reset_state(True)
-    return Accelerator(cpu=device.type == 'cpu', mixed_precision=precision, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    return Accelerator(cpu=device.type == 'cpu', mixed_precision=precision,
+                       dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 class Learner:
     "Go through the batches, epoch by epoch, and let each phase take its step"
@@ -62,8 +66,10 @@ class Learner:
         seed:int = 0,                 # moves everything random in the steps
         precision:str = 'no',         # 'no' or 'bf16'
         desc:str = 'training',        # for the bar
-        accumulate:int = 1,           # equal parts in which a batch is gone through; for losses that are means over images
-        rescue:str|Path|None = None,  # folder that gets the batch whose loss is not finite; None: the system's temporary one
+        # equal parts in which a batch is gone through; for losses that are means over images
+        accumulate:int = 1,
+        # folder that gets the batch whose loss is not finite; None: the system's temporary one
+        rescue:str|Path|None = None,
     ):
         if accumulate < 1: raise ValueError(f"accumulate must be at least 1, got {accumulate}")
         device = default_device(device if device is None else str(device))
@@ -73,9 +79,18 @@ class Learner:
         self.model = model.to(self.device)
         self.loader,*self.optimizers = self.accelerator.prepare(loader, *[p.optimizer for p in self.phases])
         self.rates = [[g['lr'] for g in o.param_groups] for o in self.optimizers]
-        self.callbacks,self.epochs,self.seed,self.desc,self.accumulate = list(callbacks),epochs,seed,desc,accumulate
-        self.epoch,self.step,self.part,self.log,self.history = 0,0,0,{},[]
-        self.total,self.rescue = epochs*len(loader),Path(rescue or tempfile.gettempdir())
+        self.callbacks = list(callbacks)
+        self.epochs = epochs
+        self.seed = seed
+        self.desc = desc
+        self.accumulate = accumulate
+        self.epoch = 0
+        self.step = 0
+        self.part = 0
+        self.log = {}
+        self.history = []
+        self.total = epochs*len(loader)
+        self.rescue = Path(rescue or tempfile.gettempdir())
 
     @property
     def done(self) -> float:
@@ -93,7 +108,8 @@ class Learner:
     @property
     def shard(self) -> tuple[int,int]:
         "Which part of the batch a step has in hand, and of how many: over the processes, and over the parts within each"
-        return self.accelerator.process_index*self.accumulate+self.part, self.accelerator.num_processes*self.accumulate
+        return (self.accelerator.process_index*self.accumulate+self.part,
+                self.accelerator.num_processes*self.accumulate)
 
     @property
     def main(self) -> bool:
@@ -103,18 +119,23 @@ class Learner:
     def fit(self) -> 'Learner':
         "Train; returns itself, with `history`"
         if self.accelerator.num_processes > 1:
-            for t in self.model.state_dict().values(): dist.broadcast(t, 0)   # all start from the same weights
+            # all start from the same weights
+            for t in self.model.state_dict().values(): dist.broadcast(t, 0)
         self._event('begin')
-        shown = bar(desc=self.desc, total=self.total, initial=self.step, unit='batch') if self.main else tqdm(disable=True)
+        shown = (bar(desc=self.desc, total=self.total, initial=self.step, unit='batch') if self.main
+                 else tqdm(disable=True))
         with shown as self.bar:
             for self.epoch in range(self.epoch, self.epochs):
                 if any(c.stop for c in self.callbacks): break
-                for part in (self.loader, getattr(self.loader, 'dataset', None)):      # order of the batches, crops of the images
+                # order of the batches, crops of the images
+                for part in (self.loader, getattr(self.loader, 'dataset', None)):
                     if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
-                self.model.train(); self._event('epoch_begin')
+                self.model.train()
+                self._event('epoch_begin')
                 for self.batch in self.loader: self._batch()
                 self._event('epoch_end')
-        self.model.eval(); self._event('end')
+        self.model.eval()
+        self._event('end')
         return self
 
     def _event(self, name):
@@ -122,27 +143,33 @@ class Learner:
 
     def _batch(self):
         self.part = 0
-        torch.manual_seed(self.own_rng('global').initial_seed())                     # torch's global stream, for dropout and friends
+        # torch's global stream, for dropout and friends
+        torch.manual_seed(self.own_rng('global').initial_seed())
         self.log = dict(epoch=self.epoch, step=self.step)
-        for phase,optimizer,rates in zip(self.phases, self.optimizers, self.rates): self._optimise(phase, optimizer, rates)
-        self.step += 1; self.bar.update()
+        for phase,optimizer,rates in zip(self.phases, self.optimizers, self.rates):
+            self._optimise(phase, optimizer, rates)
+        self.step += 1
+        self.bar.update()
         self._event('batch_end')
 
     def _optimise(self, phase, optimizer, rates):
         for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate*phase.schedule(self.done)
         optimizer.zero_grad()      # an earlier phase's backward may have reached these weights too
-        outs = [self._backward(phase, part) for self.part,part in enumerate(_parts(self.batch, self.accumulate))]
+        outs = [self._backward(phase, part) for self.part,
+                part in enumerate(_parts(self.batch, self.accumulate))]
         weights = [p for g in optimizer.param_groups for p in g['params']]
         self._average(weights)
         if phase.clip and not torch.isfinite(nn.utils.clip_grad_norm_(weights, phase.clip)):
             self._stop('gradient', 'not finite', self.batch)
-        optimizer.step(); optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         self.log |= {k:v for k,v in _mean(outs).items() if k not in self.log or k != 'loss'}
 
     def _backward(self, phase, batch) -> dict:
         with self.accelerator.autocast(): out = phase.step(self, batch)
         bad = (~torch.isfinite(out['loss'].detach())).float()
-        if self.accelerator.num_processes > 1: dist.all_reduce(bad)              # one that stops must not leave the others waiting
+        # one that stops must not leave the others waiting
+        if self.accelerator.num_processes > 1: dist.all_reduce(bad)
         if bad:
             loss = out['loss'].item()
             self._stop('loss', 'not finite on another process' if math.isfinite(loss) else loss, batch)
@@ -154,7 +181,8 @@ class Learner:
         grads = [w.grad for w in weights if w.grad is not None]
         if self.accelerator.num_processes == 1 or not grads: return
         flat = torch.cat([g.flatten() for g in grads])
-        for g,mean in zip(grads, process_mean(flat).split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
+        for g,mean in zip(grads, process_mean(flat).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
 
     def _stop(self, what, value, batch):
         "Keep the batch, then say where it happened"
@@ -168,7 +196,8 @@ def _parts(batch, n) -> list:
     "A batch in `n` equal parts"
     if n == 1: return [batch]
     if len(batch[0])%n:
-        raise ValueError(f"a batch of {len(batch[0])} cannot be gone through in {n} equal parts; change batch or accumulate")
+        raise ValueError(f"a batch of {len(batch[0])} cannot be gone through in {n} equal parts; change "
+                         "batch or accumulate")
     return list(zip(*[t.chunk(n) for t in batch]))
 
 def _mean(outs:list[dict]) -> dict:
@@ -184,10 +213,12 @@ class Log(Callback):
     def batch_end(self, learner):
         self.rows.append(learner.log)
         if learner.step%self.every == 0:
-            learner.bar.set_postfix({k:f'{float(v):.3g}' for k,v in learner.log.items() if k not in ('epoch','step')})
+            learner.bar.set_postfix({k:f'{float(v):.3g}' for k,v in learner.log.items()
+                                     if k not in ('epoch','step')})
     def epoch_end(self, learner):
         keys = {k:None for r in self.rows for k in r if k not in ('epoch','step')}
-        mean = {k:float(torch.tensor([float(r[k]) for r in self.rows if k in r], dtype=torch.float64).mean()) for k in keys}
+        mean = {k:float(torch.tensor([float(r[k]) for r in self.rows if k in r], dtype=torch.float64).mean())
+                for k in keys}
         if learner.accelerator.num_processes > 1 and mean:
             every = torch.tensor(list(mean.values()), dtype=torch.float32, device=learner.device)
             mean = dict(zip(mean, process_mean(every).tolist()))

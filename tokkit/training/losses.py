@@ -28,14 +28,16 @@ class PerceptualLoss(nn.Module):
     "Distance in the early features of a frozen network"
     def __init__(self,
         size:int = 32,                         # images are resized to this side, pixels
-        layers:tuple[int,...] = (1, 4),        # blocks (from 1) of `efficientnet_lite2` whose outputs are compared
+        # blocks (from 1) of `efficientnet_lite2` whose outputs are compared
+        layers:tuple[int,...] = (1, 4),
     ):
         super().__init__()
         self.taps = efficientnet_taps('lite2', layers=layers, size=size)
 
     def forward(self, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"]) -> Tensor:
         with torch.no_grad(): real = self.taps(x)
-        def apart(f, r): return (F.normalize(f, dim=1, eps=1e-6)-F.normalize(r, dim=1, eps=1e-6)).square().sum(1).mean()
+        def apart(f, r):
+            return (F.normalize(f, dim=1, eps=1e-6)-F.normalize(r, dim=1, eps=1e-6)).square().sum(1).mean()
         return sum(apart(f, r) for f,r in zip(self.taps(xh), real))
 
 # %% ../../nbs/training/03_losses.ipynb #1cebcf3f
@@ -46,5 +48,6 @@ def perceptual_loss(
     **options,                       # further arguments of the class
 ) -> nn.Module:
     "A module that tells a reconstruction's distance from its target, by features"
-    if kind not in PERCEPTUAL: raise ValueError(f"perceptual loss must be one of {', '.join(PERCEPTUAL)}, got {kind!r}")
+    if kind not in PERCEPTUAL:
+        raise ValueError(f"perceptual loss must be one of {', '.join(PERCEPTUAL)}, got {kind!r}")
     return PERCEPTUAL[kind](**options)

@@ -21,7 +21,9 @@ class WarmupCosine:
     warmup:float = .05  # fraction of training spent warming up
     final:float = .05   # fraction of the learning rate left at the end
     least:float = 1e-3  # the first step counts as this much of training, so that it is not lost
-    def __post_init__(self): check_range('warmup', self.warmup, 0, .99); check_range('final', self.final)
+    def __post_init__(self):
+        check_range('warmup', self.warmup, 0, .99)
+        check_range('final', self.final)
     def __call__(self, done:float) -> float:
         if done < self.warmup: return max(done, self.least)/self.warmup
         return self.final+(1-self.final)*(1+math.cos(math.pi*(done-self.warmup)/(1-self.warmup)))/2
@@ -54,7 +56,8 @@ def only_train(
     *parts:nn.Module,  # what learns; everything else is frozen and in eval mode
 ):
     "Freeze everything but `parts`; gradients and modes are as before on exit"
-    grads,modes = [(p, p.requires_grad) for p in model.parameters()],[(m, m.training) for m in model.modules()]
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
     try:
         model.requires_grad_(False).eval()
         for part in parts: part.requires_grad_(True).train()

@@ -29,18 +29,25 @@ def contrastive_loss(
 ) -> Tensor:
     "Find the partner among all of the batch, both ways; chance is ln(batch)"
     if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"contrastive_loss expects two tensors (b d) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"contrastive_loss expects two tensors (b d) of one shape, got {tuple(a.shape)} and "
+                         f"{tuple(b.shape)}")
     with torch.autocast(a.device.type, enabled=False):
-        a,b = a.float(),b.float()
-        if normalize: a,b = F.normalize(a, dim=1),F.normalize(b, dim=1)
-        if dist.is_initialized() and dist.get_world_size() > 1: a,b = (torch.cat(all_gather(t.contiguous())) for t in (a, b))
+        a = a.float()
+        b = b.float()
+        if normalize:
+            a = F.normalize(a, dim=1)
+            b = F.normalize(b, dim=1)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            a,b = (torch.cat(all_gather(t.contiguous())) for t in (a, b))
         logits = scale*a@b.T                                                     # (b b)
         partner = torch.arange(len(a), device=a.device)
         return (F.cross_entropy(logits, partner)+F.cross_entropy(logits.T, partner))/2
 
 # %% ../../nbs/training/05_semantic.ipynb #3de1b1df
 def _rows(
-    out:Tensor|list, # what a teacher says: (b d) for 'class', (b d h w), (b 1+n d) with the class token first, or a list, whose last counts
+    # what a teacher says: (b d) for 'class', (b d h w), (b 1+n d) with the class token first, or a list,
+    # whose last counts
+    out:Tensor|list,
     kind:str,        # 'class' or 'patch'
 ) -> Float[Tensor, "b m d"]:
     "The teacher's features an image is described by: one, or one a place"
@@ -49,7 +56,8 @@ def _rows(
     if len(shape) not in (2,3,4) or not isinstance(out, Tensor):
         raise ValueError(f"teacher must return features (b d), (b 1+n d) or (b d h w), got {shape}")
     if kind == 'patch' and (out.ndim == 2 or out.ndim == 3 and shape[1] < 2):
-        raise ValueError(f"kind='patch' needs a teacher with places, (b 1+n d) or (b d h w), got {shape}; use kind='class'")
+        raise ValueError(f"kind='patch' needs a teacher with places, (b 1+n d) or (b d h w), got {shape}; "
+                         "use kind='class'")
     if out.ndim == 2: return out[:,None]
     if out.ndim == 3: return out[:,:1] if kind == 'class' else out[:,1:]
     maps = out.flatten(2).mT                                                     # (b h*w d)
@@ -66,7 +74,8 @@ class VitTeacher(nn.Module):
     def seen(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 s s"]:
         "What the transformer gets"
         x = x.expand(-1, 3, -1, -1)
-        if x.shape[-2:] != (self.vit.size,)*2: x = F.interpolate(x, (self.vit.size,)*2, mode='bicubic', antialias=True)
+        if x.shape[-2:] != (self.vit.size,)*2:
+            x = F.interpolate(x, (self.vit.size,)*2, mode='bicubic', antialias=True)
         return (x/2+.5-self.mean)/self.std
 
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]: return self.vit(self.seen(x))
@@ -79,8 +88,10 @@ def dinov2_teacher(
     "DINOv2 as a teacher; width and depth follow from the weights"
     state = read_tensors(weights)
     if 'cls_token' not in state:
-        raise ValueError(f"expected DINOv2 weights in timm's names, with a cls_token; got {', '.join(list(state)[:3])}, ...")
-    width,depth = state['cls_token'].shape[-1],1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
+        raise ValueError("expected DINOv2 weights in timm's names, with a cls_token; got "
+                         f"{', '.join(list(state)[:3])}, ...")
+    width = state['cls_token'].shape[-1]
+    depth = 1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
     return VitTeacher(load_vit(ViT(size, patch, 3, width, depth, max(1, width//64)), weights))
 
 def _teacher(of, layer, size) -> nn.Module:
@@ -88,23 +99,28 @@ def _teacher(of, layer, size) -> nn.Module:
     if isinstance(of, nn.Module): return of
     if of == 'efficientnet_lite2': return efficientnet_taps('lite2', (layer,), size)
     if of.startswith('dinov2:'): return dinov2_teacher(of.removeprefix('dinov2:'))
-    raise ValueError(f"teacher must be 'efficientnet_lite2', 'dinov2:PATH.safetensors' or a module, got {of!r}")
+    raise ValueError("teacher must be 'efficientnet_lite2', 'dinov2:PATH.safetensors' or a module, got "
+                     f"{of!r}")
 
 def _probe(teacher) -> Tensor|list:
     "What the teacher says of an empty image, on its device; or one line about what it must take"
     at = next((t.device for t in (*teacher.parameters(), *teacher.buffers())), None)
     try:
         with torch.no_grad(): return teacher(torch.zeros(1,3,32,32, device=at))
-    except Exception as e:                                                       # it may be anyone's module and fail in any way
+    # it may be anyone's module and fail in any way
+    except Exception as e:
         said = ' '.join(f"{type(e).__name__}: {e}".split())[:120]
-        raise ValueError(f"teacher must take images (b 3 h w) in [-1,1] of any size; got, for (1 3 32 32), {said}") from None
+        raise ValueError("teacher must take images (b 3 h w) in [-1,1] of any size; got, for (1 3 32 32), "
+                         f"{said}") from None
 
 class SemanticLoss(nn.Module):
     "Latents must say which image they are of, to a frozen teacher"
     def __init__(self,
         dim:int,                                    # channels of the latents
-        teacher:str|nn.Module = 'efficientnet_lite2', # offline; 'dinov2:PATH'; or any module, images in [-1,1] -> features, frozen in place
-        kind:str = 'class',                         # 'class': the teacher's one vector; 'patch': mean of its projected places
+        # offline; 'dinov2:PATH'; or any module, images in [-1,1] -> features, frozen in place
+        teacher:str|nn.Module = 'efficientnet_lite2',
+        # 'class': the teacher's one vector; 'patch': mean of its projected places
+        kind:str = 'class',
         size:int = 24,                              # side the offline teacher sees, pixels
         layer:int = 9,                              # block of the offline teacher
         scale:float = 1.,                           # of `contrastive_loss`
@@ -112,7 +128,10 @@ class SemanticLoss(nn.Module):
     ):
         super().__init__()
         if kind not in ('class', 'patch'): raise ValueError(f"kind must be 'class' or 'patch', got {kind!r}")
-        self.kind,self.scale,self.normalize,self.teacher = kind,scale,normalize,Frozen(_teacher(teacher, layer, size))
+        self.kind = kind
+        self.scale = scale
+        self.normalize = normalize
+        self.teacher = Frozen(_teacher(teacher, layer, size))
         seen = _rows(_probe(self.teacher.module), kind)
         self.project = nn.Linear(seen.shape[-1], dim).to(seen.device)
 
@@ -120,7 +139,8 @@ class SemanticLoss(nn.Module):
     def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
         "What the teacher says of images in [-1,1], grey ones shown three times; no gradient"
         if x.shape[1] == 1: x = x.expand(-1, 3, -1, -1)
-        with torch.autocast(x.device.type, enabled=False): return _rows(self.teacher(x.float()), self.kind).detach()
+        with torch.autocast(x.device.type, enabled=False):
+            return _rows(self.teacher(x.float()), self.kind).detach()
 
     def forward(self,
         zq:Float[Tensor, "b n d"],    # latents; clean or perturbed, as the caller likes
@@ -128,7 +148,8 @@ class SemanticLoss(nn.Module):
     ) -> Tensor:
         "Contrastive loss of mean latents and projected features"
         if zq.shape[-1] != self.project.out_features:
-            raise ValueError(f"this semantic loss is for latents of {self.project.out_features} channels, got {tuple(zq.shape)}")
+            raise ValueError(f"this semantic loss is for latents of {self.project.out_features} channels, "
+                             f"got {tuple(zq.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             says = self.project(self.features(x)).mean(1)                        # (b d)
             return contrastive_loss(says, zq.float().mean(1), self.scale, self.normalize)

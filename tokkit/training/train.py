@@ -39,17 +39,22 @@ def tokenizer_step(
     def step(learner, batch):
         x = batch[0]
         z = tok.encode(x)
-        q = tok.quantize(z); zq,log = q.zq,{}
+        q = tok.quantize(z)
+        zq = q.zq
+        log = {}
         if perturbation is not None:
             slope = _slope(tok, q.zq, x) if perturbation.needs_gradient else None
-            p = perturbation(z, q, tok.quantizer, learner.step/len(learner.loader), learner.rng('perturb'), slope, learner.shard)
+            p = perturbation(z, q, tok.quantizer, learner.step/len(learner.loader), learner.rng('perturb'),
+                             slope, learner.shard)
             zq,log['replaced'] = p.zq,p.rate
         out = loss(learner, tok.decode(zq), x, q.zq if loss.cfg.semantic_on == 'clean' else zq)
         if q.ids is not None:
             log['usage'] = codebook_usage(tok.quantizer.usage)[0]
             due = revive_every and (learner.step+1)%revive_every == 0 and learner.part == learner.accumulate-1
-            if due and learner.done < .7:                                      # late ones would have no time to settle
-                revive(tok.quantizer, learner.accelerator.gather(z.detach()), rng=learner.rng('revive'))   # the same on every process
+            # late ones would have no time to settle
+            if due and learner.done < .7:
+                # the same on every process
+                revive(tok.quantizer, learner.accelerator.gather(z.detach()), rng=learner.rng('revive'))
         return out|dict(loss=out['loss']+q.loss, quantizer=q.loss)|log
     return step
 
@@ -62,15 +67,18 @@ def generator_step(
     generator:LatentGenerator, # what learns
 ) -> Callable:
     "The step of generator training"
-    def step(learner, batch): return generator.losses(batch[0], batch[1], learner.own_rng('labels'), learner.done)
+    def step(learner, batch):
+        return generator.losses(batch[0], batch[1], learner.own_rng('labels'), learner.done)
     return step
 
 # %% ../../nbs/training/09_train.ipynb #11dac8ca
 class TensorPairs(Dataset):
     "Rows of two tensors side by side, handed out a batch at a time"
     def __init__(self, a:Tensor, b:Tensor): # same length
-        if len(a) != len(b): raise ValueError(f"pairs need as many of one as of the other, got {len(a)} and {len(b)}")
-        self.a,self.b = a,b
+        if len(a) != len(b):
+            raise ValueError(f"pairs need as many of one as of the other, got {len(a)} and {len(b)}")
+        self.a = a
+        self.b = b
     @property
     def hash(self) -> str: return tensors_hash(dict(a=self.a, b=self.b))
     def __len__(self): return len(self.a)
@@ -83,7 +91,8 @@ def _callbacks(ema, loss, work, preview, key, *more) -> list[Callback]:
 
 def matrices_decay(
     model:nn.Module,       # whose parameters
-    weight_decay:float,    # for tensors of two or more dimensions, embeddings included; biases and norms get none
+    # for tensors of two or more dimensions, embeddings included; biases and norms get none
+    weight_decay:float,
 ) -> list[dict]:
     "Parameter groups for AdamW: no decay for vectors"
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -99,7 +108,8 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas))
 
 def train_tokenizer(
-    tok:Tokenizer,                                # changed in place; ends with its averaged weights, in eval mode
+    # changed in place; ends with its averaged weights, in eval mode
+    tok:Tokenizer,
     images:Dataset,                               # (image, label) pairs
     cfg:ImageTraining = ImageTraining(),          # how
     perturbation:LatentPerturbation|None = None,  # between quantizer and decoder; None trains plainly
@@ -108,10 +118,12 @@ def train_tokenizer(
     device:str|None = None,                       # where; None: the best there is
     seed:int = 0,                                 # moves order, perturbation and revival
     desc:str = 'tokenizer',                       # for the bar
-    critic:str|Path|None = None,                  # file that keeps the discriminator, for post-training to go on with
+    # file that keeps the discriminator, for post-training to go on with
+    critic:str|Path|None = None,
 ) -> pd.DataFrame:
     "Train a tokenizer; returns the losses, one row an epoch"
-    if critic and not cfg.adversarial: raise ValueError("adversarial is 0, so there is no discriminator to keep; leave critic out")
+    if critic and not cfg.adversarial:
+        raise ValueError("adversarial is 0, so there is no discriminator to keep; leave critic out")
     tok.train()
     loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed, tok.spec.shape[1])
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
@@ -119,7 +131,8 @@ def train_tokenizer(
     if loss.weights(): groups.append(dict(params=loss.weights(), weight_decay=0.))
     phase = Phase(step, adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
     with _compiled(cfg.compile, tok.encoder, tok.decoder):
-        history = _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc, perturbation)
+        history = _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc,
+                       perturbation)
     if critic: loss.save_critic(critic)
     return history
 
@@ -136,24 +149,29 @@ def _compiled(backend:str, *parts:nn.Module):
 def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, asked=None, watch=None):
     "Run the loop and leave the averaged weights in the model; `asked` is what else decides them, `watch(ema)` gives one more callback"
     if work and not hasattr(data, 'hash'):
-        raise ValueError(f"a training is gone on with by what it learns from, and {type(data).__name__} has no hash to tell; "
+        raise ValueError(f"a training is gone on with by what it learns from, and {type(data).__name__} has "
+                         "no hash to tell; "
                          "leave work out, or give the data set a property `hash`")
     ema = EMA(cfg.ema)
-    told = re.sub(r' at 0x\w+', '', repr(asked))                      # a function of one's own is known by its name only
+    # a function of one's own is known by its name only
+    told = re.sub(r' at 0x\w+', '', repr(asked))
     key = stable_hash([cfg, repr(getattr(model, 'cfg', None)), tensors_hash(model.state_dict()), told,
                        data.hash, seed, desc]) if work else ''
     callbacks = _callbacks(ema, loss, work, preview, key, *([watch(ema)] if watch else []))
-    learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed, cfg.precision, desc,
+    learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed,
+                      cfg.precision, desc,
                       getattr(cfg, 'accumulate', 1), work)
     if loss: loss.to(learner.device)
-    alone = locked(Path(work)/'checkpoint.pt', f'the training in {work}') if work and learner.main else nullcontext()
+    alone = (locked(Path(work)/'checkpoint.pt', f'the training in {work}') if work and learner.main
+             else nullcontext())
     with alone: learner.fit()
     model.load_state_dict(ema.average)
     model.eval()
     return history_frame(learner)
 
 def train_generator(
-    generator:LatentGenerator,                       # changed in place; ends with its averaged weights, in eval mode
+    # changed in place; ends with its averaged weights, in eval mode
+    generator:LatentGenerator,
     tokens:Dataset,                                  # (latents, label) pairs: a `TokenCache` or `TensorPairs`
     cfg:GeneratorTraining = GeneratorTraining(),     # how
     work:str|Path|None = None,                       # folder of the checkpoint; a second call resumes there
@@ -164,5 +182,6 @@ def train_generator(
 ) -> pd.DataFrame:
     "Train a generator; returns the losses, one row an epoch"
     groups = dict(matrices=matrices_decay, released=released_decay)[cfg.decay](generator, cfg.weight_decay)
-    phase = Phase(generator_step(generator), adamw(groups, cfg.lr, cfg.betas), WarmupCosine(cfg.warmup, cfg.final), cfg.clip)
+    phase = Phase(generator_step(generator), adamw(groups, cfg.lr, cfg.betas),
+                  WarmupCosine(cfg.warmup, cfg.final), cfg.clip)
     return _fit(generator, tokens, [phase], None, cfg, work, preview, device, seed, desc)

@@ -26,35 +26,45 @@ def plot_scatter_rank(
     names:bool = True,                  # write the points' names beside them
 ) -> Figure:
     "One metric against another, a point a tokenizer, 95% error bars, and the rank correlation with its interval"
-    rows, keys = _labelled(rows), [label] + ([hue] if hue else [])
+    rows = _labelled(rows)
+    keys = [label] + ([hue] if hue else [])
     xs,ys = ([o] if isinstance(o, str) else list(o) for o in (x, y))
     there = rows.metric.unique()
     missing = [m for m in (*xs, *ys) if m not in there]
-    if missing: raise ValueError(f"no rows of metric {missing[0]!r}; the table has {', '.join(map(str, there))}")
+    if missing:
+        raise ValueError(f"no rows of metric {missing[0]!r}; the table has {', '.join(map(str, there))}")
     rows = rows[rows.metric.isin([*xs, *ys])]
-    wide = pool(rows, [*keys, 'metric']).pivot(index=keys, columns='metric', values=['value', 'se']).reset_index()
+    wide = pool(rows, [*keys, 'metric']).pivot(index=keys, columns='metric',
+                                               values=['value', 'se']).reset_index()
     colors = hue_colors(sorted(wide[hue].unique().tolist())) if hue else {None:PALETTE[0]}
     with house_style():
-        fig, axes = _panels(len(xs)*len(ys), width=3.9, height=3.3, columns=len(xs), sharey='row', sharex='col')
+        fig, axes = _panels(len(xs)*len(ys), width=3.9, height=3.3, columns=len(xs), sharey='row',
+                            sharex='col')
         for ax,(target,m) in zip(axes, ((target, m) for target in ys for m in xs)):
             for (value,color),marker in zip(colors.items(), MARKERS*9):
-                _points(ax, wide[wide[hue]==value] if hue else wide, m, target, label if names else None, color, marker, value)
+                _points(ax, wide[wide[hue]==value] if hue else wide, m, target, label if names else None,
+                        color, marker, value)
             if len(wide.dropna(subset=[('value', m), ('value', target)]))>3:
                 r = rank_agreement(rows, m, target, unit=label).set_index('coefficient').loc['Spearman']
                 ax.set_title(f'ρ = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]')
             ax.set(xlabel=m if target == ys[-1] else '', ylabel=target if m == xs[0] else '')
-        if hue: fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', title=hue, title_fontsize=10)
+        if hue:
+            fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', title=hue,
+                       title_fontsize=10)
         _note(fig, rows)
     return fig
 
 def _points(ax:Axes, p:pd.DataFrame, x:str, y:str, label:str|None, color:str, marker:str, name:Any):
     "Points with error bars and small names"
     bars = [1.96*p.se[m].fillna(0) for m in (x, y)]
-    ax.errorbar(p.value[x], p.value[y], xerr=bars[0], yerr=bars[1], fmt=marker, color=color, elinewidth=1.2, markersize=8,
+    ax.errorbar(p.value[x], p.value[y], xerr=bars[0], yerr=bars[1], fmt=marker, color=color, elinewidth=1.2,
+                markersize=8,
                 markeredgecolor='white', label=str(name))
     if label is None: return
-    for i,(a,b,text) in enumerate(sorted(zip(p.value[x], p.value[y], p[label].astype(str)))):   # names above and below in turn
-        ax.annotate(text, (a, b), (5, -13 if i%2 else 5), textcoords='offset points', fontsize=9, color='#666666')
+    # names above and below in turn
+    for i,(a,b,text) in enumerate(sorted(zip(p.value[x], p.value[y], p[label].astype(str)))):
+        ax.annotate(text, (a, b), (5, -13 if i%2 else 5), textcoords='offset points', fontsize=9,
+                    color='#666666')
 
 # %% ../../nbs/ui/02_agreement_plots.ipynb #b427c18d
 def plot_agreement(
@@ -65,7 +75,8 @@ def plot_agreement(
     "Correlations with their intervals: a row a predictor, a colour a scope, a panel a coefficient"
     missing = [c for c in ('metric','scope','coefficient','value','low','high') if c not in found]
     if missing: raise ValueError(f"expected a table of rank_agreement, got one without {missing[0]!r}")
-    metrics,colors = list(found.metric.unique()),hue_colors(list(found.scope.unique()))
+    metrics = list(found.metric.unique())
+    colors = hue_colors(list(found.scope.unique()))
     with house_style():
         fig, axes = _panels(len(coefficients), width=2.9, height=.9+.45*len(metrics), sharey=True)
         for ax,c in zip(axes, coefficients):

@@ -62,25 +62,36 @@ class BeforeAfterExplorer(Explorer):
     ):
         if not len(images): raise ValueError("BeforeAfterExplorer needs at least one image, got none")
         check_range('n', n, 1, 64, 'it is how many images are shown at once')
-        check_fit(generator, before); check_fit(generator, after)
-        self.before,self.after,self.generator,self.images = before,after,generator,images
-        self.n,self.sampling,self._kept = min(n, len(images)),dict(sampling or {}),{}
-        check_same(before, after); self._build(); self.set(**state)
+        check_fit(generator, before)
+        check_fit(generator, after)
+        self.before = before
+        self.after = after
+        self.generator = generator
+        self.images = images
+        self.n = min(n, len(images))
+        self.sampling = dict(sampling or {})
+        self._kept = {}
+        check_same(before, after)
+        self._build()
+        self.set(**state)
 
 @patch
 def _build(self:BeforeAfterExplorer):
     "The knobs and the view"
     w = ipywidgets
-    wide,style = w.Layout(width='280px'),dict(description_width='72px')
+    wide = w.Layout(width='280px')
+    style = dict(description_width='72px')
     knob = lambda kind, name, value, **kw: kind(value=value, description=name, layout=wide, style=style, **kw)
     pages = -(-len(self.images)//self.n)
     self.knobs = dict(
         sigma=knob(w.FloatSlider, 'keep σ', .5, min=0, max=1, step=.01),
-        source=knob(w.Dropdown, 'decode', 'tokens', options=[('what was drawn', 'tokens'), ('its picture, encoded again', 'reencode')]),
+        source=knob(w.Dropdown, 'decode', 'tokens',
+                    options=[('what was drawn', 'tokens'), ('its picture, encoded again', 'reencode')]),
         seed=knob(w.IntSlider, 'seed', 0, min=0, max=99),
         page=knob(w.IntSlider, 'images', 0, min=0, max=pages-1, disabled=pages==1))
     fit = w.Layout(max_width='100%', object_fit='contain', align_self='flex-start')
-    self.line,self.image = w.HTML(),w.Image(format='png', layout=fit)
+    self.line = w.HTML()
+    self.image = w.Image(format='png', layout=fit)
     for widget in self.knobs.values(): widget.observe(self._changed, 'value')
     columns = [w.VBox([self.knobs[k] for k in names]) for names in (('sigma', 'source'), ('seed', 'page'))]
     self._box = w.VBox([w.HBox(columns, layout=w.Layout(flex_flow='row wrap')), self.line, self.image])
@@ -98,12 +109,14 @@ def set(self:BeforeAfterExplorer,
     unknown = [k for k in state if k not in self.knobs]
     if unknown: raise ValueError(f"the explorer has no knob {unknown[0]!r}; it has {', '.join(self.knobs)}")
     if 'sigma' in state: check_range('sigma', state['sigma'], hint='1 keeps the real latents, 0 draws freely')
-    if state.get('source', 'tokens') not in SOURCES: raise ValueError(f"source must be 'reencode' or 'tokens', got {state['source']!r}")
+    if state.get('source', 'tokens') not in SOURCES:
+        raise ValueError(f"source must be 'reencode' or 'tokens', got {state['source']!r}")
     self._quiet = True
     try:
         for k,v in state.items(): self.knobs[k].value = v
     finally: self._quiet = False
-    self._changed({}); return self
+    self._changed({})
+    return self
 
 # %% ../../nbs/ui/07_before_after.ipynb #ac8c796a
 @patch
@@ -144,9 +157,11 @@ def numbers(self:BeforeAfterExplorer,
     shown:BeforeAfter|None = None, # from `compared`; None computes it
 ) -> str:
     "One line: how new the latents are, how much the decoders disagree, and which is nearer to the image"
-    p,s = shown or self.compared(),self.state
+    p = shown or self.compared()
+    s = self.state
     continuous = p.real.is_floating_point()
-    new = f"{p.differ:.2f} standard deviations from the image's latents" if continuous else f"{p.differ:.1%} of ids are not the image's"
+    new = (f"{p.differ:.2f} standard deviations from the image's latents" if continuous
+           else f"{p.differ:.1%} of ids are not the image's")
     text = f"{new} · RMSE in grey levels: after − before {p.changed:.1f}"
     if not s['sigma']: return text+"; free samples, no image belongs to them"
     return text+", before − image {:.1f}, after − image {:.1f}".format(*p.far)
@@ -157,13 +172,18 @@ def picture(self:BeforeAfterExplorer,
     footer:bool = False,           # write the numbers under it
 ) -> Image.Image:
     "Image, before, after, difference; where latents are ids of one level also which are new"
-    p,s = shown or self.compared(),self.state
+    p = shown or self.compared()
+    s = self.state
     kept = 'real' if s['sigma'] else 'same label'
     rows = [('image', kept, image_tiles(p.x)), ('before', f"σ = {s['sigma']:.2g}", image_tiles(p.before)),
-            ('after', 'same latents', image_tiles(p.after)), ('difference', '|after − before|', difference_tiles(p.after, p.before))]
-    if p.real.ndim == 2 and p.real.shape[1] == math.prod(self.before.spec.grid):                # one id a token, in a grid
-        colors,side = code_colors(self.before.codebook),image_tiles(p.x[:1]).shape[1]
-        rows.append(('tokens', 'framed: new', token_tiles(p.latents, p.real, colors, self.before.spec.grid, side)))
+            ('after', 'same latents', image_tiles(p.after)),
+            ('difference', '|after − before|', difference_tiles(p.after, p.before))]
+    # one id a token, in a grid
+    if p.real.ndim == 2 and p.real.shape[1] == math.prod(self.before.spec.grid):
+        colors = code_colors(self.before.codebook)
+        side = image_tiles(p.x[:1]).shape[1]
+        rows.append(('tokens', 'framed: new',
+                     token_tiles(p.latents, p.real, colors, self.before.spec.grid, side)))
     return compose(rows, footer=self.numbers(p) if footer else '')
 
 @patch
@@ -173,12 +193,17 @@ def static_strip(self:BeforeAfterExplorer,
 ) -> Image.Image:
     "A still for a page: images, then before and after for every sigma; knobs stay as they were"
     if not len(sigmas): raise ValueError("static_strip needs at least one sigma, got none")
-    was,self._quiet = self.state['sigma'],True                       # an open view stays as it is
+    was = self.state['sigma']
+    self._quiet = True  # an open view stays as it is
     def at(sigma):
-        check_range('sigma', sigma); self.knobs['sigma'].value = sigma
+        check_range('sigma', sigma)
+        self.knobs['sigma'].value = sigma
         return self.compared()
     try: shown = [(s, at(s)) for s in sigmas]
-    finally: self.knobs['sigma'].value,self._quiet = was,False
+    finally:
+        self.knobs['sigma'].value = was
+        self._quiet = False
     rows = [('image', '', image_tiles(shown[0][1].x))]
-    rows += [(f'σ = {s:g}', what, image_tiles(x)) for s,p in shown for what,x in (('before', p.before), ('after', p.after))]
+    rows += [(f'σ = {s:g}', what, image_tiles(x)) for s,p in shown for what,
+             x in (('before', p.before), ('after', p.after))]
     return compose(rows).quantize(colors, dither=Image.Dither.NONE)

@@ -42,7 +42,8 @@ class Shown(NamedTuple):
 @contextmanager
 def _evaluating(model:nn.Module):
     "No gradients, and eval mode, which is put back as it was"
-    was = model.training; model.eval()
+    was = model.training
+    model.eval()
     try:
         with torch.no_grad(): yield
     finally: model.train(was)
@@ -59,10 +60,17 @@ def png_bytes(
 
 class Explorer:
     "What the view of every explorer does; what it shows is its own"
-    live, _quiet = False, False    # live: every move of a knob redraws; quiet: several are being moved
-    def shown(self) -> Any: "What is looked at now; `picture` and `numbers` take it"; raise NotImplementedError
-    def picture(self, shown:Any = None) -> Image.Image: "The picture"; raise NotImplementedError
-    def numbers(self, shown:Any = None) -> str: "One line"; raise NotImplementedError
+    live = False
+    _quiet = False  # live: every move of a knob redraws; quiet: several are being moved
+    def shown(self) -> Any:
+        "What is looked at now; `picture` and `numbers` take it"
+        raise NotImplementedError
+    def picture(self, shown:Any = None) -> Image.Image:
+        "The picture"
+        raise NotImplementedError
+    def numbers(self, shown:Any = None) -> str:
+        "One line"
+        raise NotImplementedError
 
     def redraw(self):
         "Compute, then show the picture and its line of numbers, or say in one line why not"
@@ -71,12 +79,15 @@ class Explorer:
             self.image.value = png_bytes(self.picture(shown))
             self.line.value = f"<span style='line-height:1.5'>{html.escape(self.numbers(shown))}</span>"
         except (ValueError, FloatingPointError) as e:
-            self.line.value = f"<span role='alert' style='color:{PALETTE[1]}'><b>not possible:</b> {html.escape(str(e))}</span>"
+            self.line.value = (f"<span role='alert' style='color:{PALETTE[1]}'><b>not possible:</b> "
+                               f"{html.escape(str(e))}</span>")
 
     @property
     def widget(self) -> ipywidgets.Widget:
         "The view; from here on it follows the knobs"
-        if not self.live: self.live = True; self.redraw()
+        if not self.live:
+            self.live = True
+            self.redraw()
         return self._box
 
     def _changed(self, change:dict):
@@ -94,23 +105,31 @@ class PerturbationExplorer(Explorer):
         **state,         # what the knobs show first, e.g. alpha=.5
     ):
         if tok.spec.codebook_size is None:
-            raise ValueError("PerturbationExplorer needs a tokenizer with codes; this one has continuous latents")
+            raise ValueError("PerturbationExplorer needs a tokenizer with codes; this one has continuous "
+                             "latents")
         if getattr(tok.spec, 'ids_shape', None):
             raise ValueError("PerturbationExplorer shows tokenizers with one id a token; "
                              f"an image of this one has ids of shape {tok.spec.ids_shape}")
         if not len(images): raise ValueError("PerturbationExplorer needs at least one image, got none")
-        self.tok, self.images, self.n = tok, images, min(n, len(images))
+        self.tok = tok
+        self.images = images
+        self.n = min(n, len(images))
         own = getattr(tok, 'quantizer', None)
-        self.own = own if isinstance(own, Quantizer) else None      # a quantizer knows what near means; beside others the codebook tells
-        self._cache, self._table = (None, None), NeighbourTable()
-        self._build(); self.set(**state)
+        # a quantizer knows what near means; beside others the codebook tells
+        self.own = own if isinstance(own, Quantizer) else None
+        self._cache = (None, None)
+        self._table = NeighbourTable()
+        self._build()
+        self.set(**state)
 
 # %% ../../nbs/ui/04_perturbation_explorer.ipynb #9710dd0e
 @patch
 def _build(self:PerturbationExplorer):
     "The knobs and the view"
-    w, k = ipywidgets, self.tok.spec.codebook_size
-    wide, style = w.Layout(width='280px'), dict(description_width='72px')
+    w = ipywidgets
+    k = self.tok.spec.codebook_size
+    wide = w.Layout(width='280px')
+    style = dict(description_width='72px')
     knob = lambda kind, name, value, **kw: kind(value=value, description=name, layout=wide, style=style, **kw)
     pages = -(-len(self.images)//self.n)
     self.knobs = dict(
@@ -120,11 +139,14 @@ def _build(self:PerturbationExplorer):
                    readout_format='.0f'),
         seed=knob(w.IntSlider, 'seed', 0, min=0, max=99),
         page=knob(w.IntSlider, 'images', 0, min=0, max=pages-1, disabled=pages==1),
-        rate=knob(w.Dropdown, 'count', 'exact', options=[('exact (paper)', 'exact'), ('a coin per token', 'bernoulli')]),
-        neighbours=knob(w.Dropdown, 'around', 'code', options=[('the code (paper)', 'code'), ('the latent', 'latent')]),
+        rate=knob(w.Dropdown, 'count', 'exact',
+                  options=[('exact (paper)', 'exact'), ('a coin per token', 'bernoulli')]),
+        neighbours=knob(w.Dropdown, 'around', 'code',
+                        options=[('the code (paper)', 'code'), ('the latent', 'latent')]),
         include_self=knob(w.Checkbox, 'a redraw may give the same code', True, indent=False))
     fit = w.Layout(max_width='100%', object_fit='contain', align_self='flex-start')
-    self.line, self.image = w.HTML(), w.Image(format='png', layout=fit)
+    self.line = w.HTML()
+    self.image = w.Image(format='png', layout=fit)
     for widget in self.knobs.values(): widget.observe(self._changed, 'value')
     groups = ('alpha', 'delta', 'beta'), ('seed', 'page'), ('rate', 'neighbours', 'include_self')
     columns = [w.VBox([self.knobs[k] for k in names]) for names in groups]
@@ -147,7 +169,8 @@ def set(self:PerturbationExplorer,
     try:
         for k,v in state.items(): self.knobs[k].value = v
     finally: self._quiet = False
-    self._changed({}); return self
+    self._changed({})
+    return self
 
 # %% ../../nbs/ui/04_perturbation_explorer.ipynb #0352dead
 @patch
@@ -156,11 +179,15 @@ def _page(self:PerturbationExplorer, page:int) -> tuple:
     tensors = [*self.tok.parameters(), *self.tok.buffers()]
     key = (page, sum(t._version for t in tensors))
     if self._cache[0] != key:
-        got = self.images[page*self.n:(page+1)*self.n]; x = got[0] if isinstance(got, tuple) else got
+        got = self.images[page*self.n:(page+1)*self.n]
+        x = got[0] if isinstance(got, tuple) else got
         x = x.to(tensors[0].device) if tensors else x
-        z = self.tok.encode(x); q = self.tok.quantize(z)
-        if self.own is None: z = getattr(getattr(self.tok, 'quantizer', None), 'project', lambda z: z)(z)   # as compared with codes
-        self._cache = key, (x, z, q.ids, self.tok.decode(self.tok.codes(q.ids)), code_colors(self.tok.codebook))
+        z = self.tok.encode(x)
+        q = self.tok.quantize(z)
+        # as compared with codes
+        if self.own is None: z = getattr(getattr(self.tok, 'quantizer', None), 'project', lambda z: z)(z)
+        self._cache = (key,
+                       (x, z, q.ids, self.tok.decode(self.tok.codes(q.ids)), code_colors(self.tok.codebook)))
     return self._cache[1]
 
 @patch
@@ -170,11 +197,13 @@ def perturbed(self:PerturbationExplorer) -> Shown:
     with _evaluating(self.tok):
         x, z, ids, clean, _ = self._page(s['page'])
         codes = self.tok.codebook if self.own is None else self.own
-        table = self._table if s['delta']*len(self.tok.codebook) < 2**22 else None      # everybody's neighbours must fit
+        # everybody's neighbours must fit
+        table = self._table if s['delta']*len(self.tok.codebook) < 2**22 else None
         moved = perturb_codes(ids, codes, s['alpha'], s['delta'], s['beta'], rate=s['rate'], z=z, table=table,
                               neighbours=s['neighbours'], include_self=s['include_self'],
                               rng=make_rng(s['seed'], 'explore', s['page']))
-        damaged, changed = self.tok.decode(self.tok.codes(moved)), moved != ids
+        damaged = self.tok.decode(self.tok.codes(moved))
+        changed = moved != ids
         rmse = (damaged.clamp(-1, 1)-clean.clamp(-1, 1)).square().mean().sqrt().item()*127.5
         step = (self.tok.codebook[moved[changed]]-self.tok.codebook[ids[changed]]).norm(dim=-1)
     psnr = float('inf') if rmse==0 else float(20*np.log10(255/rmse))
@@ -192,11 +221,13 @@ def numbers(self:PerturbationExplorer,
     shown:Shown|None = None, # from `perturbed`; None computes it
 ) -> str:
     "One line: the rate that arrived, and three distances to the clean reconstruction"
-    s, p = self.state, shown or self.perturbed()
+    s = self.state
+    p = shown or self.perturbed()
     hit = int((p.moved != p.ids).any(1).sum())
     asked = s['alpha']*s['beta']
     return (f"{p.rate:.1%} of tokens replaced in {hit} of {len(p.x)} images (asked: {asked:.1%}) · "
-            f"to the clean reconstruction: RMSE {p.rmse:.1f} grey levels, PSNR {p.psnr:.1f} dB · code distance {p.code_distance:.2f}")
+            f"to the clean reconstruction: RMSE {p.rmse:.1f} grey levels, PSNR {p.psnr:.1f} dB · code "
+            f"distance {p.code_distance:.2f}")
 
 @patch
 def picture(self:PerturbationExplorer,
@@ -204,12 +235,16 @@ def picture(self:PerturbationExplorer,
     footer:bool = False,     # write the numbers under it
 ) -> Image.Image:
     "Five rows: image, clean, perturbed, difference, tokens"
-    s, p = self.state, shown or self.perturbed()
-    colors, grid = self._page(s['page'])[4], self.tok.spec.grid
+    s = self.state
+    p = shown or self.perturbed()
+    colors = self._page(s['page'])[4]
+    grid = self.tok.spec.grid
     knobs = f"α {s['alpha']:.2g}  β {s['beta']:.2g}  δ {s['delta']}"
     rows = [('image', '', image_tiles(p.x)), ('clean', 'reconstruction', image_tiles(p.clean)),
-            ('perturbed', knobs, image_tiles(p.damaged)), ('difference', '|perturbed − clean|', difference_tiles(p.damaged, p.clean)),
-            ('tokens', 'framed: replaced', token_tiles(p.moved, p.ids, colors, grid, image_tiles(p.x[:1]).shape[1]))]
+            ('perturbed', knobs, image_tiles(p.damaged)),
+            ('difference', '|perturbed − clean|', difference_tiles(p.damaged, p.clean)),
+            ('tokens', 'framed: replaced',
+             token_tiles(p.moved, p.ids, colors, grid, image_tiles(p.x[:1]).shape[1]))]
     captions = [f'{k} of {p.ids.shape[1]}' for k in (p.moved != p.ids).sum(1).tolist()]
     return compose(rows, captions, self.numbers(p) if footer else '')
 
@@ -237,10 +272,14 @@ def published_explorer(
     n:int = 5,                                    # images shown
 ) -> ipywidgets.Widget:
     "Two sliders over ready-made pictures; works in a page with no kernel"
-    explorer, w = PerturbationExplorer(tok, images, n), ipywidgets
-    slider = lambda name, values: w.SelectionSlider(description=name, options=[f'{v:g}' for v in values], layout=w.Layout(width='330px'))
-    alpha, delta = slider('rate α', alphas), slider('strength δ', deltas)
-    still = lambda a, d: w.Image(value=png_bytes(explorer.set(alpha=a, delta=d).picture(footer=False), 32), format='png')
+    explorer = PerturbationExplorer(tok, images, n)
+    w = ipywidgets
+    slider = lambda name, values: w.SelectionSlider(description=name, options=[f'{v:g}' for v in values],
+                                                    layout=w.Layout(width='330px'))
+    alpha = slider('rate α', alphas)
+    delta = slider('strength δ', deltas)
+    still = lambda a, d: w.Image(value=png_bytes(explorer.set(alpha=a, delta=d).picture(footer=False), 32),
+                                 format='png')
     stacks = [w.Stack([still(a, d) for a in alphas], selected_index=0) for d in deltas]
     outer = w.Stack(stacks, selected_index=0)
     for stack in stacks: w.jslink((alpha, 'index'), (stack, 'selected_index'))

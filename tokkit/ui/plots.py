@@ -25,16 +25,24 @@ from ..analysis import pool
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#555555')
 MARKERS = 'osD^vPX'
 STYLE = {
-    'figure.dpi': 72, 'savefig.dpi': 72, 'figure.facecolor': 'white', 'font.family': 'DejaVu Sans', 'font.size': 11,
-    'axes.titlesize': 12, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'axes.labelsize': 11, 'axes.labelcolor': '#333333',
-    'axes.edgecolor': '#999999', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
-    'grid.color': '#e6e6e6', 'grid.linewidth': .8, 'xtick.color': '#555555', 'ytick.color': '#555555', 'xtick.labelsize': 10,
-    'ytick.labelsize': 10, 'lines.linewidth': 1.8, 'lines.markersize': 5, 'legend.frameon': False, 'legend.fontsize': 10,
+    'figure.dpi': 72, 'savefig.dpi': 72, 'figure.facecolor': 'white', 'font.family': 'DejaVu Sans',
+         'font.size': 11,
+    'axes.titlesize': 12, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'axes.labelsize': 11,
+         'axes.labelcolor': '#333333',
+    'axes.edgecolor': '#999999', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
+         'axes.axisbelow': True,
+    'grid.color': '#e6e6e6', 'grid.linewidth': .8, 'xtick.color': '#555555', 'ytick.color': '#555555',
+         'xtick.labelsize': 10,
+    'ytick.labelsize': 10, 'lines.linewidth': 1.8, 'lines.markersize': 5, 'legend.frameon': False,
+         'legend.fontsize': 10,
 }
 LABELS = dict(
-    alpha='rate α (fraction of tokens)', beta='proportion β (fraction of images)', delta='strength δ (nearest codes)',
-    sigma='preservation σ (fraction of tokens)', epoch='epoch', step='step (batches)', K='codebook size K (codes)',
-    strength='strength of the noise (standard deviations)', guidance='guidance scale', temperature='temperature',
+    alpha='rate α (fraction of tokens)', beta='proportion β (fraction of images)',
+              delta='strength δ (nearest codes)',
+    sigma='preservation σ (fraction of tokens)', epoch='epoch', step='step (batches)',
+              K='codebook size K (codes)',
+    strength='strength of the noise (standard deviations)', guidance='guidance scale',
+              temperature='temperature',
     seconds='time (s)', loss='loss', lr='learning rate')
 
 def house_style() -> AbstractContextManager:
@@ -53,9 +61,11 @@ def hue_colors(
 
 def _panels(n:int, width:float=3.7, height:float=2.9, columns:int=3, **kwargs) -> tuple[Figure, list[Axes]]:
     "A closed figure (so that a notebook shows it once) with `n` panels"
-    columns = max(1, min(n, columns)); rows = -(-n//columns)
+    columns = max(1, min(n, columns))
+    rows = -(-n//columns)
     size = width*columns, height*rows
-    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=72, layout='constrained', squeeze=False, **kwargs)
+    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=72, layout='constrained', squeeze=False,
+                             **kwargs)
     plt.close(fig)
     for ax in axes.flat[n:]: ax.set_axis_off()
     return fig, list(axes.flat[:n])
@@ -72,7 +82,8 @@ def _note(fig:Figure, rows:pd.DataFrame):
 def _line(ax:Axes, x, y, se, color:str, marker:str, label:str):
     "One line with its band, where there is an error to show"
     x, y, se = (np.asarray(o, float) for o in (x, y, se))
-    ax.plot(x, y, color=color, marker=marker, label=label, markeredgecolor='white', markeredgewidth=.8, clip_on=False, zorder=3)
+    ax.plot(x, y, color=color, marker=marker, label=label, markeredgecolor='white', markeredgewidth=.8,
+            clip_on=False, zorder=3)
     if np.isfinite(se).any(): ax.fill_between(x, y-1.96*se, y+1.96*se, color=color, alpha=.18, linewidth=0)
 
 def _labelled(rows:pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +101,8 @@ def plot_dose(
 ) -> Figure:
     "How a metric answers to a dose, with 95% bands"
     rows = _labelled(rows if 'metric' in rows else rows.assign(metric='value'))
-    metrics = list(metrics or rows.metric.unique()); hue = hue if hue in rows else None
+    metrics = list(metrics or rows.metric.unique())
+    hue = hue if hue in rows else None
     points = pool(rows.dropna(subset=[x]), ['metric', x] + ([hue] if hue else []))
     colors = hue_colors(sorted(points[hue].dropna().unique().tolist())) if hue else {None:PALETTE[0]}
     with house_style():
@@ -103,7 +115,8 @@ def plot_dose(
             ax.set(xlabel=LABELS.get(x, x), ylabel=metric)
         if hue and len(colors)>1:
             title = {'delta':'δ', 'alpha':'α', 'beta':'β', 'sigma':'σ'}.get(hue, hue)
-            fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', title=title, title_fontsize=10)
+            fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', title=title,
+                       title_fontsize=10)
         _note(fig, rows)
     return fig
 
@@ -118,7 +131,8 @@ def cells_frame(
     cells = getattr(source, 'cells', None)
     if not cells: raise ValueError(f"expected a card with cells (a pFID), got {source}")
     return pd.DataFrame(list(cells.values())).assign(
-        name=f'{source.metric} {source.number}', metric=f'FID[{source.extractor}]', n=source.n, extractor=source.extractor)
+        name=f'{source.metric} {source.number}', metric=f'FID[{source.extractor}]', n=source.n,
+                                                     extractor=source.extractor)
 
 def plot_heat(
     source:Any,              # what `cells_frame` understands
@@ -128,16 +142,20 @@ def plot_heat(
     label:str|None = None,   # what the colour means, e.g. 'FID'; None takes the rows' metric
 ) -> Figure:
     "Values over a grid of two doses, each cell with its standard error, panels on one colour scale"
-    rows = cells_frame(source); rows = rows if panel in rows else rows.assign(**{panel:''})
+    rows = cells_frame(source)
+    rows = rows if panel in rows else rows.assign(**{panel:''})
     label = label or (str(rows.metric.iloc[0]) if 'metric' in rows else 'FID of the cell')
-    points = pool(rows, [panel, y, x]); names = list(rows[panel].unique())
-    lo, hi = points.value.min(), points.value.max()
+    points = pool(rows, [panel, y, x])
+    names = list(rows[panel].unique())
+    lo = points.value.min()
+    hi = points.value.max()
     with house_style():
         fig, axes = _panels(len(names), width=3., height=3.3)
         for ax,name in zip(axes, names):
             _cells(ax, points[points[panel]==name], x, y, vmin=lo, vmax=hi)
             ax.set(title=name, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')
-        fig.colorbar(axes[0].collections[0], ax=axes, label=label, aspect=30, pad=.02).outline.set_visible(False)
+        fig.colorbar(axes[0].collections[0], ax=axes, label=label, aspect=30,
+                     pad=.02).outline.set_visible(False)
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig
 
@@ -146,7 +164,8 @@ def _cells(ax:Axes, points:pd.DataFrame, x:str, y:str, **colors):
     grid = points.pivot(index=y, columns=x, values=['value', 'se']).sort_index(ascending=False)
     shown = grid.value.map(lambda v: f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}')
     text = shown + grid.se.map(lambda s: f'\n±{s:.2g}' if np.isfinite(s) else '')
-    sns.heatmap(grid.value, annot=text, fmt='', linewidths=1.5, cbar=False, ax=ax, annot_kws=dict(fontsize=9), **dict(cmap='crest')|colors)
+    sns.heatmap(grid.value, annot=text, fmt='', linewidths=1.5, cbar=False, ax=ax, annot_kws=dict(fontsize=9),
+                **dict(cmap='crest')|colors)
     ax.tick_params(length=0, labelrotation=0)
 
 # %% ../../nbs/ui/00_plots.ipynb #db0ff547
@@ -165,8 +184,10 @@ def plot_surface(
             p = points[points.metric == metric]
             _cells(ax, p, x, y)
             best = p.loc[p.value.idxmin() if metric.endswith('FID') else p.value.idxmax()]
-            column,row = sorted(p[x].unique()).index(best[x]),sorted(p[y].unique(), reverse=True).index(best[y])
-            ax.add_patch(mpl.patches.Rectangle((column, row), 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=3, clip_on=False))
+            column = sorted(p[x].unique()).index(best[x])
+            row = sorted(p[y].unique(), reverse=True).index(best[y])
+            ax.add_patch(mpl.patches.Rectangle((column, row), 1, 1, fill=False, edgecolor=PALETTE[1],
+                                               linewidth=3, clip_on=False))
             ax.set(title=metric, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig
@@ -186,23 +207,29 @@ def plot_curves(
     history = history if run in history else history.assign(**{run:''})
     x = x or next((k for k in ('epoch', 'step') if k in history), None)
     if x not in history:
-        raise ValueError(f"a history needs a column epoch or step, or x=...; it has {', '.join(map(str, history.columns))}")
-    losses = list(losses or [k for k in history.select_dtypes('number') if k not in (x, run, 'epoch', 'step', 'seconds', 'lr')])
+        raise ValueError("a history needs a column epoch or step, or x=...; it has "
+                         f"{', '.join(map(str, history.columns))}")
+    losses = list(losses
+                  or [k for k in history.select_dtypes('number')
+                      if k not in (x, run, 'epoch', 'step', 'seconds', 'lr')])
     colors = hue_colors([str(r) for r in history[run].unique()])
     with house_style():
         fig, axes = _panels(len(losses))
         for ax,loss in zip(axes, losses):
             for name,h in history.groupby(run, sort=False):
-                h = h.dropna(subset=[loss]).sort_values(x); color = colors[str(name)]
+                h = h.dropna(subset=[loss]).sort_values(x)
+                color = colors[str(name)]
                 if smooth>1: ax.plot(h[x], h[loss], color=color, alpha=.25, linewidth=1)
-                if len(h): ax.plot(h[x], h[loss].rolling(smooth, min_periods=1).mean(), color=color, label=str(name))
+                if len(h):
+                    ax.plot(h[x], h[loss].rolling(smooth, min_periods=1).mean(), color=color, label=str(name))
             ax.set(xlabel=LABELS.get(x, x), ylabel=loss.replace('_', ' '), yscale='log' if log else 'linear')
         if len(colors)>1: fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
     return fig
 
 # %% ../../nbs/ui/00_plots.ipynb #fdf5d938
 def plot_cells(
-    rows:pd.DataFrame,         # tidy rows of single cells: alpha, delta, value, and a column that names the tokenizer
+    # tidy rows of single cells: alpha, delta, value, and a column that names the tokenizer
+    rows:pd.DataFrame,
     label:str = 'tokenizer',   # that column
     title:str = 'FID',         # what the colour means
     numbers:bool = True,       # write the values into the cells
@@ -216,9 +243,11 @@ def plot_cells(
     grid.columns = [f"{a:g} δ{marks.get(p, p)}" for a,p in grid.columns]
     with house_style():
         fig, (ax,) = _panels(1, width=2.4+.5*grid.shape[1], height=1.1+.3*len(grid))
-        sns.heatmap(grid, norm=mpl.colors.LogNorm(), cmap='crest', linewidths=1, annot=numbers, fmt='.0f', ax=ax,
+        sns.heatmap(grid, norm=mpl.colors.LogNorm(), cmap='crest', linewidths=1, annot=numbers, fmt='.0f',
+                    ax=ax,
                     annot_kws=dict(fontsize=8), cbar_kws=dict(label=title, pad=.02))
         ax.set(xlabel='α and δ of the cell', ylabel='')
-        ax.tick_params(length=0); ax.tick_params(axis='x', labelrotation=45)
+        ax.tick_params(length=0)
+        ax.tick_params(axis='x', labelrotation=45)
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig

@@ -31,11 +31,13 @@ class _Exporter(HTMLExporter):
     "A notebook to one HTML file that asks nobody for anything"
     @pass_context
     def markdown2html(self, context, source:str) -> str:
-        return MarkdownWithMath(renderer=_Renderer(escape=False, anchor_link_text=self.anchor_link_text)).render(source)
+        return MarkdownWithMath(renderer=_Renderer(escape=False,
+                                                   anchor_link_text=self.anchor_link_text)).render(source)
 
 def report_page(
     notebook:NotebookNode, # executed
 ) -> str:
     "The HTML of a notebook, as one file: pictures and formulas inside, no prompts, nothing fetched"
-    exporter = _Exporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url='', require_js_url='')
+    exporter = _Exporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url='',
+                         require_js_url='')
     return exporter.from_notebook_node(notebook)[0]

@@ -31,33 +31,45 @@ class SamplerStepper(Explorer):
         generator:LatentGenerator,           # autoregressive, masked or flow
         tok:nn.Module,                       # the `Tokenizer` of its latents, or any module with its verbs
         n:int = 6,                           # samples shown at once
-        images:Any = None,                   # images of which a part may be kept: `images[:n]` gives (x, labels), or x itself
+        # images of which a part may be kept: `images[:n]` gives (x, labels), or x itself
+        images:Any = None,
         classes:Sequence[str]|None = None,   # names of the labels; None: those of the images, or numbers
         **state,                             # what the knobs show first, e.g. guidance=3., step=20
     ):
         if n < 1: raise ValueError(f"SamplerStepper needs at least one sample, got n={n}")
-        self.generator,self.tok,self.n = generator,tok,n
+        self.generator = generator
+        self.tok = tok
+        self.n = n
         self.classes = list(classes or getattr(images, 'classes', None) or map(str, range(generator.classes)))
         self._check()
         self.real = None if images is None else self._latents(images)
-        self._default = generator.default_steps                                   # a sampler that has no steps to choose goes code by code
+        # a sampler that has no steps to choose goes code by code
+        self._default = generator.default_steps
         self._kept = None, []
-        self._build(); self.set(**state)
+        self._build()
+        self.set(**state)
 
     def _check(self):
-        g,spec = self.generator,self.tok.spec
-        shape = spec.shape if spec.codebook_size is None else getattr(spec, 'ids_shape', None) or spec.shape[:1]
+        g = self.generator
+        spec = self.tok.spec
+        shape = (spec.shape if spec.codebook_size is None else getattr(spec, 'ids_shape', None)
+                 or spec.shape[:1])
         if tuple(g.shape) != tuple(shape) or g.codebook_size != spec.codebook_size:
-            raise ValueError(f"the generator makes {tuple(g.shape)} of {g.codebook_size} codes, the tokenizer decodes {tuple(shape)} of "
+            raise ValueError(f"the generator makes {tuple(g.shape)} of {g.codebook_size} codes, the "
+                             f"tokenizer decodes {tuple(shape)} of "
                              f"{spec.codebook_size}; they must belong together")
         if g.codebook_size and shape[0] != spec.shape[0]:
-            raise ValueError(f"SamplerStepper shows ids of shape (n,) or (n, levels) for n tokens, got {tuple(shape)} for {spec.shape[0]}")
-        if len(self.classes) != g.classes: raise ValueError(f"classes must name {g.classes} labels, got {len(self.classes)} names")
+            raise ValueError("SamplerStepper shows ids of shape (n,) or (n, levels) for n tokens, got "
+                             f"{tuple(shape)} for {spec.shape[0]}")
+        if len(self.classes) != g.classes:
+            raise ValueError(f"classes must name {g.classes} labels, got {len(self.classes)} names")
 
     def _latents(self, images) -> Tensor:
         "What the generator would have to make of the first images"
-        got = images[:self.n]; x = got[0] if isinstance(got, tuple) else got
-        if len(x) < self.n: raise ValueError(f"images must hold one for each of {self.n} samples, got {len(x)}")
+        got = images[:self.n]
+        x = got[0] if isinstance(got, tuple) else got
+        if len(x) < self.n:
+            raise ValueError(f"images must hold one for each of {self.n} samples, got {len(x)}")
         with _evaluating(self.tok):
             q = self.tok.quantize(self.tok.encode(x.to(self.device)))
             return q.zq if q.ids is None else q.ids
@@ -71,16 +83,21 @@ class SamplerStepper(Explorer):
 @patch
 def _build(self:SamplerStepper):
     "The knobs and the view"
-    w,g = ipywidgets,self.generator
-    wide,style = w.Layout(width='300px'),dict(description_width='84px')
+    w = ipywidgets
+    g = self.generator
+    wide = w.Layout(width='300px')
+    style = dict(description_width='84px')
     knob = lambda kind, name, value, **kw: kind(value=value, description=name, layout=wide, style=style, **kw)
     whole = math.prod(g.shape) if g.codebook_size else 100
     steps = self._default or whole
     self.knobs = dict(
-        label=knob(w.Dropdown, 'label', -1, options=[('one of each', -1), *((c, i) for i,c in enumerate(self.classes))]),
-        guidance=knob(w.FloatSlider, 'guidance', 1.5 if g.label_dropout else 1., min=0, max=8, step=.25, disabled=not g.label_dropout),
+        label=knob(w.Dropdown, 'label', -1,
+                   options=[('one of each', -1), *((c, i) for i,c in enumerate(self.classes))]),
+        guidance=knob(w.FloatSlider, 'guidance', 1.5 if g.label_dropout else 1., min=0, max=8, step=.25,
+                      disabled=not g.label_dropout),
         temperature=knob(w.FloatSlider, 'temperature', 1., min=.1, max=2, step=.05),
-        steps=knob(w.IntSlider, 'steps', steps, min=1, max=max(steps, min(whole, 100)), disabled=self._default is None),
+        steps=knob(w.IntSlider, 'steps', steps, min=1, max=max(steps, min(whole, 100)),
+                   disabled=self._default is None),
         sigma=knob(w.FloatSlider, 'keep σ', 0., min=0, max=1, step=.05, disabled=self.real is None),
         seed=knob(w.IntSlider, 'seed', 0, min=0, max=99),
         sample=knob(w.IntSlider, 'chart of', 0, min=0, max=self.n-1, disabled=g.codebook_size is None),
@@ -88,7 +105,8 @@ def _build(self:SamplerStepper):
     self.play = w.Play(min=0, max=steps-1, interval=300)
     for a,b in (('value', 'value'), ('max', 'max')): w.jslink((self.play, a), (self.knobs['step'], b))
     fit = w.Layout(max_width='100%', object_fit='contain', align_self='flex-start')
-    self.line,self.image = w.HTML(),w.Image(format='png', layout=fit)
+    self.line = w.HTML()
+    self.image = w.Image(format='png', layout=fit)
     for widget in self.knobs.values(): widget.observe(self._changed, 'value')
     groups = ('label', 'guidance', 'temperature'), ('steps', 'sigma', 'seed'), ('step', 'sample')
     columns = [w.VBox([self.knobs[k] for k in names]) for names in groups]
@@ -108,15 +126,20 @@ def set(self:SamplerStepper,
     unknown = [k for k in state if k not in self.knobs]
     if unknown: raise ValueError(f"the stepper has no knob {unknown[0]!r}; it has {', '.join(self.knobs)}")
     off = [k for k,v in state.items() if self.knobs[k].disabled and v != self.knobs[k].value]
-    if off: raise ValueError(f"the knob {off[0]!r} does nothing here: {_OFF.get(off[0], 'the latents are continuous')}")
-    was,self._quiet = self._quiet,True
+    if off:
+        raise ValueError(f"the knob {off[0]!r} does nothing here: "
+                         f"{_OFF.get(off[0], 'the latents are continuous')}")
+    was = self._quiet
+    self._quiet = True
     try:
         for k,v in state.items():
             if k != 'step': self.knobs[k].value = v
         if 'step' in state:
-            self._reach(); self.knobs['step'].value = state['step']
+            self._reach()
+            self.knobs['step'].value = state['step']
     finally: self._quiet = was
-    self._changed({}); return self
+    self._changed({})
+    return self
 
 _OFF = dict(guidance='the generator was trained without label dropout', sigma='no images were given',
             steps='this sampler goes code by code')
@@ -125,13 +148,16 @@ _OFF = dict(guidance='the generator was trained without label dropout', sigma='n
 @patch
 def trace(self:SamplerStepper) -> list[Moment]:
     "All steps of the present samples; sampled anew only when a knob of the sampler or a weight has changed"
-    s,g = self.state,self.generator
+    s = self.state
+    g = self.generator
     tensors = [t for m in (g, self.tok) for t in (*m.parameters(), *m.buffers())]
     key = tuple(v for k,v in s.items() if k not in ('sample', 'step')),sum(t._version for t in tensors)
     if self._kept[0] == key: return self._kept[1]
-    moments,steps = [],{} if self._default is None else dict(steps=s['steps'])
+    moments = []
+    steps = {} if self._default is None else dict(steps=s['steps'])
     with _evaluating(g):
-        g.sample(self.labels, s['guidance'], s['temperature'], keep=(self.real, s['sigma']) if s['sigma'] else None,
+        g.sample(self.labels, s['guidance'], s['temperature'], keep=(self.real, s['sigma']) if s['sigma']
+                 else None,
                  rng=make_rng(s['seed'], 'stepper'), callback=record(moments, s['temperature']), **steps)
     if not moments: raise ValueError("keep σ 1 leaves nothing to sample; choose a smaller one")
     self._kept = key,moments
@@ -141,14 +167,17 @@ def trace(self:SamplerStepper) -> list[Moment]:
 def labels(self:SamplerStepper) -> Int[Tensor, "n"]:
     "The samples' labels"
     label = self.state['label']
-    return (torch.arange(self.n)%self.generator.classes if label < 0 else torch.full((self.n,), label)).to(self.device)
+    return (torch.arange(self.n)%self.generator.classes if label < 0
+            else torch.full((self.n,), label)).to(self.device)
 
 @patch
 def _reach(self:SamplerStepper) -> list[Moment]:
     "The trace, with the step's slider as long as it"
-    moments,step = self.trace(),self.knobs['step']
+    moments = self.trace()
+    step = self.knobs['step']
     if step.max != len(moments)-1:
-        was,self._quiet = self._quiet,True
+        was = self._quiet
+        self._quiet = True
         try: step.max = self.play.max = len(moments)-1
         finally: self._quiet = was
     return moments
@@ -164,24 +193,31 @@ def numbers(self:SamplerStepper,
     moment:Moment|None = None, # which step; None: the slider's
 ) -> str:
     "One line: how far, and what happened in this step"
-    m,s = moment or self.moment(),self.state
+    m = moment or self.moment()
+    s = self.state
     start = f"step {m.i+1} of {m.steps}"
     if m.t is not None:
-        with _evaluating(self.tok): now,end = (self.tok.decode(z.to(self.device)).clamp(-1, 1) for z in (m.clean, self.trace()[-1].latents))
+        with _evaluating(self.tok):
+            now,end = (self.tok.decode(z.to(self.device)).clamp(-1, 1)
+                       for z in (m.clean, self.trace()[-1].latents))
         far = (now-end).square().mean().sqrt().item()*127.5
         return f"{start} · t = {m.t:.2f} · the estimate is {far:.1f} grey levels (RMSE) from the end"
-    i,which = s['sample'],math.prod(self.generator.shape)
+    i = s['sample']
+    which = math.prod(self.generator.shape)
     if m.entry[i] < 0: return f"{start} · sample {i}: nothing is set in this step"
     bits = torch.special.entr(m.p[i]).sum().item()/math.log(2)
     many = f"{int(m.new[i].sum())} codes set, {int((~m.known[i]).sum())} of {which} hidden; the surest, "
     if (m.new.flatten(1).sum(1) <= 1).all(): many = ''
-    return (f"{start} · sample {i}: {many}{self._where(int(m.entry[i]))}: code {int(m.code[i])}, rank {int(m.rank[i])} of {len(m.p[i])}, "
-            f"probability {m.chance[i].flatten()[m.entry[i]]:.1%} · as uncertain as among {2**bits:.0f} equal codes")
+    return (f"{start} · sample {i}: {many}{self._where(int(m.entry[i]))}: code {int(m.code[i])}, rank "
+            f"{int(m.rank[i])} of {len(m.p[i])}, "
+            f"probability {m.chance[i].flatten()[m.entry[i]]:.1%} · as uncertain as among {2**bits:.0f} "
+            "equal codes")
 
 @patch
 def _where(self:SamplerStepper, entry:int) -> str:
     "Which token an entry is"
-    shape,grid = self.generator.shape,self.tok.spec.grid
+    shape = self.generator.shape
+    grid = self.tok.spec.grid
     token,level = (entry, None) if len(shape) == 1 else divmod(entry, shape[1])
     place = f"token {token}" if not grid else f"row {token//grid[1]}, column {token%grid[1]}"
     return place if level is None else f"{place}, level {level}"
@@ -191,21 +227,31 @@ def rows(self:SamplerStepper,
     moment:Moment, # which step
 ) -> list[tuple]:
     "What is shown of a step: names and tiles, as `compose` takes them"
-    m,end,tok = moment,self.trace()[-1].latents,self.tok
+    m = moment
+    end = self.trace()[-1].latents
+    tok = self.tok
     with _evaluating(tok):
         if m.t is not None:
             now,clean,last = (tok.decode(z.to(self.device)) for z in (m.latents, m.clean, end))
-            return [('state', f't = {m.t:.2f}', image_tiles(now)), ('estimate', 'of the data', image_tiles(clean)),
-                    ('difference', '|estimate − end|', difference_tiles(clean, last)), ('in the end', '', image_tiles(last))]
+            return [('state', f't = {m.t:.2f}', image_tiles(now)),
+                    ('estimate', 'of the data', image_tiles(clean)),
+                    ('difference', '|estimate − end|', difference_tiles(clean, last)),
+                    ('in the end', '', image_tiles(last))]
         known,new = (t.flatten(2).all(2) if t.ndim == 3 else t for t in (m.known, m.new))
         if m.new.ndim == 3: new = m.new.any(2)
         z,last = (tok.codes(ids.to(self.device)) for ids in (m.latents, end))                     # (b n d)
         far = torch.where(known[...,None].to(z.device), z, last.mean((0, 1)))
         far,guess,last = (image_tiles(tok.decode(v)) for v in (far, z, last))
     if tok.spec.grid: far = veil(far, known, tok.spec.grid)
-    codebook,ids,chance = tok.codebook,m.latents,m.chance
-    if ids.ndim == 3: codebook,ids,chance = codebook[0],ids[...,0],chance.nanmean(2)              # colours of the first level
-    ink,side = code_colors(codebook)[ids.numpy()],far.shape[1]
+    codebook = tok.codebook
+    ids = m.latents
+    chance = m.chance
+    if ids.ndim == 3:  # colours of the first level
+        codebook = codebook[0]
+        ids = ids[...,0]
+        chance = chance.nanmean(2)
+    ink = code_colors(codebook)[ids.numpy()]
+    side = far.shape[1]
     ink[~known.numpy()] = 240
     maps = [map_tiles(c, new, tok.spec.grid, side) for c in (ink, chance_ink(chance))]
     guess = [('guess', 'every code drawn', guess)] if self._default else []
@@ -218,14 +264,17 @@ def picture(self:SamplerStepper,
     footer:bool = False,       # write the numbers under it
 ) -> Image.Image:
     "The samples at a step, and the most probable codes of one of them"
-    m,i = moment or self.moment(),self.state['sample']
-    top = compose(self.rows(m), [self.classes[y] for y in self.labels.tolist()], self.numbers(m) if footer else '')
+    m = moment or self.moment()
+    i = self.state['sample']
+    top = compose(self.rows(m), [self.classes[y] for y in self.labels.tolist()], self.numbers(m) if footer
+                  else '')
     if m.t is not None or m.entry[i] < 0: return top
     codebook = self.tok.codebook if self.tok.codebook.ndim == 2 else self.tok.codebook[0]
     title = f"sample {i}, {self._where(int(m.entry[i]))}: likeliest codes, the drawn one framed"
     below = chart(m.p[i], int(m.code[i]), code_colors(codebook), title, width=max(top.width-126, 440))
     out = Image.new('RGB', (max(top.width, 126+below.width), top.height+below.height+8), 'white')
-    out.paste(top, (0, 0)); out.paste(below, (126, top.height+8))
+    out.paste(top, (0, 0))
+    out.paste(below, (126, top.height+8))
     return out
 
 # %% ../../nbs/ui/06_sampler_explorer.ipynb #ae791fbc
@@ -244,4 +293,5 @@ def static_strip(self:SamplerStepper,
     steps = np.linspace(0, len(moments)-1, 5).round().astype(int).tolist() if steps is None else steps
     def when(m): return f'of {len(moments)}' if m.t is None else f't = {m.t:.2f}'
     rows = [(f'step {i+1}', when(moments[i]), self.rows(moments[i])[0][2]) for i in steps]
-    return compose(rows, [self.classes[y] for y in self.labels.tolist()]).quantize(colors, dither=Image.Dither.NONE)
+    return compose(rows, [self.classes[y] for y in self.labels.tolist()]).quantize(colors,
+                                                                                   dither=Image.Dither.NONE)

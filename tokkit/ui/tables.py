@@ -39,7 +39,8 @@ def cards_rows(
     if isinstance(cards, Mapping):
         name = lambda k: dict(zip(('tokenizer', 'stage'), k if isinstance(k, tuple) else (k,)))
         listed = lambda c: c if isinstance(c, (list, tuple)) else [c]
-        return pd.concat([cards_rows(listed(c)).assign(**name(k)) for k,c in cards.items()], ignore_index=True)
+        return pd.concat([cards_rows(listed(c)).assign(**name(k)) for k,c in cards.items()],
+                         ignore_index=True)
     named = lambda c: {k:c.settings[k] for k in ('tokenizer', 'stage') if k in c.settings}
     return pd.DataFrame([c if isinstance(c, Mapping) else named(c)|c.row() for c in cards])
 
@@ -53,9 +54,11 @@ def cards_table(
     index:Sequence[str] = ('tokenizer', 'stage'),     # columns that name a line of the table
 ) -> pd.DataFrame:
     "A line a tokenizer and stage, a column a metric, each cell `value ± se`"
-    rows = _labelled(cards_rows(cards)); index = [k for k in index if k in rows and rows[k].notna().any()]
+    rows = _labelled(cards_rows(cards))
+    index = [k for k in index if k in rows and rows[k].notna().any()]
     if not index:
-        raise ValueError(f"a table needs a column that names its lines, tokenizer or stage; it has {', '.join(map(str, rows.columns))}")
+        raise ValueError("a table needs a column that names its lines, tokenizer or stage; it has "
+                         f"{', '.join(map(str, rows.columns))}")
     points = pool(rows, [*index, 'metric'])
     points['cell'] = [format_value(v, s) for v,s in zip(points.value, points.se)]
     wide = points.pivot(index=index, columns='metric', values='cell').fillna('n/a')
@@ -66,14 +69,16 @@ def cards_table(
 def plot_table(
     cards:Any,                                         # what `cards_rows` understands
     index:Sequence[str] = ('tokenizer', 'stage'),      # columns that name a line of the table
-    best:str|None = 'min',                             # 'min' or 'max' sets the best of each column in bold; None for neither
+    # 'min' or 'max' sets the best of each column in bold; None for neither
+    best:str|None = 'min',
     caption:str = '',                                  # the table's title
 ) -> Styler:
     "`cards_table`, dressed for a page"
     table = cards_table(cards, index)
     numbers = table.map(lambda s: float(s.split()[0]) if s != 'n/a' else np.nan)
     bold = numbers.eq(getattr(numbers, best)()) if best else numbers != numbers
-    own = stable_hash([table.to_string(), best], 6)     # not random, so that the same table gives the same page
+    # not random, so that the same table gives the same page
+    own = stable_hash([table.to_string(), best], 6)
     style = Styler(table, uuid=own, cell_ids=False, caption=caption or None)
     style = style.apply(lambda _: bold.map(lambda b: 'font-weight: bold' if b else ''), axis=None)
     return style.set_properties(**{'text-align':'right', 'white-space':'nowrap', 'padding':'.2em .9em'})

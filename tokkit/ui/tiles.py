@@ -30,9 +30,11 @@ def image_tiles(
     u = np.asarray(to_pil_grid(x, columns=b, gap=0)).reshape(h, b, w, 3).swapaxes(0, 1)           # (b h w 3)
     factor = max(1, round(side/u.shape[1]))
     if u.shape[1] <= 1.5*side: return u.repeat(factor, 1).repeat(factor, 2)
-    return np.stack([np.asarray(Image.fromarray(one).resize((side, side), Image.Resampling.BOX)) for one in u])
+    return np.stack([np.asarray(Image.fromarray(one).resize((side, side), Image.Resampling.BOX))
+                     for one in u])
 
-_RAMP = matplotlib.colors.LinearSegmentedColormap.from_list('difference', ['#ffffff', PALETTE[4], PALETTE[1], '#4a1400'])
+_RAMP = matplotlib.colors.LinearSegmentedColormap.from_list('difference',
+                                                            ['#ffffff', PALETTE[4], PALETTE[1], '#4a1400'])
 
 def difference_tiles(
     a:Float[Tensor, "b c h w"], # images in [-1,1]
@@ -40,7 +42,8 @@ def difference_tiles(
     side:int = 84,              # as in `image_tiles`
 ) -> UInt8[np.ndarray, "b s s 3"]:
     "Where two images differ: white is equal, darkest is half of the range or more"
-    level = (a.clamp(-1, 1)-b.clamp(-1, 1)).abs().mean(1).clamp(0, 1).mul(255).byte().cpu().numpy()   # (b h w)
+    # (b h w)
+    level = (a.clamp(-1, 1)-b.clamp(-1, 1)).abs().mean(1).clamp(0, 1).mul(255).byte().cpu().numpy()
     table = torch.from_numpy((_RAMP(np.arange(256))[:,:3]*255).round().astype(np.uint8))
     return image_tiles(table[torch.from_numpy(level).long()].permute(0, 3, 1, 2)/127.5-1, side)
 
@@ -49,7 +52,8 @@ def code_colors(
     codebook:Float[Tensor, "k d"], # code vectors
 ) -> UInt8[np.ndarray, "k 3"]:
     "A colour for each code: near codes, near colours"
-    c = codebook.detach().double().cpu().numpy(); c = c-c.mean(0)
+    c = codebook.detach().double().cpu().numpy()
+    c = c-c.mean(0)
     axes = np.linalg.svd(c.T@c)[0][:,:3]                         # (d 3)
     biggest = axes[np.abs(axes).argmax(0), range(axes.shape[1])]
     axes = axes*np.where(biggest<0, -1, 1)                       # a sign that does not depend on the library
@@ -65,13 +69,18 @@ def token_tiles(
     side:int = 84,                      # of a tile, pixels
 ) -> UInt8[np.ndarray, "b s s 3"]:
     "Token maps: pale where a token stayed, full colour and framed where it was replaced"
-    b, n = ids.shape; rows, columns = grid or (-(-n//int(np.ceil(n**.5))), int(np.ceil(n**.5)))
-    p = max(3, side//max(rows, columns)); hit = (ids != clean).cpu().numpy()                     # (b n)
+    b, n = ids.shape
+    rows, columns = grid or (-(-n//int(np.ceil(n**.5))), int(np.ceil(n**.5)))
+    p = max(3, side//max(rows, columns))
+    hit = (ids != clean).cpu().numpy()  # (b n)
     ink = colors[ids.cpu().numpy()].astype(float)                                                # (b n 3)
     ink = np.where(hit[...,None], ink, 255-.28*(255-ink)).astype(np.uint8)
     cells = np.broadcast_to(ink[:,:,None,None], (b, n, p, p, 3)).copy()                          # (b n p p 3)
     cells[:,:,-1], cells[:,:,:,-1] = 255, 255
-    frame = np.zeros((p, p), bool); frame[[0,-2]] = True; frame[:,[0,-2]] = True; frame[-1] = frame[:,-1] = False
+    frame = np.zeros((p, p), bool)
+    frame[[0,-2]] = True
+    frame[:,[0,-2]] = True
+    frame[-1] = frame[:,-1] = False
     cells[hit[:,:,None,None] & frame] = (25, 25, 25)
     cells = np.pad(cells, ((0,0), (0, rows*columns-n), (0,0), (0,0), (0,0)), constant_values=255)
     return cells.reshape(b, rows, columns, p, p, 3).swapaxes(2, 3).reshape(b, rows*p, columns*p, 3)
@@ -91,14 +100,17 @@ def compose(
     gap:int = 6,                  # between tiles, pixels
 ) -> Image.Image:
     "Rows of tiles with their names, as one picture"
-    cells = [(max(t.shape[1] for *_,t in rows)), max(t.shape[2] for *_,t in rows)]; n = max(len(t) for *_,t in rows)
+    cells = [(max(t.shape[1] for *_,t in rows)), max(t.shape[2] for *_,t in rows)]
+    n = max(len(t) for *_,t in rows)
     high = len(rows)*(cells[0]+gap) + (18 if captions else 0) + (24 if footer else 0)
     canvas = np.full((high, margin+n*(cells[1]+gap), 3), 255, np.uint8)
     for r,(_,_,tiles) in enumerate(rows):
         for i,tile in enumerate(tiles):
-            top, left = r*(cells[0]+gap), margin+i*(cells[1]+gap)
+            top = r*(cells[0]+gap)
+            left = margin+i*(cells[1]+gap)
             canvas[top:top+tile.shape[0], left:left+tile.shape[1]] = tile
-    image = Image.fromarray(canvas); draw = ImageDraw.Draw(image)
+    image = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(image)
     for r,(name,what,_) in enumerate(rows):
         y = r*(cells[0]+gap)+cells[0]//2
         draw.text((margin-12, y-1), name, (40,40,40), _font(13, True), 'rb')

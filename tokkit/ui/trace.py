@@ -24,11 +24,13 @@ class Moment(NamedTuple):
     "One step of a sampler, for all samples shown"
     i:int                                        # which step, from 0
     steps:int                                    # of how many
-    latents:Tensor                               # (b *shape) so far; codes not set yet are what the generator guesses, or 0
+    # (b *shape) so far; codes not set yet are what the generator guesses, or 0
+    latents:Tensor
     known:Bool[Tensor, "b *shape"]|None = None   # codes that are set
     new:Bool[Tensor, "b *shape"]|None = None     # codes set in this step
     chance:Float[Tensor, "b *shape"]|None = None # probability of each set code when it was set; nan elsewhere
-    entry:Int[Tensor, "b"]|None = None           # entry looked at, counted through `shape`; -1: this step set none
+    # entry looked at, counted through `shape`; -1: this step set none
+    entry:Int[Tensor, "b"]|None = None
     p:Float[Tensor, "b k"]|None = None           # probabilities of all codes there, at the temperature
     t:float|None = None                          # time of a flow, 0 = noise, 1 = data
     clean:Float[Tensor, "b n d"]|None = None     # a flow's present estimate of the data
@@ -50,23 +52,30 @@ def record(
     def note(s):
         latents = s['latents'].cpu()
         if 'known' not in s:
-            moments.append(Moment(s['i'], s['steps'], latents, t=float(s['t']), clean=s['clean'].cpu())); return
-        b,known,before = len(latents),s['known'].cpu(),moments[-1] if moments else None
+            moments.append(Moment(s['i'], s['steps'], latents, t=float(s['t']), clean=s['clean'].cpu()))
+            return
+        b = len(latents)
+        known = s['known'].cpu()
+        before = moments[-1] if moments else None
         new = s['new'].cpu()
         p = (s['logits'].float().cpu()/temperature).softmax(-1)
         chance = torch.full(known.shape, torch.nan) if before is None else before.chance.clone()
-        p,at = _entries(p, s.get('position'), known)                                              # (b e k), e entries
+        # (b e k), e entries
+        p,at = _entries(p, s.get('position'), known)
         got = p.gather(-1, latents.flatten(1)[:,at,None])[...,0]                                  # (b e)
         here = new.flatten(1)[:,at]
-        flat = chance.view(b, -1); flat[:,at] = torch.where(here, got, flat[:,at])
+        flat = chance.view(b, -1)
+        flat[:,at] = torch.where(here, got, flat[:,at])
         best = got.masked_fill(~here, -1).argmax(1)
         entry = torch.where(here.any(1), torch.as_tensor(at)[best], -1)
-        moments.append(Moment(s['i'], s['steps'], latents, known, new, chance, entry, p[torch.arange(b), best]))
+        moments.append(Moment(s['i'], s['steps'], latents, known, new, chance, entry,
+                              p[torch.arange(b), best]))
     return note
 
 def _entries(p, position, known) -> tuple[Float[Tensor, "b e k"], list[int]]:
     "Probabilities an entry, and where the entries are in the flattened ids"
-    b,k = len(p),p.shape[-1]
+    b = len(p)
+    k = p.shape[-1]
     if position is None: return p.reshape(b, -1, k), list(range(known[0].numel()))
     places = [position] if isinstance(position, (int, tuple)) else position
     levels = known.shape[2] if known.ndim == 3 else 1
@@ -90,10 +99,13 @@ def map_tiles(
     side:int = 84,                       # of a tile, pixels
 ) -> UInt8[np.ndarray, "b s t 3"]:
     "Token maps in given colours"
-    b,n = framed.shape; rows,columns = grid or (-(-n//math.ceil(n**.5)), math.ceil(n**.5))
+    b,n = framed.shape
+    rows,columns = grid or (-(-n//math.ceil(n**.5)), math.ceil(n**.5))
     cell = max(3, side//max(rows, columns))
-    cells = np.broadcast_to(ink[:,:,None,None], (b, n, cell, cell, 3)).copy()                     # (b n p p 3)
-    edge = np.ones((cell, cell), bool); edge[1:-2,1:-2] = False
+    # (b n p p 3)
+    cells = np.broadcast_to(ink[:,:,None,None], (b, n, cell, cell, 3)).copy()
+    edge = np.ones((cell, cell), bool)
+    edge[1:-2,1:-2] = False
     cells[framed.numpy()[:,:,None,None] & edge] = (25, 25, 25)
     cells[:,:,-1],cells[:,:,:,-1] = 255,255
     cells = np.pad(cells, ((0,0), (0, rows*columns-n), (0,0), (0,0), (0,0)), constant_values=255)
@@ -106,7 +118,8 @@ def chance_ink(
     "Colours of probabilities: dark is unlikely, yellow certain, nearly white not set"
     ramp = (matplotlib.colormaps['viridis'](np.linspace(0, 1, 256))[:,:3]*255).round().astype(np.uint8)
     ramp = np.concatenate([ramp, np.full((1,3), 240, np.uint8)])
-    level = (chance.nan_to_num(0).clamp(0, 1).sqrt()*255).long()                                  # the root tells small ones apart
+    # the root tells small ones apart
+    level = (chance.nan_to_num(0).clamp(0, 1).sqrt()*255).long()
     return ramp[torch.where(chance.isnan(), 256, level).numpy()]
 
 # %% ../../nbs/ui/05_trace.ipynb #8eae16ed
@@ -122,16 +135,23 @@ def chart(
     order = p.argsort(descending=True, stable=True)[:most].tolist()
     rank = int((p > p[drawn]).sum())+1
     bars = [(j, c) for j,c in enumerate(order)]+([] if drawn in order else [(len(order)+.5, drawn)])
-    image = Image.new('RGB', (width, height), 'white'); ink = ImageDraw.Draw(image)
-    step,foot,tall = min(48, width/(most+2)),height-18,height-54
+    image = Image.new('RGB', (width, height), 'white')
+    ink = ImageDraw.Draw(image)
+    step = min(48, width/(most+2))
+    foot = height-18
+    tall = height-54
     ink.text((4, 2), title, (60,60,60), _font(11), 'lt')
     for j,c in bars:
-        left,high = 4+j*step,max(1, tall*float(p[c]/p.max()))
+        left = 4+j*step
+        high = max(1, tall*float(p[c]/p.max()))
         box = [left, foot-high, left+step-8, foot]
         ink.rectangle(box, tuple(colors[c].tolist()))
         if c == drawn: ink.rectangle([box[0]-2, box[1]-2, box[2]+2, box[3]+2], None, (25,25,25), 2)
         middle = left+(step-8)/2
-        ink.text((middle, foot-high-4), f'{float(p[c]):.0%}' if p[c] >= .01 else '<1%', (90,90,90), _font(9), 'mb')
-        ink.text((middle, foot+4), f'{c}', (25,25,25) if c == drawn else (120,120,120), _font(10, c == drawn), 'mt')
-    if drawn not in order: ink.text((4+bars[-1][0]*step+step, foot), f'rank {rank}', (60,60,60), _font(10), 'lb')
+        ink.text((middle, foot-high-4), f'{float(p[c]):.0%}' if p[c] >= .01 else '<1%', (90,90,90), _font(9),
+                 'mb')
+        ink.text((middle, foot+4), f'{c}', (25,25,25) if c == drawn else (120,120,120), _font(10, c == drawn),
+                 'mt')
+    if drawn not in order:
+        ink.text((4+bars[-1][0]*step+step, foot), f'rank {rank}', (60,60,60), _font(10), 'lb')
     return image
