@@ -64,7 +64,8 @@ def browser():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    "With several workers, a file stays on one of them, so that what its tests share is made once; the pages are dealt out one by one"
+    """With several workers, a file stays on one of them, so that what its tests share is made once;
+    the pages are dealt out one by one"""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -1,12 +1,15 @@
-"""Kill `tokkit demo` with SIGKILL in one or in every stage, call it again, and compare with an uninterrupted run
+"""Kill `tokkit demo` with SIGKILL in one or in every stage, call it again, and compare with an
+uninterrupted run
 
     python tests/kill_demo.py --list                   # the stages of a run
     python tests/kill_demo.py                          # kill it once in every stage of one chain of calls
     python tests/kill_demo.py --seed 3                 # in one stage, drawn by the seed
-    python tests/kill_demo.py --stage 'generator of plain' -- -p n 100    # in this one; after -- options of `tokkit demo`
+    # in this one; after -- options of `tokkit demo`
+    python tests/kill_demo.py --stage 'generator of plain' -- -p n 100
 
-Each stage is killed after a part of the time it took in the uninterrupted run. At the end metrics.json must have the same bytes,
-no artifact may have been made from other numbers, and nothing temporary may be left. Exit code 0 when all of that holds.
+Each stage is killed after a part of the time it took in the uninterrupted run. At the end metrics.json must
+have the same bytes, no artifact may have been made from other numbers, and nothing temporary may be left.
+Exit code 0 when all of that holds.
 """
 import argparse, os, random, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -19,7 +22,8 @@ STAGE = re.compile(r'\[\s*\d+/\d+\] (.+)|(the report)$')
 
 
 def demo(out:Path, options:list[str], kill:str|None = None, after:float = 0.) -> tuple[int, dict[str,float]]:
-    "Call the demo; with `kill`, end it `after` seconds into that stage. Returns the exit code and the seconds of each stage"
+    """Call the demo; with `kill`, end it `after` seconds into that stage.
+    Returns the exit code and the seconds of each stage"""
     env = (os.environ
            | dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'), TOKKIT_DEVICE='cpu',
                   TOKKIT_QUIET='1'))
@@ -69,7 +73,7 @@ def check(folder:Path, stages:list[str]|None = None, seed:int|None = None, optio
     for name in names:
         after = took[name]*draw.uniform(.1, .6)
         # the machine was quicker now: the last stage was over
-        while (code := demo(folder/'killed', options, name, after)[0]) == 0:
+        while demo(folder/'killed', options, name, after)[0] == 0:
             after /= 3
             for p in ('demo', 'e00_demo'): shutil.rmtree(folder/'killed'/p)
         say(f"{name}: killed after {after:.2f} of {took[name]:.2f} s")

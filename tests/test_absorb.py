@@ -79,7 +79,8 @@ def test_damage_is_error_beyond_clean(images):
             continue
         assert row.ratio == pytest.approx((harm['after'].mean()/harm['before'].mean()).item(), rel=1e-3)
         rows = torch.randint(60, (4000, 60), generator=make_rng(0))
-        assert row.ratio_se == pytest.approx((harm['after'][rows].mean(1)/harm['before'][rows].mean(1)).std().item(), rel=.15), "not the bootstrap's"
+        ratios = harm['after'][rows].mean(1)/harm['before'][rows].mean(1)
+        assert row.ratio_se == pytest.approx(ratios.std().item(), rel=.15), "not the bootstrap's"
     assert ((table[table.of == 'before'].ratio == 1).all()
             and (table[table.of == 'before'].ratio_se == 0).all())
 

@@ -1,4 +1,5 @@
-"The autoregressive generator: one sample a seed, whatever the batch; frequencies; several codes a token; what it refuses"
+"""The autoregressive generator: one sample a seed, whatever the batch;
+frequencies; several codes a token; what it refuses"""
 from dataclasses import replace
 
 import pytest, torch

@@ -27,7 +27,8 @@ def images(): return fashion_mnist('test', n=12)
 
 @lru_cache
 def trio(kind):
-    "A tokenizer, the same after a short post-training, and a generator of its latents; the last two barely trained"
+    """A tokenizer, the same after a short post-training, and a generator of its latents;
+    the last two barely trained"""
     torch.manual_seed(0)
     tok = make_tokenizer({'flow':'tiny-kl', 'ar levels':'tiny-pq', 'ar scales':'tiny-msrq'}.get(kind,
                                                                                                 'tiny')).eval()
@@ -75,8 +76,10 @@ def test_numbers(images):
     grey = lambda a, b: ((a.clamp(-1, 1)-b.clamp(-1, 1)).double()**2).mean().sqrt().item()*127.5
     assert (p.changed == pytest.approx(grey(p.before, p.after), rel=1e-5)
             and p.far == pytest.approx((grey(p.before, p.x), grey(p.after, p.x)), rel=1e-5))
-    assert e.numbers() == f"{(p.latents != p.real).double().mean().item():.1%} of ids are not the image's · RMSE in grey levels: " \
-                          f"after − before {p.changed:.1f}, before − image {p.far[0]:.1f}, after − image {p.far[1]:.1f}"
+    new = (p.latents != p.real).double().mean().item()
+    assert e.numbers() == (
+        f"{new:.1%} of ids are not the image's · RMSE in grey levels: "
+        f"after − before {p.changed:.1f}, before − image {p.far[0]:.1f}, after − image {p.far[1]:.1f}")
     assert ('no image belongs to them' in explorer(images, sigma=0).numbers()
             and 'before − image' not in explorer(images, sigma=0).numbers())
     flow = explorer(images, 'flow', sigma=.5)
@@ -88,7 +91,8 @@ def test_numbers(images):
 def test_view(images):
     e = explorer(images)
     heights = {kind: explorer(images, kind).picture().size[1] for kind in KINDS}
-    assert heights['ar'] == heights['masked'] > heights['flow'] == heights['ar levels'] == heights['ar scales'], "the map is for one id a token"
+    assert heights['ar'] == heights['masked'] > heights['flow'], "the map is for one id a token"
+    assert heights['flow'] == heights['ar levels'] == heights['ar scales'], "the map is for one id a token"
     assert e.picture(footer=True).size[1] > heights['ar']
     a = e.picture()
     b = explorer(images).picture()

@@ -1,4 +1,5 @@
-"The dose nearest to a generator: closed form, recovery of known doses, quantizers of several levels, bad input"
+"""The dose nearest to a generator: closed form, recovery of known doses,
+quantizers of several levels, bad input"""
 import inspect
 
 import numpy as np
@@ -45,6 +46,17 @@ def test_closed_form_is_the_mean_of_draws(patches, rate, include_self):
     assert ((draws.mean(0)-wrong)/(draws.std(0)/40**.5+1e-6)).square().mean().sqrt() > 1.5
 
 
+def test_what_cannot_be_calibrated_is_named(patches):
+    ids, book = patches
+    shapes = r'generated ids have shape \(48,\) an image, real ones \(49,\)'
+    for asked, says in (((ids[:1000, :48], ids[1000:2000], book), shapes),
+                        ((ids[:1000], ids[1000:2000], book[:100]), 'the codebook has 100 codes')):
+        with pytest.raises(ValueError, match=says): calibrate(*asked)
+    for options, says in ((dict(deltas=[300]), r'deltas must be whole numbers in 1\.\.128'),
+                          (dict(bootstrap=0), 'bootstrap must be at least 2')):
+        with pytest.raises(ValueError, match=says): calibrate(ids[:1000], ids[1000:2000], book, **options)
+
+
 def test_window_means_by_brute_force():
     a = torch.randn(4, 6, 2)
     b = torch.randn(4, 6, 3)
@@ -58,7 +70,8 @@ def test_window_means_by_brute_force():
 
 
 def test_recovers_known_doses(patches):
-    "Twenty generators whose dose is known: both intervals hold it in at least 18, and are narrower than half the plane"
+    """Twenty generators whose dose is known: both intervals hold it in at least 18,
+    and are narrower than half the plane"""
     study = recovery(*patches, trials=20, n=600, deltas=(4, 32), bootstrap=60)
     assert study.holds.sum() >= 18, study
     assert study[['alpha_width', 'delta_width']].max().max() < .5, study
@@ -83,7 +96,8 @@ def test_rate_and_self_are_what_was_said(patches):
     for how in (dict(rate='bernoulli'), dict(include_self=False)):
         c = calibrate(perturb_codes(ids[:1000], book, .5, 10, rng=make_rng(2), **how), ids[1000:2000], book,
                       bootstrap=60, **how)
-        assert c.alpha_interval[0] < .5 < c.alpha_interval[1] and c.delta_interval[0] <= 10 <= c.delta_interval[1], (how, c)
+        assert c.alpha_interval[0] < .5 < c.alpha_interval[1], (how, c)
+        assert c.delta_interval[0] <= 10 <= c.delta_interval[1], (how, c)
     assert c.hit == c.alpha
     assert calibrated_cells(c) == dict(alphas=[c.alpha], deltas=[c.delta], rate='exact', include_self=False)
     pfid_takes = inspect.signature(pfid).parameters

@@ -109,7 +109,12 @@ def test_run_sweep_results(tmp_path, capsys):
 @pytest.mark.parametrize('text, says',
                          [('notebook: [', 'not valid YAML'),
                           ('grid: {seed: [1]}', 'must have notebook and grid'),
-                          ('notebook: x\ngrid: {}\nworker: 2', 'worker')])
+                          ('notebook: x\ngrid: {}\nworker: 2', 'worker'),
+                          ('grid: {seed: 1}\nnotebook: a\ngrid: {seed: 2}', 'it has the key grid twice'),
+                          ('notebook: a\ngrid: 5', 'Expected object | array, got int'),
+                          ('notebook: a\ngrid: {1: [2]}', 'Expected str'),
+                          ('notebook: a\ngrid: {}\nworkers: two', 'Expected int | null, got str'),
+                          ('notebook: &n a\ngrid: {seed: *n}', 'it has an alias')])
 def test_damaged_sweep_files(tmp_path, text, says, capsys):
     (tmp_path/'s.yaml').write_text(text)
     assert main(['sweep', str(tmp_path/'s.yaml')]) == 2

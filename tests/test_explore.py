@@ -57,14 +57,15 @@ def lab(tmp_path_factory, browser):
         page = browser.new_page(viewport=dict(width=1400, height=1100))
         pages.append(page)
         page.goto(f'{url}/lab/tree/{name}?token={token}&reset', timeout=120_000)
-        page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=180_000)
+        page.wait_for_function(f"{KERNEL} === 'idle'", timeout=180_000)
         page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
         return page
 
     try:
         until = time.monotonic()+180
         while not started():
-            assert server.poll() is None and time.monotonic() < until, f"JupyterLab did not start:\n{(home/'log').read_text()[-2000:]}"
+            alive = server.poll() is None and time.monotonic() < until
+            assert alive, f"JupyterLab did not start:\n{(home/'log').read_text()[-2000:]}"
             time.sleep(.3)
         yield opened
     finally:
@@ -85,6 +86,8 @@ def changes(page, read:str, before:str):
 
 PICTURE = "document.querySelector('img.widget-image')?.src"
 LINE = "document.querySelector('.widget-html-content')?.innerText"
+STDERR = '.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]'
+KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
 
 
 def test_dose_slider(lab):
@@ -109,7 +112,7 @@ def test_dose_slider(lab):
     page.locator('.widget-checkbox input').click()                      # without itself that is one too many
     line = changes(page, LINE, line)
     assert line.startswith('not possible: delta must be') and page.evaluate(PICTURE) == picture
-    assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').count(), "a traceback or warning in the notebook"
+    assert not page.locator(STDERR).count(), "a traceback or warning in the notebook"
 
 
 def test_sampler_stepper(lab):
@@ -142,7 +145,7 @@ def test_sampler_stepper(lab):
     picture = changes(page, PICTURE, picture)
     page.locator('.widget-play button').first.click()                      # it plays by itself
     page.wait_for_function(f"() => Number({LINE}.split(' ')[1]) > 4", timeout=60_000)
-    assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').count(), "a traceback or warning in the notebook"
+    assert not page.locator(STDERR).count(), "a traceback or warning in the notebook"
 
 
 def test_before_after(lab):
@@ -171,4 +174,4 @@ def test_before_after(lab):
     page.locator('.widget-dropdown select').select_option(index=1)         # its picture, encoded again
     line = changes(page, LINE, line)
     assert not line.startswith('0.0%')
-    assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').count(), "a traceback or warning in the notebook"
+    assert not page.locator(STDERR).count(), "a traceback or warning in the notebook"

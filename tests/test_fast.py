@@ -1,4 +1,5 @@
-"Fast copies: for every generator, the same sample in any batch, frequencies that stay, replayed steps, and what they refuse"
+"""Fast copies: for every generator, the same sample in any batch,
+frequencies that stay, replayed steps, and what they refuse"""
 import copy, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_compiled_blocks_change_nothing():
 @pytest.mark.parametrize('guidance', [1., 2.])
 @pytest.mark.parametrize('bucket', [1, 5, 64])
 def test_replayed_steps(kind, guidance, bucket):
-    "Everything of a replayed graph but the recording: fixed tensors, masked buckets, one more call with other labels"
+    """Everything of a replayed graph but the recording: fixed tensors,
+    masked buckets, one more call with other labels"""
     gen = make(kind)
     replayed = copy.deepcopy(gen)
     replayed.sampler = KeptSteps(replayed.sampler, capture=lambda step: step, bucket=bucket)

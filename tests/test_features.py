@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tokkit.data import from_uint8
-from tokkit.features import (CLIP_MEAN, CLIP_STD, FeatureExtractor, chunks, clip, dinov2, extract,
-                             fingerprint, get_extractor)
+from tokkit.features import (CLIP_MEAN, CLIP_STD, FeatureExtractor, check_images, chunks, clip, dinov2,
+                             extract, fingerprint, get_extractor)
 from tokkit.features.extractor import _Prepare
 
 GOLDEN = Path(__file__).parent/'golden'/'timm_vit.npz'
@@ -216,15 +216,20 @@ def itself():
 torch.manual_seed(0)
 layer, leaky, one = nn.Linear(2, 2), functools.partial(F.leaky_relu, negative_slope=.1), Scale(1)
 held = [1, leaky]; held.append(held)
-acts = [torch.relu, torch.sigmoid, F.relu, leaky, functools.partial(F.leaky_relu, negative_slope=.2), functools.partial(torch.clamp, min=0),
-        one, Scale(2), one.__call__, Scale(2).__call__, enclosing(1), enclosing(2), enclosing(torch.relu), lambda x, p=3: x*p, lambda x, p=4: x*p, itself(),
-        {'x', 'yy', 'zzz'}, frozenset('abcdef'), [torch.relu], {'f': torch.tanh}, held, (torch.tanh, 'tanh'), nn.ReLU, nn.GELU, 'a'.join, 'b'.join, object(),
-        torch.Generator(), torch.arange(9999), [torch.arange(9999)], [torch.arange(9999)+(torch.arange(9999) == 5000)], torch, functools, torch.float16, layer.forward]
+acts = [torch.relu, torch.sigmoid, F.relu, leaky,
+        functools.partial(F.leaky_relu, negative_slope=.2), functools.partial(torch.clamp, min=0),
+        one, Scale(2), one.__call__, Scale(2).__call__, enclosing(1), enclosing(2), enclosing(torch.relu),
+        lambda x, p=3: x*p, lambda x, p=4: x*p, itself(),
+        {'x', 'yy', 'zzz'}, frozenset('abcdef'), [torch.relu], {'f': torch.tanh}, held, (torch.tanh, 'tanh'),
+        nn.ReLU, nn.GELU, 'a'.join, 'b'.join, object(),
+        torch.Generator(), torch.arange(9999), [torch.arange(9999)],
+        [torch.arange(9999)+(torch.arange(9999) == 5000)], torch, functools, torch.float16, layer.forward]
 print(*[fingerprint(Own(a)) for a in acts])
 """
 
 def test_settings_of_any_kind_have_no_address():
-    "Functions of every kind, objects and sets: alike in two processes whose memory and order of sets differ, and all of them told apart"
+    """Functions of every kind, objects and sets:
+    alike in two processes whose memory and order of sets differ, and all of them told apart"""
     def said(seed):
         return subprocess.run([sys.executable, '-c', SETTINGS], capture_output=True, text=True, check=True,
                               env=os.environ|{'PYTHONHASHSEED': seed}).stdout.split()
@@ -243,3 +248,17 @@ def test_bicubic_does_not_leave_the_range():
     u[..., 4:] = 1
     x = _Prepare(24, (0.,), (1.,), 'bicubic')(u)
     assert x.min() == 0 and x.max() == 1
+
+
+@pytest.mark.parametrize('change,words', [
+    (lambda x: x/0, 'got NaN or infinity; look at the network that made them'),
+    (lambda x: x.byte(), 'got torch.uint8; see from_uint8'),
+    (lambda x: x[0], 'expected images (b c h w) in [-1,1], got (1, 4, 4)')])
+def test_check_images(change, words):
+    with pytest.raises(ValueError) as e: check_images(change(GOOD))
+    assert words in str(e.value)
+
+
+def test_ways_of_resizing():
+    with pytest.raises(ValueError, match="resize must be bilinear or bicubic, got 'nearest'"):
+        FeatureExtractor('odd', nn.Identity(), resize='nearest')

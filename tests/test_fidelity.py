@@ -1,4 +1,5 @@
-"Precision, recall, density, coverage by brute force; the inception score against closed forms and torchmetrics"
+"""Precision, recall, density, coverage by brute force;
+the inception score against closed forms and torchmetrics"""
 import sys
 
 import numpy as np

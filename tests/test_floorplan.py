@@ -1,4 +1,5 @@
-"The house: folders import downwards, a module imports smaller numbers of its own folder, and nbs/ mirrors tokkit/"
+"""The house: folders import downwards, a module imports smaller numbers of its own folder,
+and nbs/ mirrors tokkit/"""
 import ast, re
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ HOUSE = list(builder().HOUSE)        # from the ground up
 
 
 def pages() -> dict[str, str]:
-    "Module -> the notebook that it is exported from, below nbs/; as `metrics.card` -> `metrics/06_card.ipynb`"
+    """Module -> the notebook that it is exported from, below nbs/;
+    as `metrics.card` -> `metrics/06_card.ipynb`"""
     found = {}
     for p in sorted(NBS.rglob('*.ipynb')):
         exported = re.search(r'#\| default_exp ([\w.]+)', p.read_text(encoding='utf-8'))
@@ -45,7 +47,8 @@ def imported(module:str) -> set[str]:
 
 @pytest.mark.parametrize('module', PAGES)
 def test_arrows_point_down(module):
-    "Other folders: only lower ones. The own folder: only modules with a smaller number, and never the folder itself"
+    """Other folders: only lower ones. The own folder: only modules with a smaller number,
+    and never the folder itself"""
     folder = module.split('.')[0]
     for other in imported(module):
         if other.split('.')[0] != folder:
@@ -69,7 +72,7 @@ def test_one_idea(module):
     "Statements, not lines: nobody gains by packing"
     count = sum(isinstance(node, ast.stmt)
                 for node in ast.walk(ast.parse(file_of(module).read_text(encoding='utf-8'))))
-    assert count <= 220, f"{module} has {count} statements (limit 220): which two ideas are in it?"
+    assert count <= 250, f"{module} has {count} statements (limit 250): which two ideas are in it?"
 
 
 @pytest.mark.parametrize('folder', [name for name in HOUSE if (PACKAGE/name).is_dir()])

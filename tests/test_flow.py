@@ -1,4 +1,5 @@
-"Properties of the flow generator: paths and predictions agree, samplers converge and find the right distribution, what is kept is kept"
+"""Properties of the flow generator: paths and predictions agree,
+samplers converge and find the right distribution, what is kept is kept"""
 import math
 
 import pytest
@@ -116,8 +117,9 @@ def test_moments_of_a_mixture(path, method):
 def test_without_churn_it_is_euler_on_the_line():
     e = torch.randn(50, 2, generator=make_rng(0), dtype=torch.float64)
     fresh = torch.randn(50, 20, 2, generator=make_rng(1), dtype=torch.float64)
-    assert ((sample_sde(mixture('linear'), e, grid(20), fresh, churn=0.)-sample_euler(mixture('linear'), e,
-                                                                                      grid(20))).abs().max() < 1e-9)
+    sde = sample_sde(mixture('linear'), e, grid(20), fresh, churn=0.)
+    euler = sample_euler(mixture('linear'), e, grid(20))
+    assert (sde-euler).abs().max() < 1e-9
 
 def test_samplers_report_every_step():
     for sampler in (sample_euler, sample_heun):
@@ -168,7 +170,8 @@ def test_losses():
 
 @pytest.mark.parametrize('path', PATHS)
 def test_an_untrained_network_is_the_best_line(path):
-    "Its output is zero, and what is left of the loss is what no line can say: the variance times det^2/q^2, s^2/q^2, a^2/q^2"
+    """Its output is zero, and what is left of the loss is what no line can say:
+    the variance times det^2/q^2, s^2/q^2, a^2/q^2"""
     t = draw_times(5000, 'uniform', make_rng(1))
     y = torch.arange(5000)%5
     a, s, da, ds = path_at(t, path)

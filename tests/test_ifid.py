@@ -47,9 +47,8 @@ def test_ifid_is_what_it_says(images, train):
     want = frechet_distance(*(FeatureStats.from_features(e(v)) for v in (tok.decode(half), x)))
     assert (isinstance(c, Card) and c.value == pytest.approx(want, rel=1e-3) and c.metric == 'iFID'
             and len(c.replicates) == 3)
-    assert ({k: c.settings[k] for k in ('top_k', 't', 'how', 'same_class', 'train_n')} == dict(top_k=3, t=.5,
-                                                                                               how='slerp',
-                                                                                               same_class=False, train_n=300))
+    settings = dict(top_k=3, t=.5, how='slerp', same_class=False, train_n=300)
+    assert {k: c.settings[k] for k in settings} == settings
 
 def slow_slerp(u, v):
     angle = torch.arccos((u@v)/(u.norm()*v.norm()))
@@ -96,12 +95,21 @@ def test_codes_and_continuous_latents(images, train, kind):
 
 @pytest.mark.parametrize('more,words', [
     (dict(top_k=0), 'top_k must be at least 1, got 0'), (dict(t=-.1), 't must be in'),
-                                        (dict(how='arc'), "got 'arc'"), (dict(n=101), 'n must be in 2..100'),
+    (dict(t=2.), 't must be in [0, 1], got 2.0'),
+    (dict(how='arc'), "how must be 'slerp' or 'linear', got 'arc'"), (dict(n=101), 'n must be in 2..100'),
     (dict(top_k=301), 'only 300 training images to choose from'),
-                                        (dict(top_k=60, same_class=True), 'training images of its class')])
+    (dict(top_k=60, same_class=True), 'training images of its class')])
 def test_refusals(images, train, more, words):
     with pytest.raises(ValueError) as e: ifid(Patches(), images, train=train, extractor=judge(), **more)
     assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_refused_tokenizers_and_tensors(images, train):
+    with pytest.raises(ValueError, match='SimpleNamespace lacks encode, quantize, decode'):
+        ifid(SimpleNamespace(), images, train=train)
+    with pytest.raises(ValueError, match='same_class needs sets of images with labels'):
+        ifid(Patches(), images[:][0], train=train, extractor=judge(), same_class=True)
+
 
 def test_the_measured_images_are_no_training_set(images):
     with pytest.raises(ValueError, match='the measured images themselves'):
@@ -110,7 +118,8 @@ def test_the_measured_images_are_no_training_set(images):
 
 @pytest.mark.parametrize('codes', [False, True])
 def test_an_image_is_not_its_own_neighbour(images, train, codes):
-    "However it came among them: as a part, drawn by n, as a tensor, once among many; also where latents are codes"
+    """However it came among them: as a part, drawn by n, as a tensor,
+    once among many; also where latents are codes"""
     class Coded(Patches):
         def quantize(self, z): return SimpleNamespace(zq=z.round() if codes else z)
     tok = Coded()

@@ -103,8 +103,9 @@ def test_the_median_is_found_once_and_named():
 @pytest.mark.parametrize('name',
                          ['', 'gauss', 'gaussian[', 'gaussian[-1]', 'gaussian[median+1]',
                           'gaussian[median/0]', 'polynomial[median]',
-                                  'polynomial[2,3]', 'polynomial[0]', 'linear[1]', 'gaussian[x]',
-                          'gaussian[nan]', 'gaussian[1]]'])
+                          'polynomial[2,3]', 'polynomial[0]', 'linear[1]', 'gaussian[x]',
+                          'gaussian[nan]', 'gaussian[1]]', 'cosine', 'gaussian[0]', 'polynomial[1.5]',
+                          'gaussian[mean]', 'linear[2]'])
 def test_names_that_are_none(name):
     if name == 'gaussian[':
         assert get_kernel(name) == get_kernel('gaussian')
@@ -141,7 +142,8 @@ def test_perfect_reconstructions_have_a_distance_of_zero(kernel):
 
 
 def test_pairs_have_no_bias_and_an_honest_error():
-    "Copies a little off: their distribution is a Gaussian of known width, so the truth is that of independent sets"
+    """Copies a little off: their distribution is a Gaussian of known width,
+    so the truth is that of independent sets"""
     def pairs(i, n=60):
         x, e = data(n, n, seed=i)
         return x, x*.8+.3*e

@@ -1,4 +1,5 @@
-"A demo killed in a stage and called again gives the same bytes: one stage a run of the tests, drawn by `$TOKKIT_KILL_SEED`"
+"""A demo killed in a stage and called again gives the same bytes:
+one stage a run of the tests, drawn by `$TOKKIT_KILL_SEED`"""
 import os
 
 from kill_demo import check

@@ -1,4 +1,5 @@
-"What every loss and critic must do, whatever the numbers: pull the right way, leave the frozen alone, survive any batch"
+"""What every loss and critic must do, whatever the numbers: pull the right way,
+leave the frozen alone, survive any batch"""
 import copy, sys
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -115,7 +116,8 @@ def test_an_rgb_teacher_sees_grey_images_three_times():
     assert torch.equal(semantic.features(x), semantic.features(x.expand(-1, 3, -1, -1)))
 
 def test_a_teacher_is_tried_where_it_is():
-    "On a device that is not the CPU (any will do): zeros of the CPU would not fit, nor would a projection left there"
+    """On a device that is not the CPU (any will do): zeros of the CPU would not fit,
+    nor would a projection left there"""
     semantic = SemanticLoss(8, torch.nn.Conv2d(3, 7, 3, device='meta'))
     assert semantic.project.weight.shape == (8, 7) and semantic.project.weight.device.type == 'meta'
 

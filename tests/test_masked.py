@@ -1,4 +1,5 @@
-"The masked generator: every entry once, the right frequencies, the same sample in any batch, and what it refuses"
+"""The masked generator: every entry once, the right frequencies,
+the same sample in any batch, and what it refuses"""
 import math
 
 import pytest, torch
@@ -81,7 +82,8 @@ def test_training_masks_follow_the_schedule(kind):
 
 
 class Known(MaskedGenerator):
-    "Exact conditionals of a known distribution: pairs of entries that are equal, code k of a pair with probability p[label, k]"
+    """Exact conditionals of a known distribution: pairs of entries that are equal,
+    code k of a pair with probability p[label, k]"""
     p = torch.tensor([[.5, .3, .2], [.1, .1, .8]])
     def __init__(self, **changes): super().__init__(MaskedCfg(4, 3, 2, 8, 1, 1, **changes))
     def logits(self, ids, labels):
@@ -97,7 +99,8 @@ def frequencies(ids): return torch.bincount(3*ids[:, 0]+ids[:, 2], minlength=9)
                          [dict(), dict(temperature=.5), dict(top_k=2), dict(top_p=.75),
                           dict(guidance=Guidance(2.))], ids=str)
 def test_frequencies(how):
-    "In any order, one entry a step, the samples have the distribution: both pairs agree within, and are independent of each other"
+    """In any order, one entry a step, the samples have the distribution:
+    both pairs agree within, and are independent of each other"""
     n = 6000
     known = Known()
     for label in (0, 1):

@@ -1,4 +1,5 @@
-"Distances against recorded values, closed forms, scipy and scikit-learn; extractors against the package's own network"
+"""Distances against recorded values, closed forms, scipy and scikit-learn;
+extractors against the package's own network"""
 import os, subprocess, sys, tracemalloc
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def test_memory_does_not_grow_with_the_number():
 
 
 def test_two_processes(tmp_path):
-    "Each has its part, one of another size; both get the statistics of the whole; two extractors are refused by both"
+    """Each has its part, one of another size; both get the statistics of the whole;
+    two extractors are refused by both"""
     script = Path(__file__).parent/'stats_in_processes.py'
     env = dict(os.environ, OMP_NUM_THREADS='1')
     ranks = [subprocess.Popen([sys.executable, script, str(tmp_path), str(i)], env=env) for i in range(2)]
@@ -338,7 +340,8 @@ def test_pixel_measures_match_torchmetrics():
 
 @pytest.mark.parametrize('shape', [(5, 3, 16, 16), (4, 1, 28, 28), (2, 3, 6, 40)])
 def test_ssim_matches_torchmetrics(shape):
-    "On [0,1] with range 1, where the field measures; on [-1,1] grey would be the zero of its products of means"
+    """On [0,1] with range 1, where the field measures;
+    on [-1,1] grey would be the zero of its products of means"""
     metrics = pytest.importorskip('torchmetrics.functional.image', reason="torchmetrics is not installed: "
                                                                           "pip install 'tokkit-lab[dev]'")
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))*2-1

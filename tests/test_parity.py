@@ -1,4 +1,5 @@
-"The quantizer, the perturbation, guidance, annealing and averages against values recorded from the reference implementation"
+"""The quantizer, the perturbation, guidance,
+annealing and averages against values recorded from the reference implementation"""
 import json
 from pathlib import Path
 

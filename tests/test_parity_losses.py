@@ -41,7 +41,8 @@ def test_contrastive_loss(case, scale, fixtures):
 
 
 def test_contrastive_loss_of_two_processes(fixtures, tmp_path):
-    "Two real processes: each gets the loss of the global batch, and gradients whose mean is the one process's"
+    """Two real processes: each gets the loss of the global batch,
+    and gradients whose mean is the one process's"""
     r = load_file(fixtures/'cliploss.safetensors')
     script = Path(__file__).parent/'losses_in_processes.py'
     env = dict(os.environ, OMP_NUM_THREADS='1')

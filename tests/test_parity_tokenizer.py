@@ -1,4 +1,5 @@
-"The paper's tokenizer against values recorded from the released code: every tensor on the way, losses, gradients, names and shapes"
+"""The paper's tokenizer against values recorded from the released code:
+every tensor on the way, losses, gradients, names and shapes"""
 import json, os, sys, types
 from argparse import Namespace
 
@@ -205,7 +206,8 @@ class Wish:
 
 
 def settings(monkeypatch):
-    "The command line as the released code pickles it, with classes of a package that is gone when the file is read"
+    """The command line as the released code pickles it,
+    with classes of a package that is gone when the file is read"""
     module = types.ModuleType('gone_scalars')
     class ScalarFloat(float):
         def __new__(cls, *args, width=None, **kwargs): return super().__new__(cls, *args)

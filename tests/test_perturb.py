@@ -284,7 +284,8 @@ def quantized(name, seed=0):
 @pytest.mark.parametrize('kind', PERTURBATIONS)
 @pytest.mark.parametrize('name', quantizers())
 def test_every_kind_with_every_quantizer(name, kind):
-    "It works, or says why not in one line; only z gets a gradient, and that of the clean path; two halves draw what the whole does"
+    """It works, or says why not in one line; only z gets a gradient,
+    and that of the clean path; two halves draw what the whole does"""
     quantizer,z,q = quantized(name)
     damage = perturbation(kind, alpha=.5, beta=.5, delta=6, strength=.7, std=1., select='random')
     weight = torch.randn(q.zq.shape, generator=make_rng(1))
@@ -385,20 +386,21 @@ def test_fractions_out_of_range(name, value):
 
 
 @pytest.mark.parametrize('wrong,says',
-                         [(dict(kind='far'), 'kind must be one of nearest, uniform'),
+                         [(dict(kind='far'), 'kind must be one of nearest, uniform, frequency, adversarial'),
                           (dict(where='edges'), "where must be 'tokens' or 'blocks'"),
     (dict(rate='poisson'), "rate must be 'exact' or 'bernoulli'"),
                           (dict(select='last'), "select must be 'random' or 'first'"),
     (dict(neighbours='image'), "neighbours must be 'code' or 'latent'"),
                           (dict(neighbours='latent'), 'pass them as z'),
-    (dict(kind='adversarial'), 'pass its gradient')])
+    (dict(kind='adversarial'), 'pass its gradient by zq')])
 def test_unknown_choices(wrong, says):
     ids,codebook = setting(0)
     with pytest.raises(ValueError, match=says): perturb_codes(ids, codebook, .5, 4, **wrong)
 
 
 def test_unknown_rows_and_settings():
-    with pytest.raises(ValueError, match='there are nearest, official'): perturbation('none')
+    with pytest.raises(ValueError, match="no perturbation 'none'; there are nearest, official, uniform"):
+        perturbation('none')
     with pytest.raises(ValueError, match="no setting 'dose'"): perturbation('drop', dose=1)
     with pytest.raises(ValueError, match='kind must be one of'): LatentPerturbation(kind='noise')
     with pytest.raises(ValueError, match=r'strength must be in \[0, 1\]'):

@@ -119,7 +119,8 @@ def test_replacements_are_codes_among_the_neighbours(name):
 
 @pytest.mark.parametrize('name', MODULES)
 def test_gradient_has_the_form_it_had(name):
-    "What reaches the latents is what the clean pass would send there; what reaches weights behind the codes sees the new codes"
+    """What reaches the latents is what the clean pass would send there;
+    what reaches weights behind the codes sees the new codes"""
     module,x = made(name)
     # running means would move the codes between output and look-up
     module.freeze_codebook = True

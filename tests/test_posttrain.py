@@ -1,4 +1,5 @@
-"Post-training: what is frozen stays, whatever the quantizer; pairs and training survive a kill; the released code's list of what learns"
+"""Post-training: what is frozen stays, whatever the quantizer; pairs and training survive a kill;
+the released code's list of what learns"""
 import copy, json, signal, subprocess, sys, time
 from dataclasses import replace
 
@@ -13,8 +14,8 @@ from tokkit.generators import FlowCfg, FlowGenerator
 from tokkit.generators import MaskedCfg, MaskedGenerator
 from tokkit.training import MomentLoss
 from tokkit.tokenizers import official_names
-from tokkit.posttraining import (LatentPairs, check_fit, check_same, clean_pairs, latent_pairs, open_pairs,
-                                 row_sigmas, write_pairs)
+from tokkit.posttraining import (LatentPairs, check_fit, check_latents, check_same, clean_pairs,
+                                 latent_pairs, open_pairs, row_sigmas, write_pairs)
 from tokkit.tokenizers import decode_all, encode_all
 from tokkit.posttraining import Probe, check_options, official_trainable, posttrain_decoder
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, make_tokenizer
@@ -59,7 +60,8 @@ def test_official_list_of_what_learns(fixtures):
     with torch.device('meta'): tok = Tokenizer(TOKENIZERS['base'])
     theirs = {ours: name for name, ours in official_names(tok).items()}
     got = sorted(theirs[n] for n in official_trainable(tok))
-    assert got == sorted(json.loads((fixtures/'state_dict_shapes.json').read_text())['post_training_trainable_names'])
+    recorded = json.loads((fixtures/'state_dict_shapes.json').read_text())
+    assert got == sorted(recorded['post_training_trainable_names'])
 
 
 def test_official_trains_exactly_its_list(images):
@@ -173,7 +175,8 @@ def test_settings_of_the_quantizer_are_compared():
         check_same(small('tiny-lfq'), small('tiny-bsq'))
 
 def test_moments_of_pairs(images, tmp_path):
-    "Pictures of the pairs come nearer to the images by their moments; a killed training goes on with the same running moments, and under the same loss alone"
+    """Pictures of the pairs come nearer to the images by their moments;
+    a killed training goes on with the same running moments, and under the same loss alone"""
     tok = small('tiny')
     look = MomentLoss().fit(images)
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
@@ -193,13 +196,26 @@ def test_moments_of_pairs(images, tmp_path):
     assert (play(tmp_path/'killed')[0].fingerprint == healed.fingerprint == play(None,
                                                                                  loss=None)[0].fingerprint)
 
+def test_wrong_options_are_named(images, tmp_path):
+    tok = small('tiny')
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    pairs = clean_pairs(tok, images)
+    with pytest.raises(ValueError, match='moments must be in'):
+        posttrain_decoder(tok, pairs, BRIEF, moments=-1.)
+    with pytest.raises(ValueError, match="give pairs with source='tokens'"):
+        posttrain_decoder(tok, latent_pairs(gen, tok, images, .7), freeze='official')
+    game = replace(BRIEF, adversarial=.1, adversarial_start=0., adaptive=False)
+    with pytest.raises(OSError, match='no file'):
+        posttrain_decoder(tok, pairs, game, critic=tmp_path/'none.safetensors')
+
 def test_official_knows_no_moments(images):
     tok = small('tiny')
     with pytest.raises(ValueError, match='no consistency and no moments'):
         posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, freeze='official', moments=1.)
 
 def test_another_probe_is_not_gone_on_with(tmp_path, images):
-    "A training that was ended under one judge is refused under another, whose numbers would be compared with the first's"
+    """A training that was ended under one judge is refused under another,
+    whose numbers would be compared with the first's"""
     tok = small('tiny')
     how = ImageTraining(epochs=2, batch=25, perceptual=0, lr=5e-3)
     a, b = (Probe(torch.randint(512, (40, 49), generator=torch.Generator().manual_seed(s)), images,
@@ -219,6 +235,12 @@ def test_a_mixture_in_any_container(sigma):
 
 def test_each_sigma_once():
     with pytest.raises(ValueError, match='each sigma once'): row_sigmas(10, [.5, .5, .9])
+
+@pytest.mark.parametrize('sigma, says', [([], 'at least one'), ({.9: 1, .9000001: 3}, 'each sigma once'),
+                                         ([.9, 1.5], r'sigma must be in \[0, 1\], got 1.5'),
+                                         (0., 'nothing ties the two')])
+def test_a_wrong_sigma_is_named(sigma, says):
+    with pytest.raises(ValueError, match=says): row_sigmas(9, sigma)
 
 def test_a_wrong_option_leaves_the_folder_free(tmp_path, images):
     tok = small('tiny')
@@ -264,6 +286,28 @@ def test_a_recipe_of_another_version_is_named(tmp_path, images, text, lacks):
     with pytest.raises(ValueError, match=f'pairs.json does not hold what it should: {lacks}.*; delete'):
         damaged_store(tmp_path, images)
 
+def test_wrong_pairs_are_named(images, tmp_path):
+    tok = small('tiny')
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    with pytest.raises(ValueError, match="source must be 'reencode' or 'tokens'"):
+        latent_pairs(gen, tok, images, .5, 'png')
+    with pytest.raises(ValueError, match='got no latents at all'):
+        check_latents(tok, encode_all(tok, images)[:0], images)
+    write_pairs(tmp_path, None, tok, images)
+    with pytest.raises(ValueError, match='was made with images'):
+        open_pairs(tmp_path, fashion_mnist('test', 50))
+
+def test_rows_of_a_store_are_those_in_memory(images, tmp_path):
+    tok = small('tiny')
+    gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+    memory = latent_pairs(gen, tok, images, .5, 'tokens')
+    write_pairs(tmp_path, gen, tok, images, .5, 'tokens', part=20)
+    stored = open_pairs(tmp_path, images, tok, gen)
+    rows = [49, 3, 20, 3]
+    assert stored.hash != memory.hash and stored.about == memory.about
+    assert torch.equal(stored.__getitems__(rows)[0], memory.latents[rows])
+    assert torch.equal(stored[25][0], memory.latents[25])
+
 def test_rows_from_the_end(tmp_path, images):
     damaged_store(tmp_path, images)
     pairs = open_pairs(tmp_path, images.subset(30))
@@ -291,10 +335,14 @@ from tokkit.posttraining import posttrain_decoder
 from tokkit.tokenizers import make_tokenizer
 from tokkit.training import ImageTraining
 torch.manual_seed(0)
-tok, gen, images = make_tokenizer('tiny', width=32, depth=1).eval(), ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval(), fashion_mnist('train', 200)
-import tokkit.posttraining.pair_store; write = tokkit.posttraining.pair_store.write_pairs
-pairs = (write(f'{sys.argv[1]}/pairs', gen, tok, images, .7, part=20), tokkit.posttraining.pair_store.open_pairs(f'{sys.argv[1]}/pairs', images, tok, gen))[1]
-healed, _ = posttrain_decoder(tok, pairs, ImageTraining(epochs=6, batch=25, perceptual=0, lr=2e-3), sys.argv[1], device='cpu')
+tok = make_tokenizer('tiny', width=32, depth=1).eval()
+gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
+images = fashion_mnist('train', 200)
+from tokkit.posttraining.pair_store import open_pairs, write_pairs
+write_pairs(f'{sys.argv[1]}/pairs', gen, tok, images, .7, part=20)
+pairs = open_pairs(f'{sys.argv[1]}/pairs', images, tok, gen)
+brief = ImageTraining(epochs=6, batch=25, perceptual=0, lr=2e-3)
+healed, _ = posttrain_decoder(tok, pairs, brief, sys.argv[1], device='cpu')
 print(pairs.hash, healed.fingerprint)
 '''
 
@@ -333,8 +381,8 @@ def test_probe_keeps_the_best_and_says_when_it_went_astray(images):
         back, history = posttrain_decoder(tok, Spoilt(latents, images), replace(BRIEF, epochs=30),
                                           device='cpu', probe=probe, patience=99)
     assert history.epoch.iloc[0] == -1 and probe(back).value == history.probe.min()
-    assert history.epoch.tolist() == [-1, 0, 1] and history.recon.notna().tolist() == [False, True,
-                                                                                       True], ("finished epochs keep their losses")
+    assert history.epoch.tolist() == [-1, 0, 1]
+    assert history.recon.notna().tolist() == [False, True, True], "finished epochs keep their losses"
 
 
 def test_lora_without_linear_layers_is_refused():

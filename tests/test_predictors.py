@@ -1,4 +1,5 @@
-"Agreement of metrics: the paper's published numbers, scipy, brute force, and intervals that hold what they promise"
+"""Agreement of metrics: the paper's published numbers, scipy,
+brute force, and intervals that hold what they promise"""
 import os, subprocess, sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"Properties of the quantizers: codes name themselves, neighbours are the nearest, gradients reach what they should"
+"""Properties of the quantizers: codes name themselves, neighbours are the nearest,
+gradients reach what they should"""
 import math
 
 import pytest
@@ -408,8 +409,8 @@ def test_lattices_of_the_paper():
 def test_every_option_of_every_kind_is_known():
     for kind in QUANTIZERS:
         assert 'dim' not in quantizer_options(kind) and 'options' not in quantizer_options(kind)
-    assert ({'l2_norm', 'commitment', 'update', 'decay',
-             'kmeans'} <= set(quantizer_options('vq')) & set(quantizer_options('pq')) & set(quantizer_options('rq')))
+    shared = set(quantizer_options('vq')) & set(quantizer_options('pq')) & set(quantizer_options('rq'))
+    assert {'l2_norm', 'commitment', 'update', 'decay', 'kmeans'} <= shared
 
 
 def test_centres_of_few_vectors():
@@ -423,5 +424,6 @@ def test_centres_of_few_vectors():
     ((1, 2, 4, 7, 9), [0, 1, 2, 2, 3]),
     ((1, 2, 4, 7), [0, 1, 2, 3])])
 def test_shared_convolutions_of_many_scales(scales, convolutions):
-    "The convolution of each scale as VAR's authors choose it: ticks in float64, where the ties of ten scales are decided by rounding"
+    """The convolution of each scale as VAR's authors choose it: ticks in float64,
+    where the ties of ten scales are decided by rounding"""
     assert make_quantizer('msrq', 16, 4, scales=scales).which == convolutions

@@ -34,7 +34,8 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_axes_of_numbers_are_numeric(page, drawn):
-    "Numbers that were read as words stand on an axis in the order of the table, evenly apart: a curve over them zigzags"
+    """Numbers that were read as words stand on an axis in the order of the table,
+    evenly apart: a curve over them zigzags"""
     for figure in drawn(page):
         for ax in figure.axes:
             for axis in (ax.xaxis, ax.yaxis):

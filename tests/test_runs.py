@@ -127,7 +127,8 @@ def test_a_failed_run_is_no_run(tmp_path, mode, says):
     assert collect(tmp_path).empty and 'failed' in collect(tmp_path).attrs['skipped'][0]
 
 def test_two_at_once_then_kill(tmp_path):
-    "The second gets one line; kill -9 of the first takes its kernel with it and frees the lock; the run can then be made"
+    """The second gets one line; kill -9 of the first takes its kernel with it and frees the lock;
+    the run can then be made"""
     gate = tmp_path/'gate'
     params = dict(mode='wait', gate=str(tmp_path/'gate'))
     first = python(RUN, TINY, tmp_path/'runs', json.dumps(params))
@@ -191,7 +192,9 @@ WORK = """import sys, time; from pathlib import Path; from tokkit.runs import ar
 def make(tmp, work):
     n = int((work/'epoch').read_text()) if (work/'epoch').exists() else 0
     for epoch in range(n, 3):
-        (work/'epoch').write_text(str(epoch+1)); open(sys.argv[2], 'a').write(f'{epoch} '); (tmp/'half').write_text('half')
+        (work/'epoch').write_text(str(epoch+1))
+        open(sys.argv[2], 'a').write(f'{epoch} ')
+        (tmp/'half').write_text('half')
         if epoch == 1 and n == 0: time.sleep(60)
     (tmp/'x').write_text('whole')
 print(artifact('generator', dict(a=1), make, sys.argv[1], slug='small'))"""

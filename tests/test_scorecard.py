@@ -52,7 +52,8 @@ def test_gfid_of_a_sampler_a_tensor_and_a_set(images):
 
 
 def test_samples_are_not_kept(images):
-    "Of a thousand drawn in four batches one or two are there at a time; with a classifier beside the judge, too"
+    """Of a thousand drawn in four batches one or two are there at a time;
+    with a classifier beside the judge, too"""
     held = []
     alive = []
     def sampler(n):
@@ -96,6 +97,21 @@ def test_n_samples_are_drawn_by_the_seed(images, others):
 
 def test_a_sampler_must_give_images(images):
     with pytest.raises(ValueError, match='a sampler must return images'): gfid(lambda n: None, images)
+
+
+@pytest.mark.parametrize('metrics,words', [
+    ('IS', 'IS needs a classifier whose features are class probabilities'),
+    (('FID',), "no metric 'FID'; there are gFID, KID, precision")])
+def test_metrics_of_generators_that_there_are_not(images, others, metrics, words):
+    with pytest.raises(ValueError) as e: evaluate_generator(others, images, judge(), metrics=metrics)
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_labels_that_there_are_not(images):
+    with pytest.raises(ValueError, match='there are labels for 150 images, 151 are wanted'):
+        Sampler(nn.Module(), None, images).draw_labels(151)
+    with pytest.raises(ValueError, match="labels must be 'balanced', .*, or labels; got 'dataset'"):
+        Sampler(nn.Module(), None, 'dataset').draw_labels(3)
 
 
 def test_generator_cards_are_the_metrics(images, others):
@@ -231,9 +247,18 @@ def test_some_metrics_of_some_images(images):
 
 @pytest.mark.parametrize('more,words', [
     (dict(metrics='FID'), "no metric 'FID'; there are rFID, pFID"),
-                                        (dict(metrics='IS'), 'IS needs a classifier'),
-                                        (dict(metrics='iFID'), 'iFID needs images'),
+    (dict(metrics='IS'), 'IS needs a classifier'),
+    (dict(metrics=('iFID',)), 'iFID needs images for the neighbours: train='),
     (dict(n=151), 'n must be in 2..150')])
 def test_refusals(images, more, words):
     with pytest.raises(ValueError) as e: evaluate_tokenizer(Grey(), images, judge(), **more)
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('metric,words', [('usage', 'usage is of codes, and this tokenizer has none'),
+                                          ('pFID', 'pFID is defined for codes')])
+def test_what_latents_without_codes_have_not(images, metric, words):
+    class Latents(nn.Module):
+        codebook = None
+    with pytest.raises(ValueError) as e: evaluate_tokenizer(Latents(), images, judge(), metrics=metric)
     assert words in str(e.value) and '\n' not in str(e.value)

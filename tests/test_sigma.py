@@ -13,7 +13,8 @@ from tokkit.training import ImageTraining
 
 @pytest.fixture
 def known(monkeypatch):
-    "Training replaced by its outcome: a decoder trained on n pairs of sigma is the pair (sigma, n), and pairs likewise"
+    """Training replaced by its outcome: a decoder trained on n pairs of sigma is the pair (sigma,
+    n), and pairs likewise"""
     trained = []
     monkeypatch.setattr(module, 'latent_pairs', lambda gen, tok, some, s, *a, **k: (s, len(some)))
     monkeypatch.setattr(module, 'clean_pairs', lambda tok, some: (1., len(some)))

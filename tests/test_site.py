@@ -105,7 +105,8 @@ def test_links_between_names(site):
 
 def test_navigation_is_written():
     want = builder().navigation(NBS)
-    assert yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8')) == want, "nbs/sidebar.yml misses a page: python tools/build_site.py"
+    written = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))
+    assert written == want, "nbs/sidebar.yml misses a page: python tools/build_site.py"
 
 
 def test_references_are_numbered():
@@ -135,9 +136,10 @@ def test_saved_widgets_live_without_a_kernel(tmp_path, browser):
     view = nbformat.v4.new_output('display_data',
                                   {'application/vnd.jupyter.widget-view+json': saved['view_specs'][0],
                                    'text/plain': 'VBox()'})
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# live\n\n> A saved widget'),
-                                         nbformat.v4.new_code_cell('show()', outputs=[view])],
-                                  metadata={'widgets': {'application/vnd.jupyter.widget-state+json': saved['manager_state']}})
+    cells = [nbformat.v4.new_markdown_cell('# live\n\n> A saved widget'),
+             nbformat.v4.new_code_cell('show()', outputs=[view])]
+    widgets = {'application/vnd.jupyter.widget-state+json': saved['manager_state']}
+    nb = nbformat.v4.new_notebook(cells=cells, metadata={'widgets': widgets})
     (tmp_path/'nbs').mkdir()
     for name in ('_quarto.yml', 'styles.css'): shutil.copy(NBS/name, tmp_path/'nbs')
     nbformat.write(nb, tmp_path/'nbs'/'index.ipynb')

@@ -43,7 +43,8 @@ def images(): return fashion_mnist('test', n=8)
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_moments_are_those_of_the_sampler(kind):
-    s, (g, tok) = stepper(kind, guidance=2., temperature=.8, seed=3), pair(kind)
+    s = stepper(kind, guidance=2., temperature=.8, seed=3)
+    g, _ = pair(kind)
     seen = []
     out = g.sample(torch.arange(3), 2., .8, rng=make_rng(3, 'stepper'), callback=seen.append)
     trace = s.trace()
@@ -159,12 +160,12 @@ def test_what_is_set_has_its_color_and_what_is_new_a_frame():
     known = torch.zeros(1, 49, dtype=torch.bool)
     known[0, [3, 11]] = True
     tiles = map_tiles(np.full((1, 49, 3), 200, np.uint8), known, (7, 7))[0]
-    assert ((tiles == 25).all(-1).reshape(7, 12, 7, 12).any((1, 3)).reshape(-1).nonzero()[0].tolist() == [3,
-                                                                                                          11])
+    by_token = lambda pixels: pixels.all(-1).reshape(7, 12, 7, 12)
+    framed = by_token(tiles == 25).any((1, 3)).reshape(-1)
+    assert framed.nonzero()[0].tolist() == [3, 11]
     x = np.zeros((1, 84, 84, 3), np.uint8)
-    assert ((veil(x, known, (7, 7))[0] == 0).all(-1).reshape(7, 12, 7,
-                                                             12).all((1,
-                                                                      3)).reshape(-1).nonzero()[0].tolist() == [3, 11])
+    dark = by_token(veil(x, known, (7, 7))[0] == 0).all((1, 3)).reshape(-1)
+    assert dark.nonzero()[0].tolist() == [3, 11]
     ink = chance_ink(torch.tensor([[0., .1, .5, 1., torch.nan]]))[0].astype(int)
     assert (np.diff(ink[:4].sum(1)) > 0).all() and (ink[4] == 240).all()
 
@@ -237,11 +238,11 @@ def test_no_guidance_without_label_dropout(recwarn):
     with pytest.raises(ValueError, match='trained without label dropout'): s.set(guidance=2.)
 
 
-@pytest.mark.parametrize('kind,changes,says',
-                         [('ar', dict(top=1), "no knob 'top'; it has label"),
-                          ('ar', dict(steps=3), 'goes code by code'),
-                                               ('masked', dict(sigma=.5), 'no images were given'),
-                          ('flow', dict(sample=1), 'latents are continuous')])
+@pytest.mark.parametrize('kind,changes,says', [
+    ('ar', dict(top=1), "no knob 'top'; it has label"),
+    ('ar', dict(steps=3), 'goes code by code'),
+    ('masked', dict(sigma=.5), 'no images were given'),
+    ('flow', dict(sample=1), 'latents are continuous')])
 def test_refuses_knobs(kind, changes, says):
     with pytest.raises(ValueError, match=says): stepper(kind).set(**changes)
 

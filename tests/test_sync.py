@@ -1,4 +1,5 @@
-"Notebooks are clean and tokkit/ is what they export: cleaning and exporting a copy of the checkout changes nothing"
+"""Notebooks are clean and tokkit/ is what they export:
+cleaning and exporting a copy of the checkout changes nothing"""
 import shutil, subprocess, sys
 from pathlib import Path
 

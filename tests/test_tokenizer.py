@@ -1,4 +1,5 @@
-"Every preset of the tokenizer: the same weights as ever, the same verbs, errors in one line, files of earlier versions"
+"""Every preset of the tokenizer: the same weights as ever, the same verbs,
+errors in one line, files of earlier versions"""
 import json
 
 import pytest

@@ -1,4 +1,5 @@
-"The training step: parts of a batch, several processes, compiled, in half precision, and what happens when it goes wrong"
+"""The training step: parts of a batch, several processes, compiled,
+in half precision, and what happens when it goes wrong"""
 import json, subprocess, sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from tokkit.data import fashion_mnist
 from tokkit.perturbation import Annealing, LatentPerturbation
 from tokkit.tokenizers import make_tokenizer
-from tokkit.training import ImageTraining, TensorPairs, train_tokenizer
+from tokkit.training import GeneratorTraining, ImageTraining, TensorPairs, train_tokenizer
 from tokkit.training.train import _compiled
 
 SCRIPT = Path(__file__).with_name('train_in_processes.py')
@@ -36,7 +37,8 @@ def train(work=None, images=None, perturbation=LatentPerturbation(.7, .5, 20), *
 
 
 def test_two_processes_train_as_one(tmp_path):
-    "The same global batch, the same draws, the same losses: pixels, contrast over all images, the game and its balance"
+    """The same global batch, the same draws, the same losses: pixels,
+    contrast over all images, the game and its balance"""
     one = losses(tmp_path/'one', semantic=.1)
     two = losses(tmp_path/'two', 2, semantic=.1)
     assert (set(one) == set(two) >= {'loss', 'recon', 'semantic', 'adversarial', 'critic', 'replaced',
@@ -107,3 +109,31 @@ def test_killed_and_resumed(tmp_path, changes):
     whole = play(tmp_path/'whole')
     play(tmp_path/'killed', kill=True)
     assert play(tmp_path/'killed') == whole
+
+
+@pytest.mark.parametrize('settings, said', [
+    (dict(epochs=0), 'epochs and batch must be at least 1'),
+    (dict(semantic=-.1), r'the weight semantic must be in \[0, inf\], got -0.1'),
+    (dict(reconstruction=0, perceptual=0), 'nothing to learn from'),
+    (dict(adversarial_kind='poker'),
+     "adversarial_kind must be one of hinge, non-saturating, vanilla, got 'poker'"),
+    (dict(reconstruction=0, perceptual_every=2), 'something to learn from at every step'),
+    (dict(batch=50, accumulate=4), 'accumulate must divide batch, got 4 parts of 50 images'),
+])
+def test_settings_for_images_that_no_training_can_use(settings, said):
+    with pytest.raises(ValueError, match=said): ImageTraining(**settings)
+
+@pytest.mark.parametrize('settings, said', [
+    (dict(decay='biases'), "decay must be one of matrices, released, got 'biases'"),
+    (dict(lr=-1), 'lr must be in'),
+])
+def test_settings_for_latents_that_no_training_can_use(settings, said):
+    with pytest.raises(ValueError, match=said): GeneratorTraining(**settings)
+
+@pytest.mark.parametrize('settings', [
+    dict(perceptual_every=1),
+    dict(perceptual=0, semantic=.1),
+    dict(perceptual=0, adversarial=.1, adversarial_start=0, adaptive=False),
+])
+def test_without_pixels_another_term_at_every_step_is_enough(settings):
+    assert ImageTraining(reconstruction=0, **settings).reconstruction == 0

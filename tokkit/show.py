@@ -48,15 +48,19 @@ def _line(scale:float) -> float:
     "Height of a line of text in tile widths, when a tile is `scale` inches wide"
     return .19/scale
 
-def _canvas(columns:int, height:float, scale:float, left:float = 0., right:float = 0.) -> tuple[Picture,
-                                                                                                Axes]:
-    "A figure `columns` tiles wide and `height` tile widths high with room left and right, and axes whose unit is a tile width"
+def _canvas(
+    columns:int, height:float,            # size, in tiles and in tile widths
+    scale:float,                          # width of a tile, inches
+    left:float = 0., right:float = 0.,    # room left and right, in tile widths
+) -> tuple[Picture,Axes]:
+    "A figure of so many tiles, and axes whose unit is a tile width"
     width = left+columns*(1+_GAP)-_GAP+right
     fig = Picture(figsize=(width*scale, height*scale), dpi=72, facecolor='white')
     ax = fig.add_axes((0, 0, 1, 1))
     ax.axis('off')
     return fig, ax
 
+# %% ../nbs/show.ipynb #6c8db1f8
 def _frame(ax:Axes, columns:int, height:float, left:float = 0., right:float = 0.):
     "Fix the limits, which drawing images moves"
     ax.set(xlim=(-left, columns*(1+_GAP)-_GAP+right), ylim=(height, 0), aspect='auto')
@@ -85,7 +89,8 @@ def show_images(
     height = step*math.ceil(len(x)/columns)-_GAP
     fig, ax = _canvas(columns, height, scale)
     for i, image in enumerate(pixels):
-        _tile(ax, image, i%columns, i//columns*step+text, None if titles is None else str(titles[i]))
+        title = None if titles is None else str(titles[i])
+        _tile(ax, image, column=i%columns, top=i//columns*step+text, title=title)
     _frame(ax, columns, height)
     return fig
 
@@ -100,15 +105,28 @@ def show_rows(
     pixels = {str(k):_pixels(v) for k,v in rows.items()}
     columns = max(map(len, pixels.values()))
     left = max(len(k) for k in pixels)*.068/scale+.1
-    tops = np.cumsum([0. if titles is None else _line(scale)]
-                     +[p.shape[1]/p.shape[2]+_GAP for p in pixels.values()])
+    heights = [p.shape[1]/p.shape[2]+_GAP for p in pixels.values()]
+    tops = np.cumsum([0. if titles is None else _line(scale), *heights])
     fig, ax = _canvas(columns, tops[-1]-_GAP, scale, left)
     for r, (name, images) in enumerate(pixels.items()):
         for i, image in enumerate(images):
-            _tile(ax, image, i, tops[r], str(titles[i]) if titles is not None and r == 0 else None)
+            title = str(titles[i]) if titles is not None and r == 0 else None
+            _tile(ax, image, column=i, top=tops[r], title=title)
         ax.text(-.08, (tops[r]+tops[r+1]-_GAP)/2, name, ha='right', va='center', fontsize=8)
     _frame(ax, columns, tops[-1]-_GAP, left)
     return fig
+
+# %% ../nbs/show.ipynb #ad7d7807
+def _heat(difference:Float[Tensor, "b h w"], limit:float|None) -> tuple[ScalarMappable, np.ndarray]:
+    "A scale of colours from 0 to `limit`, and the differences in it as bytes (b h w 3)"
+    colours = ScalarMappable(Normalize(0, limit or max(float(difference.max()), 1e-6)), 'magma')
+    return colours, np.stack([colours.to_rgba(d, bytes=True)[...,:3] for d in difference.numpy()])
+
+def _scale_bar(fig:Figure, colours:ScalarMappable, box:tuple[float,float,float,float]):
+    "Draw the scale of colours into `box`: left, bottom, width, height as fractions of the figure"
+    bar = fig.colorbar(colours, cax=fig.add_axes(box))
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.ax.locator_params(nbins=3)
 
 # %% ../nbs/show.ipynb #4b728bce
 def show_diff(
@@ -121,9 +139,7 @@ def show_diff(
     "Images, reconstructions and where they differ"
     if x.shape != xh.shape:
         raise ValueError(f"show_diff: x is {tuple(x.shape)} and xh is {tuple(xh.shape)}; expected one shape")
-    difference = (x.float()-xh.float()).abs().mean(1).detach().cpu()
-    colours = ScalarMappable(Normalize(0, limit or max(float(difference.max()), 1e-6)), 'magma')
-    heat = np.stack([colours.to_rgba(d, bytes=True)[...,:3] for d in difference.numpy()])     # (b h w 3)
+    colours, heat = _heat((x.float()-xh.float()).abs().mean(1).detach().cpu(), limit)
     step = x.shape[-2]/x.shape[-1]+_GAP
     left = 9*.068/scale
     right = .62/scale
@@ -133,11 +149,8 @@ def show_diff(
         ax.text(-.08, r*step+(step-_GAP)/2, name, ha='right', va='center', fontsize=8)
     _frame(ax, len(x), 3*step-_GAP, left, right)
     width = left+len(x)*(1+_GAP)-_GAP+right
-    bar = fig.colorbar(colours,
-                       cax=fig.add_axes((1-(right-.1)/width, .03, .1/scale/width,
-                                         (step-_GAP)/(3*step-_GAP)-.06)))
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.ax.locator_params(nbins=3)
+    row = (step-_GAP)/(3*step-_GAP)
+    _scale_bar(fig, colours, (1-(right-.1)/width, .03, .1/scale/width, row-.06))
     return fig
 
 # %% ../nbs/show.ipynb #c93a7771
@@ -158,13 +171,21 @@ def latent_rgb(
     rgb = rgb/rgb.abs().quantile(.98, 0).clamp_min(1e-12)
     return rgb.clamp(-1, 1).float().view(b, *grid, 3).permute(0,3,1,2)
 
-# %% ../nbs/show.ipynb #4891b7d2
+# %% ../nbs/show.ipynb #46f4f8dd
 def _code_colours(ids:np.ndarray) -> UInt8[np.ndarray, "*shape 3"]:
     "A colour for each code id; neighbouring ids get hues far apart"
     hue = ids*.6180339887498949%1
-    return (hsv_to_rgb(np.stack([hue, .35+.4*(ids*7%5)/4, .95-.35*(ids*11%3)/2],
-                                -1))*255).round().astype(np.uint8)
+    saturation = .35+.4*(ids*7%5)/4
+    value = .95-.35*(ids*11%3)/2
+    return (hsv_to_rgb(np.stack([hue, saturation, value], -1))*255).round().astype(np.uint8)
 
+def _outlines(changed:Bool[Tensor, "b n"], columns:int, top:float) -> list[Rectangle]:
+    "A box inside of each token that was replaced; the maps begin at `top`"
+    unit = 1/columns
+    return [Rectangle((i*(1+_GAP)+(t%columns+.1)*unit, top+(t//columns+.1)*unit), .8*unit, .8*unit)
+            for i,t in changed.cpu().nonzero().tolist()]
+
+# %% ../nbs/show.ipynb #4891b7d2
 def show_tokens(
     ids:Integer[Tensor, "b n"],                # code ids
     grid:tuple[int,int],                       # rows and columns the n tokens lie on
@@ -173,7 +194,8 @@ def show_tokens(
     scale:float = .78,                         # width of a map, inches
 ) -> Figure:
     "Token maps: one colour a code, replaced tokens outlined"
-    ids, (rows, columns) = ids.detach().cpu(), grid
+    ids = ids.detach().cpu()
+    rows, columns = grid
     if ids.ndim != 2 or ids.shape[1] != rows*columns:
         raise ValueError(f"show_tokens: grid {tuple(grid)} needs ids (b {rows*columns}), got "
                          f"{tuple(ids.shape)}")
@@ -185,15 +207,28 @@ def show_tokens(
     fig, ax = _canvas(len(ids), text+rows*unit, scale)
     for i, colours in enumerate(_code_colours(ids.numpy()).reshape(-1, rows, columns, 3)):
         _tile(ax, colours, i, text, None if titles is None else str(titles[i]))
-    boxes = [] if changed is None else [Rectangle((i*(1+_GAP)+(t%columns+.1)*unit, text+(t//columns+.1)*unit),
-                                                  .8*unit, .8*unit)
-                                        for i,t in changed.cpu().nonzero().tolist()]
+    boxes = [] if changed is None else _outlines(changed, columns, text)
     ax.add_collection(PatchCollection(boxes, facecolor='none', edgecolor='black',
                                       linewidth=72*scale*unit*.13))
     _frame(ax, len(ids), text+rows*unit)
     return fig
 
 # %% ../nbs/show.ipynb #7d68b389
+_RAMP = ' .:-=+*#%@' # dark to bright
+
+def _colour_lines(top:np.ndarray, low:np.ndarray) -> list[str]:
+    "Lines of half blocks: the upper pixel is the letter's colour, the lower one the ground's"
+    def cell(a, b): return f"\x1b[38;2;{a[0]};{a[1]};{a[2]}m\x1b[48;2;{b[0]};{b[1]};{b[2]}m\u2580"
+    def line(r): return ' '.join(''.join(map(cell, a, b))+'\x1b[0m' for a,b in zip(top[:,r], low[:,r]))
+    return [line(r) for r in range(top.shape[1])]
+
+def _grey_lines(top:np.ndarray, low:np.ndarray) -> list[str]:
+    "Lines of characters as bright as the two pixels together"
+    grey = (top.astype(int)+low).mean(-1)/2                                     # (b high/2 width)
+    def line(r): return ' '.join(''.join(_RAMP[int(g*len(_RAMP)/256)] for g in a) for a in grey[:,r])
+    return [line(r) for r in range(grey.shape[1])]
+
+# %% ../nbs/show.ipynb #c8014347
 def text_preview(
     x:Float[Tensor, "b c h w"],   # images in [-1,1]; the first eight are drawn
     width:int = 14,               # characters an image is wide
@@ -202,23 +237,13 @@ def text_preview(
 ) -> str:                         # lines joined by newlines
     "A row of images as text"
     if color is None: color = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-    x, high = x[:8].float(), max(1, round(width*x.shape[-2]/x.shape[-1]/2))*2
-    # (b high width 3)
-    small = _pixels(torch.nn.functional.interpolate(x, size=(high, width), mode='area'))
+    x = x[:8].float()
+    lines = max(1, round(width*x.shape[-2]/x.shape[-1]/2))
+    # two pixels a character: (b 2*lines width 3)
+    small = _pixels(torch.nn.functional.interpolate(x, size=(2*lines, width), mode='area'))
     top = small[:,::2]
     low = small[:,1::2]
-    if color:
-        def cell(a, b): return f"\x1b[38;2;{a[0]};{a[1]};{a[2]}m\x1b[48;2;{b[0]};{b[1]};{b[2]}m\u2580"
-        lines = [' '.join(''.join(map(cell, a, b))+'\x1b[0m' for a,b in zip(top[:,r], low[:,r]))
-                 for r in range(high//2)]
-    else:
-        # (b high/2 width)
-        grey = (top.astype(int)+low).mean(-1)/2
-        lines = [' '.join(''.join(_RAMP[int(g*len(_RAMP)/256)] for g in a) for a in grey[:,r])
-                 for r in range(high//2)]
-    return '\n'.join(lines)
-
-_RAMP = ' .:-=+*#%@' # dark to bright
+    return '\n'.join(_colour_lines(top, low) if color else _grey_lines(top, low))
 
 # %% ../nbs/show.ipynb #0bd6e018
 def to_pil_grid(

@@ -1,8 +1,9 @@
 """Build the site from nbs/ into _docs/ without Quarto: `python tools/build_site.py [FOLDER]`
 
-nbdev processes the notebooks (show_doc, links between names), smalldocs turns them into pages, and this file does what lies between
-the two: nbdev's page names, links that work without a server, numbered figures and equations, saved widgets, and KaTeX and the widget
-manager from npm instead of from a CDN. nbs/ stays a plain Quarto project: whoever has Quarto can run `nbdev_docs`.
+nbdev processes the notebooks (show_doc, links between names), smalldocs turns them into pages, and this
+file does what lies between the two: nbdev's page names, links that work without a server, numbered figures
+and equations, saved widgets, and KaTeX and the widget manager from npm instead of from a CDN. nbs/ stays a
+plain Quarto project: whoever has Quarto can run `nbdev_docs`.
 """
 import json, os, re, shutil, subprocess, sys, tarfile, tempfile
 from configparser import ConfigParser
@@ -46,7 +47,8 @@ def home() -> str:
 
 
 def navigation(nbs:Path) -> dict:
-    "Navigation in the order a newcomer needs it: start here, how-to, explain, results, explore, and the reference by folder"
+    """Navigation in the order a newcomer needs it: start here, how-to,
+    explain, results, explore, and the reference by folder"""
     def pages(pattern): return [str(p.relative_to(nbs)) for p in sorted(nbs.glob(pattern))]
     def section(name, contents): return [dict(section=name, contents=contents)] if contents else []
     reference = [part for folder, name in HOUSE.items()
@@ -69,7 +71,8 @@ def write_sidebar(nbs:Path) -> str:
 
 
 def process():
-    "nbdev's part, in the current folder: notebooks -> _proc/. In this one process, so that torch is imported once"
+    """nbdev's part, in the current folder: notebooks -> _proc/.
+    In this one process, so that torch is imported once"""
     import ast, inspect
     import fastcore.docments as docments
     from nbdev.quarto import refresh_quarto_yml
@@ -121,7 +124,8 @@ def number_references(text:list[str]) -> list[str]:
 
 
 def take_widgets(nbs:Path) -> dict[str,dict]:
-    "Take the saved widget states out of the notebooks (nbdev stumbles over linked widgets): notebook -> state"
+    """Take the saved widget states out of the notebooks (nbdev stumbles over linked widgets):
+    notebook -> state"""
     states = {}
     for p in sorted(nbs.rglob('*.ipynb')):
         nb = json.loads(p.read_text(encoding='utf-8'))
@@ -183,7 +187,8 @@ def adapt(proc:Path, nbs:Path, states:dict[str,dict]):
 
 
 def vendor(package:str, wanted:tuple[str,...], cache:Path) -> Path|None:
-    "Files of an npm package, fetched once into `cache`; None, with a line that says why, when that is impossible"
+    """Files of an npm package, fetched once into `cache`; None,
+    with a line that says why, when that is impossible"""
     folder = cache/package.replace('/', '-')
     if folder.is_dir(): return folder
     if not shutil.which('npm'):
@@ -200,9 +205,10 @@ def vendor(package:str, wanted:tuple[str,...], cache:Path) -> Path|None:
         with tarfile.open(next(Path(tmp).glob('*.tgz'))) as t:
             t.extraction_filter = getattr(tarfile, 'data_filter', None)    # Python 3.11 has it from 3.11.4 on
             t.extractall(Path(tmp)/'all')
+        package = Path(tmp)/'all'/'package'
         for pattern in wanted:
-            for f in (Path(tmp)/'all'/'package').glob(pattern):
-                to = Path(tmp)/'kept'/f.relative_to(Path(tmp)/'all'/'package').as_posix().removeprefix('dist/')
+            for f in package.glob(pattern):
+                to = Path(tmp)/'kept'/f.relative_to(package).as_posix().removeprefix('dist/')
                 to.parent.mkdir(parents=True, exist_ok=True)
                 f.rename(to)
         if not folder.exists(): (Path(tmp)/'kept').rename(folder)
@@ -269,7 +275,8 @@ def build(out:Path, nbs:Path=ROOT/'nbs', cache:Path=ROOT/'.tools'/'npm') -> list
 
 
 def publish(out:Path) -> list[str]:
-    "Build beside `out` and put the finished site in its place; a folder with anything else in it is refused before the work begins"
+    """Build beside `out` and put the finished site in its place;
+    a folder with anything else in it is refused before the work begins"""
     from tokkit.core import locked, replaced_dir
     with locked(out, f'the site {out}'), replaced_dir(out) as new: return build(new)
 

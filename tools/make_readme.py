@@ -1,6 +1,7 @@
 """Write README.md from nbs/index.ipynb: `python tools/make_readme.py`
 
-What a reader of the repository sees is the site's first page: its text, its code and its pictures, with links that work from the root.
+What a reader of the repository sees is the site's first page: its text, its code and its pictures, with
+links that work from the root.
 """
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
-"What the tests of faults share: small real models and images, and how a command or a call is told to have failed well"
+"""What the tests of faults share: small real models and images,
+and how a command or a call is told to have failed well"""
 import os, subprocess, sys
 from pathlib import Path
 

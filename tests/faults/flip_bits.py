@@ -1,10 +1,12 @@
-"""Flip random single bits in all that a smoke demo made, call the demo again, and see that every flip was noticed or changed nothing
+"""Flip random single bits in all that a smoke demo made, call the demo again, and see that every flip was
+noticed or changed nothing
 
     tokkit demo --preset smoke --out FOLDER
     python tests/faults/flip_bits.py FOLDER 200          # so many flips, seed 0; the folder is copied first
 
-After each flip the demo, the table of results and the comparison with checksums are called. A flip counts as noticed when one of them says so; a file that nobody
-reads must be as before after the call. Exit code 0 when no flip changed a number in silence.
+After each flip the demo, the table of results and the comparison with checksums are called. A flip counts
+as noticed when one of them says so; a file that nobody reads must be as before after the call. Exit code 0
+when no flip changed a number in silence.
 """
 import argparse, contextlib, io, os, random, shutil, sys, tempfile, time
 from collections import Counter

@@ -1,10 +1,12 @@
-"""Thousands of mutated inputs of the command line, in one process: words, files and folders, none may end in anything but one line
+"""Thousands of mutated inputs of the command line, in one process: words, files and folders, none may end
+in anything but one line
 
     python tests/faults/fuzz_commands.py 5000             # so many, seed 0
     python tests/faults/fuzz_commands.py 500 --seed 3
 
-Whatever would take long (trainings, runs, JupyterLab, the site) is cut off after its checks; nothing outside a temporary folder is written or deleted.
-Exit code 0 when every input ended with exit code 0, 1 or 2 and without a traceback.
+Whatever would take long (trainings, runs, JupyterLab, the site) is cut off after its checks; nothing
+outside a temporary folder is written or deleted. Exit code 0 when every input ended with exit code 0, 1 or
+2 and without a traceback.
 """
 import argparse, contextlib, io, json, os, random, shutil, sys, tempfile, time
 from collections import Counter
@@ -79,20 +81,20 @@ def home(folder:Path) -> Path:
 
 def cut_short(folder:Path):
     "Nothing is trained, executed or opened, and nothing outside `folder` is deleted"
-    import tokkit.cli, tokkit.cli.models, tokkit.demo, tokkit.core.folders, tokkit.runs
+    import tokkit.cli.commands, tokkit.cli.models, tokkit.core, tokkit.demo, tokkit.runs.execute
     class Enough(OSError): "The checks are over"
     def enough(*args, **kwargs): raise Enough('cut off after the checks')
     def stages(cfg, *args, **kwargs):
-        tokkit.demo.demo.Demo(cfg, folder/'runs', 'cpu').images
+        tokkit.demo.Demo(cfg, folder/'runs', 'cpu').images
         enough()
-    delete = tokkit.core.folders.delete
+    delete = tokkit.core.delete
     def inside(path):
         return delete(path) if Path(path).resolve().is_relative_to(folder.resolve()) else enough()
-    tokkit.demo.story.run_stages = stages
+    tokkit.demo.run_stages = stages
     tokkit.cli.models._train_decoder = enough
     tokkit.runs.execute._execute = enough
-    tokkit.core.folders.delete = inside
-    tokkit.cli.os.execv = tokkit.cli.subprocess.run = enough
+    tokkit.core.delete = inside
+    tokkit.cli.commands.os.execv = tokkit.cli.commands.subprocess.run = enough
 
 
 def odd_word(rng, word:str) -> str:

@@ -1,9 +1,11 @@
-"""Kill `tokkit demo`, `tokkit sweep` and `tokkit posttrain` with SIGKILL at random moments, call them again, and compare with uninterrupted calls
+"""Kill `tokkit demo`, `tokkit sweep` and `tokkit posttrain` with SIGKILL at random moments, call them
+again, and compare with uninterrupted calls
 
     python tests/faults/kill_at_random.py 20             # so many kills, shared out among the three, seed 0
     python tests/faults/kill_at_random.py 3 --seed 5 --only sweep
 
-Exit code 0 when after every kill the second call gave the same bytes (demo, post-training) or rows (sweep), and nothing temporary was left.
+Exit code 0 when after every kill the second call gave the same bytes (demo, post-training) or rows (sweep),
+and nothing temporary was left.
 """
 import argparse, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""What a caller of the Python interface can get wrong: a table of expressions, and what the one line must say
+"""What a caller of the Python interface can get wrong: a table of expressions, and what the one line must
+say
 
-The expressions are evaluated in a process of their own, where nobody checks types: with the checks of the other tests a wrong type would not
-reach the code that must refuse it.
+The expressions are evaluated in a process of their own, where nobody checks types: with the checks of the
+other tests a wrong type would not reach the code that must refuse it.
 """
 import json, subprocess, sys
 

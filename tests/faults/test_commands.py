@@ -1,6 +1,7 @@
 """What a command line can get wrong: a table of words, the exit code, and what the one line must say
 
-`{own}` is a folder with images, a tokenizer and a generator; `{tmp}` an empty folder of the case; `{tiny}` a notebook for tests.
+`{own}` is a folder with images, a tokenizer and a generator; `{tmp}` an empty folder of the case; `{tiny}`
+a notebook for tests.
 """
 import shutil
 from pathlib import Path

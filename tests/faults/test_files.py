@@ -1,6 +1,8 @@
-"""Files that somebody wrote, or a disk changed: whatever is in them, they are read as they were meant or refused in one line
+"""Files that somebody wrote, or a disk changed: whatever is in them, they are read as they were meant or
+refused in one line
 
-Shapes of JSON and YAML are generated; artifacts of every kind get bits flipped at random places, drawn by `$TOKKIT_FAULT_SEED`.
+Shapes of JSON and YAML are generated; artifacts of every kind get bits flipped at random places, drawn by
+`$TOKKIT_FAULT_SEED`.
 """
 import json, os, random, shutil, warnings
 from pathlib import Path
@@ -130,10 +132,24 @@ def test_a_sweep_with_one_value_changed(tmp_path, data):
     refused(read)
 
 @pytest.mark.parametrize('text, says', [
-    ('a: &a [x,x]\nb: &b [*a,*a]\nnotebook: x\ngrid: {a: *b}', 'alias'), ('notebook: x\nnotebook: y\ngrid: {}', 'the key notebook twice'), ('notebook: x\ngrid: {a: [1], a: [2]}', 'the key a twice'),
-    ('notebook: x\ngrid: 5', 'Expected object | array, got int'), ('notebook: x\ngrid: {1: [2]}', 'Expected str'), ('notebook: x\ngrid: [5]', 'Expected object, got int'), ('notebook: x\ngrid: {a: 1}\nworkers: two', 'got str'),
-    ('notebook: 5\ngrid: {a: 1}', 'got int'), ('notebook: x\ngrid: {a: 1}\nparams: [1]', 'got array'), ('notebook: x\ngrid: {a: 1}\nminutes: soon', 'got str'), ('!!python/object/apply:os.system [ls]', 'not valid YAML'), ('['*5000, 'not valid YAML'),
-    ('notebook: x\ngrid: {a: '+'['*500+']'*500+'}', 'YAML'), ('- a', 'must have notebook and grid'), ('', 'must have notebook and grid'), ('a: b: c', 'not valid YAML'), ('\0', 'not valid YAML')], ids=range(17))
+    ('a: &a [x,x]\nb: &b [*a,*a]\nnotebook: x\ngrid: {a: *b}', 'alias'),
+    ('notebook: x\nnotebook: y\ngrid: {}', 'the key notebook twice'),
+    ('notebook: x\ngrid: {a: [1], a: [2]}', 'the key a twice'),
+    ('notebook: x\ngrid: 5', 'Expected object | array, got int'),
+    ('notebook: x\ngrid: {1: [2]}', 'Expected str'),
+    ('notebook: x\ngrid: [5]', 'Expected object, got int'),
+    ('notebook: x\ngrid: {a: 1}\nworkers: two', 'got str'),
+    ('notebook: 5\ngrid: {a: 1}', 'got int'),
+    ('notebook: x\ngrid: {a: 1}\nparams: [1]', 'got array'),
+    ('notebook: x\ngrid: {a: 1}\nminutes: soon', 'got str'),
+    ('!!python/object/apply:os.system [ls]', 'not valid YAML'),
+    ('['*5000, 'not valid YAML'),
+    ('notebook: x\ngrid: {a: '+'['*500+']'*500+'}', 'YAML'),
+    ('- a', 'must have notebook and grid'),
+    ('', 'must have notebook and grid'),
+    ('a: b: c', 'not valid YAML'),
+    ('\0', 'not valid YAML'),
+], ids=range(17))
 def test_sweeps_that_are_none(tmp_path, tokkit, text, says):
     (tmp_path/'s.yaml').write_text(text)
     code, _, err = tokkit('sweep', tmp_path/'s.yaml', '--out', tmp_path/'runs')
@@ -189,7 +205,8 @@ def demo_root(tmp_path_factory):
     return root, values, values()
 
 def flip_one(rng:random.Random, root:Path) -> tuple[Path,bytes]:
-    "Flip one random bit of one random file below `root`, each kind of artifact equally likely; the file, and what was in it"
+    """Flip one random bit of one random file below `root`, each kind of artifact equally likely;
+    the file, and what was in it"""
     kind = rng.choice(sorted(p for p in root.iterdir() if p.is_dir()))
     path = rng.choice(sorted(p for p in kind.rglob('*') if p.is_file() and '.damaged' not in str(p)))
     before = path.read_bytes()

@@ -1,4 +1,5 @@
-"""Faults that once ended in a wrong number, in somebody's files deleted, or in no end at all: each was seen, each is refused now
+"""Faults that once ended in a wrong number, in somebody's files deleted, or in no end at all: each was
+seen, each is refused now
 
 The numbers are those under which they were reported.
 """
@@ -186,8 +187,8 @@ def test_4_5_posttrain_is_alone(healing, tmp_path, tokkit):
         before = sorted(p.name for p in folder.iterdir())
         code, out, err = tokkit('clean', tmp_path/'runs', '--all', '--yes')
         assert code == 0 and f'left alone: healed: process {first.pid} is at work' in err and out == ''
-        assert set(before) <= {p.name
-                               for p in folder.iterdir()} | {'one'} and first.poll() is None, ("too quick to be a test: more epochs")
+        now = {p.name for p in folder.iterdir()} | {'one'}
+        assert set(before) <= now and first.poll() is None, "too quick to be a test: more epochs"
         said = first.communicate(timeout=240)
         assert first.returncode == 0, said[1]
     finally: first.kill()
@@ -266,7 +267,8 @@ def test_6_a_flipped_bit_in_an_artifact(small_demo, what, file):
     name = folder.name
     # whichever came first
     if what == 'tokenizer': ask = lambda d: d.tokenizer('base' if '-base-' in name else 'plain')
-    with pytest.warns(UserWarning, match=f'{what} {name} is damaged: .*{file}.* has changed; it is made again'):
+    says = f'{what} {name} is damaged: .*{file}.* has changed; it is made again'
+    with pytest.warns(UserWarning, match=says):
         ask(make())
     if file != 'params.json': assert path.read_bytes() == before, "what is made again is what was there"
     shutil.rmtree(folder.with_name(name+'.damaged'))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from jaxtyping import Int
 from scipy.interpolate import CubicSpline
 from scipy.stats import t as student
@@ -52,33 +53,126 @@ class Calibration:
                              for a,row in zip(self.alphas, self.plane) for d,v in zip(self.deltas, row)])
 
     def __str__(self):
-        (a,b),(c,d) = self.alpha_interval,self.delta_interval
+        a,b = self.alpha_interval
+        c,d = self.delta_interval
         dose = f"alpha {self.alpha:.2f} ({a:.2f}..{b:.2f}), delta {self.delta} ({c:.3g}..{d:.3g})"
         return f"{dose}, {100*self.left:.0f}% of the distance left, n={self.settings.get('n')}"
     def __repr__(self): return f"Calibration: {self}"
 
-    def plot(self, ax=None):
-        "Distance over the plane, the minimum and its intervals"
-        import matplotlib.pyplot as plt
-        ax = ax or plt.subplots(figsize=(4, 2.8), dpi=72, layout='constrained')[1]
-        cells = ax.pcolormesh(self.deltas, self.alphas, np.sqrt(self.plane.clip(0)), shading='gouraud',
-                              cmap='viridis_r')
-        ax.figure.colorbar(cells, ax=ax, label='MMD')
-        (a,b),(d,e) = self.alpha_interval,self.delta_interval
-        across,up = (np.maximum([[v-low],[high-v]], 0) for v,low,
-                     high in ((self.delta, d, e), (self.alpha, a, b)))
-        ax.errorbar(self.delta, self.alpha, xerr=across, yerr=up, fmt='o', ms=4, color='tab:red', capsize=2)
-        ax.set(xscale='log', xlabel='delta', ylabel='alpha')
-        ax.set_xticks(self.deltas, [str(d) for d in self.deltas])
-        ax.minorticks_off()
-        return ax
+# %% ../../nbs/analysis/04_calibration.ipynb #ae800b30
+@patch
+def plot(self:Calibration, ax=None):
+    "Distance over the plane, the minimum and its intervals"
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(4, 2.8), dpi=72, layout='constrained')[1]
+    cells = ax.pcolormesh(self.deltas, self.alphas, np.sqrt(self.plane.clip(0)), shading='gouraud',
+                          cmap='viridis_r')
+    ax.figure.colorbar(cells, ax=ax, label='MMD')
+    across = _reach(self.delta, *self.delta_interval)
+    up = _reach(self.alpha, *self.alpha_interval)
+    ax.errorbar(self.delta, self.alpha, xerr=across, yerr=up, fmt='o', ms=4, color='tab:red', capsize=2)
+    ax.set(xscale='log', xlabel='delta', ylabel='alpha')
+    ax.set_xticks(self.deltas, [str(d) for d in self.deltas])
+    ax.minorticks_off()
+    return ax
 
+def _reach(value, low, high) -> np.ndarray:
+    "How far an interval reaches below a value and above it, as `errorbar` takes it"
+    return np.maximum([[value-low], [high-value]], 0)
+
+# %% ../../nbs/analysis/04_calibration.ipynb #73fbb259
 def calibrated_cells(
     calibration:Calibration, # of a generator
 ) -> dict: # keywords for `pfid`: a grid of one cell, rate and include_self
-    "The dose of a generator, and how it redraws, as the grid of a pFID: `pfid(tok, images, **calibrated_cells(c))` is the calibrated pFID"
+    "A generator's dose as the grid of a pFID: `pfid(tok, images, **calibrated_cells(c))`"
     how = {k: calibration.settings[k] for k in ('rate', 'include_self') if k in calibration.settings}
     return dict(alphas=[calibration.alpha], deltas=[calibration.delta], **how)
+
+# %% ../../nbs/analysis/04_calibration.ipynb #8a865b98
+def _minima(curve, c, x, alphas, m, rate) -> np.ndarray:
+    "(alpha, log of a whole delta) of each draw's least distance; alpha may pass its range by a quarter"
+    wide = np.arange(alphas[0]-.25, alphas[-1]+.2501, .005)
+    # whole numbers
+    fine = np.log(np.unique(np.round(np.exp(np.concatenate([x, np.linspace(x[0], x[-1], 241)])))))
+    powers = _powers(wide, m, rate)
+    coefficients = curve(fine) if curve is not None else c
+    out = []
+    inside = (wide >= alphas[0]-1e-9)&(wide <= alphas[-1]+1e-9)
+    for i in range(c.shape[1]):
+        value = coefficients[:,i]@powers                                    # (fine alphas)
+        # the estimate itself stays in the range
+        if i == 0: value = np.where(inside, value, np.inf)
+        at = np.unravel_index(value.argmin(), value.shape)
+        out.append((wide[at[1]], fine[at[0]]))
+    return np.array(out)
+
+def _value(curve, c, found, m, rate) -> float:
+    "MMD^2 of the images at a place of the plane"
+    coefficients = c[0,0] if curve is None else curve(found[1])[0]
+    return float(coefficients@_powers(found[0], m, rate))
+
+# %% ../../nbs/analysis/04_calibration.ipynb #03d7ec26
+def _block_draws(blocks, bootstrap, seed) -> Tensor:
+    "How often each block counts, of generated images and of real ones (2 1+draws blocks); first each once"
+    rng = np.random.default_rng(int(torch.randint(2**31, (), generator=make_rng(seed, 'calibrate'))))
+    drawn = rng.multinomial(blocks, np.full(blocks, 1/blocks), (2, bootstrap))
+    return torch.from_numpy(np.concatenate([np.ones((2, 1, blocks)), drawn], 1))
+
+def _intervals(found, x, alphas, m, level, blocks) -> tuple[tuple[float,float],tuple[float,float]|None]:
+    "Those of alpha and of delta, which together hold at the level; without a dose delta has none"
+    spread = found[1:].std(0, ddof=1)
+    near = np.searchsorted(x, found[0,1]).clip(1, max(len(x)-1, 1))
+    # uniform within a token, and within a step
+    step = np.array([1/m, x[near]-x[near-1] if len(x) > 1 else 0.])/12**.5
+    reach = student.isf((1-level)/4, blocks-1)*np.hypot(spread, step)
+    low,high = np.clip([found[0]-reach, found[0]+reach], [alphas[0], x[0]], [alphas[-1], x[-1]])
+    def delta(x): return round(float(np.exp(x)), 6)
+    alpha = float(low[0]),float(high[0])
+    return alpha,(None if alpha[0] <= 0 else (delta(low[1]), delta(high[1])))
+
+# %% ../../nbs/analysis/04_calibration.ipynb #45863b64
+def _checked_ids(name, ids, blocks, k):
+    "Raise one line unless these are enough images with ids of the codebook"
+    low = int(ids.min())
+    high = int(ids.max())
+    if len(ids) < 4*blocks:
+        raise ValueError(f"calibrate needs at least {4*blocks} {name} images, got {len(ids)}; 1000 give "
+                         "useful intervals")
+    if low < 0 or high >= k:
+        raise ValueError(f"{name} ids reach from {low} to {high}, the codebook has {k} codes; take one "
+                         "tokenizer for both")
+
+def _checked_range(alphas, deltas, k, include_self) -> tuple[list[float],list[int]]:
+    "Rows and columns of the plane in order, or one line about what is wrong"
+    alphas = sorted({float(a) for a in alphas})
+    most = k if include_self else k-1
+    if deltas is None: deltas = [d for i in range(1, 24) if (d := 2**i) <= max(2, k//4)]
+    deltas = sorted({int(d) for d in deltas})
+    if not deltas or deltas[0] < 1 or deltas[-1] > most:
+        raise ValueError(f"deltas must be whole numbers in 1..{most} for {k} codes, got {deltas}")
+    if not alphas or alphas[0] < 0 or alphas[-1] > 1:
+        raise ValueError(f"alphas must be fractions in 0..1, got {alphas}")
+    return alphas,deltas
+
+# %% ../../nbs/analysis/04_calibration.ipynb #066b742f
+def _checked(generated, real, codes, alphas, deltas, include_self, bootstrap, blocks, level, seed):
+    "Arguments in order and images in mixed order, or one line about what is wrong"
+    generated = as_ids(generated)
+    real = as_ids(real)
+    k = len(codes) if isinstance(codes, Tensor) else codes.codebook_size
+    if k is None: codes.codes(generated)                                    # says why not
+    check_pair(generated, real)
+    _checked_ids('generated', generated, blocks, k)
+    _checked_ids('real', real, blocks, k)
+    if bootstrap < 2:
+        raise ValueError(f"bootstrap must be at least 2, or there is no interval; got {bootstrap}; 200 is "
+                         "the rule")
+    check_range('level', level, .5, .9999, 'it is a confidence')
+    alphas,deltas = _checked_range(alphas, deltas, k, include_self)
+    n = min(len(generated), len(real))//blocks*blocks
+    generated = _some(generated, n, seed, 'calibrate', 'generated')
+    real = _some(real, n, seed, 'calibrate', 'real')
+    return generated,real,alphas,deltas
 
 # %% ../../nbs/analysis/04_calibration.ipynb #6c643e69
 def calibrate(
@@ -104,88 +198,21 @@ def calibrate(
     m = math.prod(generated.shape[1:])
     nodes = sorted({*delta_nodes(deltas[0], deltas[-1]), *deltas})
     sums = _sums(generated, real, as_codes(codes), nodes, include_self, size, blocks)
-    rng = np.random.default_rng(int(torch.randint(2**31, (), generator=make_rng(seed, 'calibrate'))))
-    drawn = rng.multinomial(blocks, np.full(blocks, 1/blocks), (2, bootstrap))
-    # (deltas 1+draws 6)
-    c = _coefficients(sums, torch.from_numpy(np.concatenate([np.ones((2, 1, blocks)), drawn], 1))).numpy()
+    c = _coefficients(sums, _block_draws(blocks, bootstrap, seed)).numpy()   # (deltas 1+draws 6)
     x = np.log(nodes)
     curve = CubicSpline(x, c) if len(x) > 1 else None
     found = _minima(curve, c, x, alphas, m, rate)
+    alpha,delta = found[0].clip([alphas[0], x[0]], [alphas[-1], x[-1]])
+    alpha_interval,delta_interval = _intervals(found, x, alphas, m, level, blocks)
     clean = c[0,0,0]
-    least = _value(curve, c, found[0], m, rate)
-    (a,d),spread = found[0].clip([alphas[0], x[0]], [alphas[-1], x[-1]]),found[1:].std(0, ddof=1)
-    near = np.searchsorted(x, found[0,1]).clip(1, max(len(x)-1, 1))
-    # uniform within a token, and within a step
-    step = np.array([1/m, x[near]-x[near-1] if len(x) > 1 else 0.])/12**.5
-    reach = student.isf((1-level)/4, blocks-1)*np.hypot(spread, step)
-    low,high = np.clip([found[0]-reach, found[0]+reach], [alphas[0], x[0]], [alphas[-1], x[-1]])
+    left = float(max(_value(curve, c, found[0], m, rate), 0)/clean) if clean > 0 else 1.
     plane = np.stack([c[nodes.index(e),0]@_powers(alphas, m, rate) for e in deltas], 1)
+    replicates = np.column_stack([found[1:,0], np.exp(found[1:,1]).round(6)])
     settings = dict(n=len(real), rate=rate, include_self=include_self, size=size, bootstrap=bootstrap,
                     blocks=blocks, seed=seed)
-    (a_low,d_low),(a_high,d_high) = ((float(e[0]), round(float(np.exp(e[1])), 6)) for e in (low, high))
-    if a_low <= 0:  # no dose, no delta
-        d_low = float(deltas[0])
-        d_high = float(deltas[-1])
-    left = float(max(least, 0)/clean) if clean > 0 else 1.
-    replicates = np.column_stack([found[1:,0], np.exp(found[1:,1]).round(6)])
-    return Calibration(round(float(a), 6), round(float(np.exp(d))), (a_low, a_high), (d_low, d_high), left,
-                       level,
-                       tuple(alphas), tuple(deltas), plane, replicates, settings)
-
-# %% ../../nbs/analysis/04_calibration.ipynb #8a865b98
-def _minima(curve, c, x, alphas, m, rate) -> np.ndarray:
-    "(alpha, log delta) of the smallest distance of each draw, delta a whole number; alpha may leave its range by a quarter"
-    wide = np.arange(alphas[0]-.25, alphas[-1]+.2501, .005)
-    # whole numbers
-    fine = np.log(np.unique(np.round(np.exp(np.concatenate([x, np.linspace(x[0], x[-1], 241)])))))
-    powers = _powers(wide, m, rate)
-    coefficients = curve(fine) if curve is not None else c
-    out = []
-    inside = (wide >= alphas[0]-1e-9)&(wide <= alphas[-1]+1e-9)
-    for i in range(c.shape[1]):
-        value = coefficients[:,i]@powers                                    # (fine alphas)
-        # the estimate itself stays in the range
-        if i == 0: value = np.where(inside, value, np.inf)
-        at = np.unravel_index(value.argmin(), value.shape)
-        out.append((wide[at[1]], fine[at[0]]))
-    return np.array(out)
-
-def _value(curve, c, found, m, rate) -> float:
-    "MMD^2 of the images at a place of the plane"
-    return float((curve(found[1])[0] if curve is not None else c[0,0])@_powers(found[0], m, rate))
-
-def _checked(generated, real, codes, alphas, deltas, include_self, bootstrap, blocks, level, seed):
-    "Arguments in order and images in mixed order, or one line about what is wrong"
-    generated = as_ids(generated)
-    real = as_ids(real)
-    k = len(codes) if isinstance(codes, Tensor) else codes.codebook_size
-    if k is None: codes.codes(generated)                                    # says why not
-    check_pair(generated, real)
-    for name,t in (('generated', generated), ('real', real)):
-        few = len(t) < 4*blocks
-        low = int(t.min())
-        high = int(t.max())
-        if few:
-            raise ValueError(f"calibrate needs at least {4*blocks} {name} images, got {len(t)}; 1000 give "
-                             "useful intervals")
-        if low < 0 or high >= k:
-            raise ValueError(f"{name} ids reach from {low} to {high}, the codebook has {k} codes; take one "
-                             "tokenizer for both")
-    if bootstrap < 2:
-        raise ValueError(f"bootstrap must be at least 2, or there is no interval; got {bootstrap}; 200 is "
-                         "the rule")
-    check_range('level', level, .5, .9999, 'it is a confidence')
-    alphas = sorted({float(a) for a in alphas})
-    most = k if include_self else k-1
-    if deltas is None: deltas = [d for i in range(1, 24) if (d := 2**i) <= max(2, k//4)]
-    deltas = sorted({int(d) for d in deltas})
-    if not deltas or deltas[0] < 1 or deltas[-1] > most:
-        raise ValueError(f"deltas must be whole numbers in 1..{most} for {k} codes, got {deltas}")
-    if not alphas or alphas[0] < 0 or alphas[-1] > 1:
-        raise ValueError(f"alphas must be fractions in 0..1, got {alphas}")
-    n = min(len(generated), len(real))//blocks*blocks
-    return (_some(generated, n, seed, 'calibrate', 'generated'),_some(real, n, seed, 'calibrate', 'real'),
-            alphas,deltas)
+    return Calibration(round(float(alpha), 6), round(float(np.exp(delta))), alpha_interval,
+                       delta_interval or (float(deltas[0]), float(deltas[-1])), left, level, tuple(alphas),
+                       tuple(deltas), plane, replicates, settings)
 
 # %% ../../nbs/analysis/04_calibration.ipynb #c1c83f9f
 def recovery(
@@ -198,7 +225,7 @@ def recovery(
     seed:int = 0,                   # of doses, sets and perturbations
     **options,                      # of `calibrate`
 ) -> pd.DataFrame:
-    "One row a trial: the dose of a synthetic generator, what `calibrate` found, and whether both intervals hold it"
+    "One row a trial: a synthetic generator's dose, what `calibrate` found, whether both intervals hold it"
     ids = as_ids(ids)
     codes = as_codes(codes)
     rows = []
@@ -213,10 +240,15 @@ def recovery(
         delta = round(float(np.exp(low[0]+u[1]*(low[1]-low[0]))))
         moved = perturb_codes(ids[order[:n]], codes, alpha, delta, rng=rng)
         c = calibrate(moved, ids[order[n:2*n]], codes, seed=i, **options)
-        (a,b),(d,e) = c.alpha_interval,c.delta_interval
-        widths = (b-a)/(c.alphas[-1]-c.alphas[0]),float(np.log(e/d)/np.log(c.deltas[-1]/c.deltas[0]))
-        rows.append(dict(alpha=alpha, delta=delta, found_alpha=c.alpha, found_delta=c.delta,
-                         alpha_low=a, alpha_high=b, delta_low=d, delta_high=e, alpha_width=widths[0],
-                         delta_width=widths[1],
-                         left=c.left, holds=a <= alpha <= b and d <= delta <= e))
+        rows.append(_trial(alpha, delta, c))
     return pd.DataFrame(rows)
+
+def _trial(alpha, delta, c) -> dict:
+    "A dose beside what was found; widths are shares of the plane's sides"
+    a,b = c.alpha_interval
+    d,e = c.delta_interval
+    return dict(alpha=alpha, delta=delta, found_alpha=c.alpha, found_delta=c.delta,
+                alpha_low=a, alpha_high=b, delta_low=d, delta_high=e,
+                alpha_width=(b-a)/(c.alphas[-1]-c.alphas[0]),
+                delta_width=float(np.log(e/d)/np.log(c.deltas[-1]/c.deltas[0])),
+                left=c.left, holds=a <= alpha <= b and d <= delta <= e)

@@ -19,7 +19,7 @@ def decoded_power(
     decoders:Mapping[str,Tokenizer], # states of a decoder by name, in eval mode
     latents:Tensor,                  # decoded by all of them, one row an image
     images:Tensor,                   # real images (b c h w), for comparison
-) -> pd.DataFrame: # rows: of, frequency (cycles an image), power (mean log), gap to the images with its standard error
+) -> pd.DataFrame: # rows: of, frequency (cycles an image), mean log power, gap to the images, se
     "Power by frequency of real images, and of the same latents through several decoders"
     judge = spectrum_extractor(channels=images.shape[1])
     def features(tok): return extract(judge, decode_all(tok, latents))
@@ -29,6 +29,5 @@ def decoded_power(
         se = (f.var(0)/len(f)+real.var(0)/len(real)).sqrt()
         return [dict(of=name, frequency=r, power=f[:,r].mean().item(), gap=gap[r].item(), se=se[r].item())
                 for r in range(f.shape[1])]
-    return pd.DataFrame([row for name,
-                         f in {'images':real, **{k:features(t) for k,t in decoders.items()}}.items()
-                         for row in rows(name, f)])
+    of = dict(images=real)|{k:features(t) for k,t in decoders.items()}
+    return pd.DataFrame([row for name,f in of.items() for row in rows(name, f)])

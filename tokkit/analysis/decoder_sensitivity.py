@@ -102,7 +102,7 @@ def damage(
     doses:Sequence|None = None,
     share:float = .1,                 # of the tokens that go wrong
     seed:int = 0,                     # of places, ranks and noise, the same for every decoder
-) -> pd.DataFrame: # rows: of, dose, damage (squared error added), ratio to the first decoder's (NaN: that is no harm), se of both
+) -> pd.DataFrame: # rows: of, dose, damage (squared error added), ratio to the first's (NaN: no harm), se
     "How much worse wrong tokens make the pictures, by how wrong they are; images count as [-1,1]"
     if not decoders: raise ValueError("damage needs at least one decoder, got none")
     if len(latents) != len(images) or not len(images):
@@ -115,28 +115,33 @@ def damage(
     if doses is None: doses = rank_bands(_smallest(codes, latents)) if discrete else (.25, .5, 1., 2.)
     def wrong(i, dose):
         rng = make_rng(seed, 'damage', i)
-        return (replace_at_ranks(latents, codes, dose, share, rng) if discrete
-                else noise_at(latents, dose, share, rng))
-    # (b)
-    def error(t, q):
-        return (decode_all(t, q).clamp(-1, 1)-images.clamp(-1, 1)).square().flatten(1).mean(1).double()
-    clean = {name: error(t, latents) for name,t in decoders.items()}
+        if discrete: return replace_at_ranks(latents, codes, dose, share, rng)
+        return noise_at(latents, dose, share, rng)
+    clean = {name: _errors(t, latents, images) for name,t in decoders.items()}
     rows = []
     for i,dose in enumerate(doses):
         q = wrong(i, dose)
-        added = {name: error(t, q)-clean[name] for name,t in decoders.items()}
+        added = {name: _errors(t, q, images)-clean[name] for name,t in decoders.items()}
         first = next(iter(added.values()))
-        n = len(images)
-        for name,d in added.items():
-            # else there is nothing to compare with
-            harmed = first.mean() > 2*first.std()/n**.5
-            ratio = d.mean()/first.mean() if harmed else torch.tensor(torch.nan)
-            se = (d-ratio*first).std()/n**.5/first.mean()                 # both saw the same errors
-            values = dict(damage=d.mean(), se=d.std()/n**.5, ratio=ratio, ratio_se=se)
-            rows.append(dict(of=name, dose=_label(dose))|{k:v.item() for k,v in values.items()})
+        for name,d in added.items(): rows.append(dict(of=name, dose=_label(dose))|_compared(d, first))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #0b87d0c0
+def _errors(tok, latents, images) -> Tensor:
+    "Squared error of each picture (b)"
+    x = decode_all(tok, latents)
+    return (x.clamp(-1, 1)-images.clamp(-1, 1)).square().flatten(1).mean(1).double()
+
+def _compared(d, first) -> dict:
+    "Mean damage, and its ratio to the first decoder's where that is harmed at all; both saw the same errors"
+    n = len(d)
+    harmed = first.mean() > 2*first.std()/n**.5
+    ratio = d.mean()/first.mean() if harmed else torch.tensor(torch.nan)
+    se = (d-ratio*first).std()/n**.5/first.mean()
+    values = dict(damage=d.mean(), se=d.std()/n**.5, ratio=ratio, ratio_se=se)
+    return {k:v.item() for k,v in values.items()}
 
 def _smallest(codes, ids) -> int:
     "Codes of the smallest level"
-    return min(level.size for level,
-               _ in split_levels(codes, torch.arange(ids[0].numel()).view(1, *ids.shape[1:]), vectors=False))
+    entries = torch.arange(ids[0].numel()).view(1, *ids.shape[1:])
+    return min(level.size for level,_ in split_levels(codes, entries, vectors=False))

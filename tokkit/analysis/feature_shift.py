@@ -21,24 +21,29 @@ from ..metrics import bootstrap_frechet, FeatureStats, frechet_distance, mmd2
 def _dealt(g:Tensor, r:Tensor, seed, deals=10) -> list[float]:
     "Fréchet distances after the images were mixed and dealt out again"
     both = torch.cat([g, r])
-    orders = [torch.randperm(len(g)+len(r), generator=make_rng(seed, 'feature_shift', i))
-              for i in range(deals)]
-    return [frechet_distance(*(FeatureStats.from_features(both[some]) for some in o.split([len(g), len(r)])))
-            for o in orders]
+    def deal(i):
+        order = torch.randperm(len(both), generator=make_rng(seed, 'feature_shift', i))
+        one = FeatureStats.from_features(both[order[:len(g)]])
+        other = FeatureStats.from_features(both[order[len(g):]])
+        return frechet_distance(one, other)
+    return [deal(i) for i in range(deals)]
 
 def _feature_rows(g:Tensor, r:Tensor, kernel, bootstrap, seed) -> list[dict]:
     "Distances between two sets of features"
     m = mmd2(g, r, kernel)
     rows = [dict(metric='MMD²', value=m.value, se=m.se, floor=0., floor_sd=None, kernel=m.kernel)]
     if min(len(g), len(r)) > g.shape[1]:
-        p,q = (FeatureStats.from_features(t) for t in (g, r))
-        draws = bootstrap_frechet(g, r, replicates=bootstrap, seed=seed) if bootstrap > 1 else None
+        p = FeatureStats.from_features(g)
+        q = FeatureStats.from_features(r)
+        se = None
+        if bootstrap > 1:
+            se = float(np.std(bootstrap_frechet(g, r, replicates=bootstrap, seed=seed), ddof=1))
         floor = _dealt(g, r, seed)
-        rows.append(dict(metric='FD', value=frechet_distance(p, q), se=None if draws is None
-                         else float(np.std(draws, ddof=1)),
-                         floor=float(np.mean(floor)), floor_sd=float(np.std(floor, ddof=1))))
+        rows.append(dict(metric='FD', value=frechet_distance(p, q), se=se, floor=float(np.mean(floor)),
+                         floor_sd=float(np.std(floor, ddof=1))))
     return rows
 
+# %% ../../nbs/analysis/02_feature_shift.ipynb #a2fc3595
 def feature_shift(
     generated:Float[Tensor, "b c h w"], # images in [-1,1]
     real:Float[Tensor, "m _ _ _"],      # images in [-1,1]
@@ -51,8 +56,9 @@ def feature_shift(
     bootstrap:int = 50,                 # draws for the error of the Fréchet distance
     seed:int = 0,                       # of the draws and of the deals for its floor
 ) -> pd.DataFrame:
-    "Distance between the features of two sets of images, with error and floor: of all, class by class, or region by region"
-    g,r = (tuple(t.shape[1:]) for t in (generated, real))
+    "Distance between the features of two sets of images, with error and floor; of all, or part by part"
+    g = tuple(generated.shape[1:])
+    r = tuple(real.shape[1:])
     if g != r:
         raise ValueError(f"images of {g} and of {r} cannot be compared; decode both with one tokenizer")
     extractor = extractor or default_extractor(real.shape[-1])
@@ -73,6 +79,7 @@ def feature_shift(
             for row in _feature_rows(g, r, kernel, bootstrap, seed)]
     return pd.DataFrame(rows).assign(extractor=extractor.name, seed=seed)
 
+# %% ../../nbs/analysis/02_feature_shift.ipynb #704411db
 def decoded_shift(
     tok,                            # a tokenizer
     generated:Tensor,               # latents or ids a generator made

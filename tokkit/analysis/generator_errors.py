@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -28,7 +29,7 @@ RECORDED = 'p', 'rank', 'wrong', 'distance', 'neighbour'
 
 @dataclass(frozen=True, eq=False)
 class ErrorProfile:
-    "What a generator does at real tokens: (images entries) of each of `RECORDED`, NaN where nothing was asked"
+    "What a generator does at real tokens: `RECORDED`, each (images entries), NaN where nothing was asked"
     values:dict[str,np.ndarray]     # by name; continuous latents have only the distance
     depth:np.ndarray                # (images entries) tokens known when it was asked
     labels:np.ndarray               # (images)
@@ -39,74 +40,72 @@ class ErrorProfile:
 
     def mean(self, name:str) -> tuple[float,float]:
         "Mean over images, and its standard error"
-        each = _nanmean(self._of(name), 1)
-        each = each[np.isfinite(each)]
-        return float(each.mean()),float(each.std(ddof=1)/len(each)**.5) if len(each) > 1 else float('nan')
-
-    def _of(self, name):
         if name not in self.values:
             raise ValueError(f"this profile has {', '.join(self.values)}, not {name!r}")
-        return self.values[name]
-
-    def frame(self,
-        by:str = 'position', # 'position' | 'depth' | 'class' | 'region' (thirds of the grid)
-        bins:int = 8,        # groups of depth
-    ) -> pd.DataFrame: # a row a group: mean and standard error of all that was recorded
-        "Means by place, by what was known, or by class"
-        n,m = self.depth.shape
-        cell = np.arange(m)//max(1, m//math.prod(self.grid)) % math.prod(self.grid)
-        row = cell//self.grid[1]
-        column = cell%self.grid[1]
-        if by == 'position':
-            group = np.broadcast_to(cell, (n, m))
-            names = dict(row=row, column=column)
-        elif by == 'depth':
-            group = np.minimum(self.depth*bins//m, bins-1)
-            names = {}
-        elif by == 'class':
-            group = np.broadcast_to(self.labels[:,None], (n, m))
-            names = {}
-        elif by == 'region':
-            group = np.broadcast_to(row*3//self.grid[0]*3+column*3//self.grid[1], (n, m))
-            names = {}
-        else: raise ValueError(f"by must be 'position', 'depth', 'class' or 'region', got {by!r}")
-        out = []
-        for g in np.unique(group):
-            here = group == g
-            line = {by: int(g)*m//bins if by == 'depth' else int(g)}
-            for k,v in names.items(): line[k] = int(v[(cell == g).argmax()])
-            for k,v in self.values.items():
-                each = _nanmean(np.where(here, v, np.nan), 1)
-                each = each[np.isfinite(each)]
-                line[k],line[k+'_se'] = ((each.mean(),each.std(ddof=1)/len(each)**.5) if len(each) > 1
-                                         else (np.nan,np.nan))
-            out.append(line)
-        return pd.DataFrame(out)
-
-    def plot(self, name:str = 'p', ax=None):
-        "Heat map over the image"
-        import matplotlib.pyplot as plt
-        ax = ax or plt.subplots(figsize=(2.6, 2.2), dpi=72, layout='constrained')[1]
-        table = self.frame().pivot(index='row', columns='column', values=name)
-        ax.figure.colorbar(ax.imshow(table, cmap='viridis'), ax=ax, label=name)
-        ax.set(xticks=[], yticks=[], title=f'{self.mode}, sigma {self.sigma:g}')
-        return ax
+        each = _image_means(self.values[name])
+        return float(each.mean()),float(each.std(ddof=1)/len(each)**.5) if len(each) > 1 else float('nan')
 
     def __repr__(self):
         said = ', '.join(f"{k} {m:.3g} ± {s:.2g}" for k in self.values for m,s in [self.mean(k)])
         return f"ErrorProfile, {self.mode}, sigma {self.sigma:g}, n={len(self.labels)}: {said}"
 
-def _nanmean(v, axis):
+# %% ../../nbs/analysis/00_generator_errors.ipynb #75980137
+# means over the entries of each image (images entries) that has any
+def _image_means(v) -> np.ndarray:
     there = np.isfinite(v)
-    total = np.where(there, v, 0).sum(axis)
-    count = there.sum(axis)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    some = there.any(1)
+    return np.where(there, v, 0).sum(1)[some]/there.sum(1)[some]
+
+# %% ../../nbs/analysis/00_generator_errors.ipynb #b2760d87
+# the group of every entry (images entries)
+@patch
+def _groups(self:ErrorProfile, by, bins) -> np.ndarray:
+    n,m = self.depth.shape
+    rows,columns = self.grid
+    cell = np.arange(m)//max(1, m//(rows*columns)) % (rows*columns)
+    row = cell//columns
+    column = cell%columns
+    groups = {'position':cell, 'depth':np.minimum(self.depth*bins//m, bins-1), 'class':self.labels[:,None],
+              'region':row*3//rows*3+column*3//columns}
+    if by not in groups:
+        raise ValueError(f"by must be 'position', 'depth', 'class' or 'region', got {by!r}")
+    return np.broadcast_to(groups[by], (n, m))
+
+@patch
+def frame(self:ErrorProfile,
+    by:str = 'position', # 'position' | 'depth' | 'class' | 'region' (thirds of the grid)
+    bins:int = 8,        # groups of depth
+) -> pd.DataFrame: # a row a group: mean and standard error of all that was recorded
+    "Means by place, by what was known, or by class"
+    group = self._groups(by, bins)
+    out = []
+    for g in np.unique(group):
+        line = {by: int(g)*group.shape[1]//bins if by == 'depth' else int(g)}
+        if by == 'position': line |= dict(row=int(g)//self.grid[1], column=int(g)%self.grid[1])
+        for k,v in self.values.items():
+            each = _image_means(np.where(group == g, v, np.nan))
+            some = len(each) > 1
+            line |= {k: each.mean() if some else np.nan,
+                     k+'_se': each.std(ddof=1)/len(each)**.5 if some else np.nan}
+        out.append(line)
+    return pd.DataFrame(out)
+
+# %% ../../nbs/analysis/00_generator_errors.ipynb #ec60fcce
+@patch
+def plot(self:ErrorProfile, name:str = 'p', ax=None):
+    "Heat map over the image"
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(2.6, 2.2), dpi=72, layout='constrained')[1]
+    table = self.frame().pivot(index='row', columns='column', values=name)
+    ax.figure.colorbar(ax.imshow(table, cmap='viridis'), ax=ax, label=name)
+    ax.set(xticks=[], yticks=[], title=f'{self.mode}, sigma {self.sigma:g}')
+    return ax
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #380281f0
 def as_ids(ids:Int[Tensor, "b *n"]|np.ndarray) -> Int[Tensor, "b *n"]:
     "Ids as a tensor on the CPU, from a tensor or an array, memory-mapped too"
-    return (ids.detach().cpu().long() if isinstance(ids, Tensor)
-            else torch.from_numpy(np.asarray(ids).astype(np.int64)))
+    if isinstance(ids, Tensor): return ids.detach().cpu().long()
+    return torch.from_numpy(np.asarray(ids).astype(np.int64))
 
 def as_codes(
     codes:Tensor|Quantizer, # code vectors (k d), or a quantizer, on whatever device
@@ -114,6 +113,7 @@ def as_codes(
     "A copy on the CPU, where `as_ids` brings ids"
     return codes.detach().cpu() if isinstance(codes, Tensor) else copy.deepcopy(codes).cpu()
 
+# %% ../../nbs/analysis/00_generator_errors.ipynb #5b7da1f9
 class _Codes:
     "Distances between codes of an entry of the ids, whatever the quantizer"
     def __init__(self, codes:Tensor|Quantizer, shape:tuple[int,...]):
@@ -126,16 +126,18 @@ class _Codes:
         self.unit = [float(torch.pdist(w).mean()) if len(w) > 1 else 1. for w in v]
 
     def compare(self, entry:Tensor, real:Tensor, drawn:Tensor) -> tuple[Tensor,Tensor]:
-        "Distance of two codes in units of the mean one, and how many codes are at least as near to the real one"
+        "Distance of two codes in units of the mean one, and how many are at least as near to the real one"
         away = torch.zeros(len(real))
         number = torch.zeros(len(real))
         for i,(v,unit) in enumerate(zip(self.vectors, self.unit)):
             for some in (self.level[entry] == i).nonzero()[:,0].split(max(1, 2**22//len(v))):
                 far = torch.cdist(v[real[some]], v, compute_mode='donot_use_mm_for_euclid_dist')
                 mine = far.gather(1, drawn[some,None])
-                away[some],number[some] = mine[:,0]/unit,(far <= mine).sum(1).float()
+                away[some] = mine[:,0]/unit
+                number[some] = (far <= mine).sum(1).float()
         return away,number
 
+# %% ../../nbs/analysis/00_generator_errors.ipynb #6b76853a
 def _given(generator, tok, images, labels, n, seed) -> tuple[Tensor,Tensor]:
     "Latents and labels of real images, of whatever kind they came"
     if isinstance(images, Indexed):
@@ -185,6 +187,22 @@ def error_profile(
     "Probability and rank of real tokens, distance of wrong ones; of continuous latents the squared error"
     if mode not in ('teacher', 'free'): raise ValueError(f"mode must be 'teacher' or 'free', got {mode!r}")
     given,labels = _given(generator, tok, images, labels, n, seed)
+    kind,sigma = _kind_and_sigma(generator, mode, sigma)
+    how = dict(guidance=guidance, temperature=temperature)|options
+    if kind == 'flow': record = _Flow(mode, given)
+    else:
+        how |= dict(top_k=top_k, top_p=top_p)
+        codes = _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape)
+        record = _Tokens(kind, mode, given, codes, temperature, top_k, top_p, seed)
+    if mode == 'teacher' and kind != 'ar': how |= dict(steps=1)                # one look is enough
+    _ask(generator, record, given, labels, sigma, how, batch, seed)
+    grid = getattr(generator.cfg, 'grid', None) or Quantizer.grids(None, generator.shape[0])[0]
+    return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, float(sigma),
+                        how|dict(n=len(labels), seed=seed))
+
+# %% ../../nbs/analysis/00_generator_errors.ipynb #1d5f91b6
+# how a generator is asked, and the fraction of real tokens it sees
+def _kind_and_sigma(generator, mode, sigma) -> tuple[str,float]:
     kind = 'flow' if not generator.codebook_size else 'masked' if generator.default_steps else 'ar'
     if sigma is None: sigma = 1. if (kind, mode) == ('ar', 'teacher') else .5
     check_range('sigma', sigma, hint='it is the fraction of real tokens')
@@ -193,24 +211,17 @@ def error_profile(
                          f"1, got {sigma}")
     if kind != 'ar' and sigma == 1:
         raise ValueError(f"at sigma 1 nothing is left for {type(generator).__name__} to say; take sigma < 1")
-    how = (dict(guidance=guidance, temperature=temperature)|options
-           |({} if kind == 'flow' else dict(top_k=top_k, top_p=top_p)))
-    if kind == 'flow': record = _Flow(mode, given)
-    else:
-        codes = _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape)
-        record = _Tokens(kind, mode, given, codes, temperature, top_k, top_p, seed)
-    if mode == 'teacher' and kind != 'ar': how |= dict(steps=1)                # one look is enough
+    return kind,sigma
+
+# sample beside the real latents, batch by batch, while `record` looks on
+def _ask(generator, record, given, labels, sigma, how, batch, seed):
     where = next(generator.parameters()).device
     for i in bar(range(0, len(labels), batch), 'error profile'):
         some = slice(i, min(i+batch, len(labels)))
         record.some = some
-        keep = (given[some].to(where), sigma)
-        rng = make_rng(seed, 'profile', i)
-        made = generator.sample(labels[some].to(where), keep=keep, rng=rng, callback=record, **how)
+        made = generator.sample(labels[some].to(where), keep=(given[some].to(where), sigma),
+                                rng=make_rng(seed, 'profile', i), callback=record, **how)
         record.end(made.cpu())
-    grid = getattr(generator.cfg, 'grid', None) or Quantizer.grids(None, generator.shape[0])[0]
-    return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, float(sigma), how
-                        |dict(n=len(labels), seed=seed))
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #c676264a
 class _Tokens:
@@ -228,42 +239,51 @@ class _Tokens:
 
     def __call__(self, at):
         logits = at['logits'].float().cpu()
-        b = self.some.stop-self.some.start
-        m = self.real.shape[1]
-        # (b k), or (b l k) for some levels of some places
-        if self.kind == 'ar':
-            place = [(at['position'], 0)] if isinstance(at['position'], int) else at['position']
-            levels = m//at['latents'].shape[1]
-            entry = torch.tensor([p*levels+l for p,l in place]).expand(b, -1)
-            logits = logits.view(b, len(place), -1)
-            image = torch.arange(b)[:,None].expand_as(entry).flatten()
-            # set in earlier steps
-            before = sum(min(max(at['i']-l, 0), m//levels) for l in range(levels))
-            self._note(image, entry.flatten(), logits.flatten(0, 1), before, at['i'])
-        else:
-            new = at['new'].flatten(1).cpu()
-            known = at['known'].flatten(1).cpu()
-            image,entry = (new | ~known if self.mode == 'teacher' else new).nonzero(as_tuple=True)
-            self._note(image, entry, logits.reshape(b, m, -1)[image, entry], (known & ~new).sum(1)[image],
-                       at['i'])
-
-    def _note(self, image, entry, logits, known, i):
-        row = image+self.some.start
-        real = self.real[row, entry]
-        score = logits.gather(1, real[:,None])
-        u = torch.rand(len(row), generator=make_rng(self.seed, 'look', self.some.start, i))
-        drawn = draw(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
-        away,number = self.codes.compare(entry, real, drawn)
-        wrong = drawn != real
-        found = dict(p=chances(logits, *self.how).gather(1, real[:,None])[:,0], rank=(logits > score).sum(1),
-                     wrong=wrong,
-                     distance=away.masked_fill(~wrong, math.nan),
-                     neighbour=number.masked_fill(~wrong, math.nan))
-        for k,v in found.items(): self.values[k][row, entry] = v.float()
-        self.depth[row, entry] = known
-
+        if self.kind == 'ar': self._look_in_order(at, logits)
+        else: self._look_at_masked(at, logits)
     def end(self, made): pass
 
+# %% ../../nbs/analysis/00_generator_errors.ipynb #e255a244
+# logits (b k) of one entry, or (b l k) of some levels of some places
+@patch
+def _look_in_order(self:_Tokens, at, logits):
+    b = self.some.stop-self.some.start
+    m = self.real.shape[1]
+    place = [(at['position'], 0)] if isinstance(at['position'], int) else at['position']
+    levels = m//at['latents'].shape[1]
+    entry = torch.tensor([p*levels+l for p,l in place]).expand(b, -1)
+    logits = logits.view(b, len(place), -1)
+    image = torch.arange(b)[:,None].expand_as(entry).flatten()
+    # set in earlier steps
+    before = sum(min(max(at['i']-l, 0), m//levels) for l in range(levels))
+    self._note(image, entry.flatten(), logits.flatten(0, 1), before, at['i'])
+
+# logits of all entries; what is new is looked at, under teacher forcing all that is not known
+@patch
+def _look_at_masked(self:_Tokens, at, logits):
+    new = at['new'].flatten(1).cpu()
+    known = at['known'].flatten(1).cpu()
+    image,entry = (new | ~known if self.mode == 'teacher' else new).nonzero(as_tuple=True)
+    asked = logits.reshape(*new.shape, -1)[image, entry]
+    self._note(image, entry, asked, (known & ~new).sum(1)[image], at['i'])
+
+# %% ../../nbs/analysis/00_generator_errors.ipynb #b7ca00e3
+# keep what the logits say about the real id of these entries
+@patch
+def _note(self:_Tokens, image, entry, logits, known, i):
+    row = image+self.some.start
+    real = self.real[row, entry]
+    u = torch.rand(len(row), generator=make_rng(self.seed, 'look', self.some.start, i))
+    drawn = draw(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
+    away,number = self.codes.compare(entry, real, drawn)
+    wrong = drawn != real
+    found = dict(p=chances(logits, *self.how).gather(1, real[:,None])[:,0],
+                 rank=(logits > logits.gather(1, real[:,None])).sum(1), wrong=wrong, distance=away.masked_fill(~wrong, math.nan),
+                 neighbour=number.masked_fill(~wrong, math.nan))
+    for k,v in found.items(): self.values[k][row, entry] = v.float()
+    self.depth[row, entry] = known
+
+# %% ../../nbs/analysis/00_generator_errors.ipynb #432a5126
 class _Flow:
     "A callback that compares predicted latents with the real ones, in units of their variance"
     def __init__(self, mode, real):

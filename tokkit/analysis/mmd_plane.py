@@ -29,13 +29,14 @@ def latents_of(
     "Whole latents, flattened"
     ids = as_ids(ids)
     codes = as_codes(codes)
-    with torch.no_grad():
-        return (codes[ids] if isinstance(codes, Tensor) else codes.codes(ids)).detach().flatten(1)
+    with torch.no_grad(): z = codes[ids] if isinstance(codes, Tensor) else codes.codes(ids)
+    return z.detach().flatten(1)
 
 def _some(ids:Tensor, n:int, *of) -> Tensor:
     "`n` of the images in mixed order: folders come class by class"
     return ids[torch.randperm(len(ids), generator=make_rng(*of))[:n]]
 
+# %% ../../nbs/analysis/03_mmd_plane.ipynb #fd66711d
 def mmd_plane(
     generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
     real:Int[Tensor, "m *s"]|np.ndarray,       # ids of real images
@@ -49,8 +50,8 @@ def mmd_plane(
     **options,                      # of `perturb_codes`: rate, include_self, kind, ...
 ) -> pd.DataFrame:
     "Squared MMD between generated latents and perturbed real ones, a row a cell, with its jackknife error"
-    generated,real = (_some(as_ids(t), n, seed, 'mmd_plane', name) for name,
-                      t in (('generated', generated), ('real', real)))
+    generated = _some(as_ids(generated), n, seed, 'mmd_plane', 'generated')
+    real = _some(as_ids(real), n, seed, 'mmd_plane', 'real')
     codes = as_codes(codes)
     g = latents_of(generated, codes)
     table = NeighbourTable()
@@ -73,20 +74,21 @@ def code_features(
     size:int = 16,                  # features wanted, the constant included
     most:int = 1024,                # codes the eigenfunctions are found on, the most used ones
 ) -> Float[Tensor, "k r"]:
-    "Constant and eigenfunctions of a kernel on codes, coarse to fine, of unit variance where the codes are used"
+    "Constant and eigenfunctions of a kernel on codes, coarse to fine, of unit variance under the codes' use"
     v = vectors.double()
     share = (use.double()+.5)/(use.double()+.5).sum()
     on = share.topk(min(most, len(v))).indices.sort().values
     squared = torch.cdist(v, v[on]).square()
-    median = (squared[on].fill_diagonal_(0)[squared[on] > 0].median() if (squared[on] > 0).any()
-              else v.new_ones(()))
+    apart = squared[on] > 0
+    median = squared[on].fill_diagonal_(0)[apart].median() if apart.any() else v.new_ones(())
     kernel = sum((-squared/(2*w*w*median)).exp() for w in WIDTHS)/len(WIDTHS)              # (k l)
     root = share[on].sqrt()
     value,vector = torch.linalg.eigh(root[:,None]*kernel[on]*root)
     f = kernel@(root[:,None]*vector.flip(1)[:,:min(size-1, len(on))])
     # whichever sign the solver gave
     f = f*f[on].gather(0, f[on].abs().argmax(0, keepdim=True)).sign()
-    return torch.cat([torch.ones(len(v), 1), (f/(share@f.square()).sqrt().clamp(min=1e-12)).float()], 1)
+    f = f/(share@f.square()).sqrt().clamp(min=1e-12)
+    return torch.cat([torch.ones(len(v), 1), f.float()], 1)
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #103e8b88
 def window_means(
@@ -95,10 +97,12 @@ def window_means(
     grid:tuple[int,int],            # rows and columns on which tokens lie
     blocks:int = 1,                 # blocks of images; b is a multiple of it
 ) -> Float[Tensor, "blocks w"]:
-    "Mean products of the features of neighbouring tokens, horizontal windows and vertical ones, for each block of images"
-    a,b = (t.unflatten(1, grid) for t in (left, right))
+    "Mean products of the features of tokens side by side and one above the other, block by block of images"
+    a = left.unflatten(1, grid)
+    b = right.unflatten(1, grid)
     def mean(a, b):
-        a,b = (t.reshape(blocks, -1, t.shape[-1]) for t in (a, b))
+        a = a.reshape(blocks, -1, a.shape[-1])
+        b = b.reshape(blocks, -1, b.shape[-1])
         return (a.transpose(1, 2)@b/max(a.shape[1], 1)).flatten(1)
     return torch.cat([mean(a[:,:,:-1], b[:,:,1:]), mean(a[:,:-1], b[:,1:])], 1)
 
@@ -110,7 +114,7 @@ def smoothed(
     deltas:Sequence[int],       # numbers of neighbours, ascending
     include_self:bool = True,   # a code counts as its own nearest neighbour
 ) -> Float[Tensor, "m k r"]:
-    "Change of the features of codes that are redrawn among their delta nearest; zero for codes that do not occur"
+    "Change of the features of codes redrawn among their delta nearest; zero for codes that do not occur"
     out = f.new_zeros(len(deltas), *f.shape)
     at = torch.tensor(deltas)
     for some in seen.split(max(1, 2**23//(deltas[-1]*f.shape[1]))):
@@ -118,6 +122,7 @@ def smoothed(
         out[:,some] = (mean-f[some][:,None]).transpose(0, 1)
     return out
 
+# %% ../../nbs/analysis/03_mmd_plane.ipynb #774e7a31
 def both(
     alpha:float|np.ndarray,     # fraction of tokens redrawn
     m:int,                      # tokens an image
@@ -130,53 +135,70 @@ def both(
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #d4a5fcab
 class _Sums(NamedTuple):
-    "Window features, whitened: means over blocks of images, for each delta with one and with two tokens changed"
+    "Whitened window features, mean over blocks of images; for each delta with one and two tokens changed"
     generated:Tensor    # (blocks w)
     real:Tensor         # (blocks w)
     one:Tensor          # (deltas blocks w)
     two:Tensor          # (deltas blocks w)
 
+# %% ../../nbs/analysis/03_mmd_plane.ipynb #d44da04b
+def _level_means(level, k, count, grid, deltas, include_self, size, blocks) -> tuple[Tensor,...]:
+    "Window features of one level: of each generated and real image, and what one and two redraws change"
+    f = code_features(level.vectors, k.flatten().bincount(minlength=level.size), size)
+    g = k[:count]
+    r = k[count:]
+    changes = smoothed(f, level, r.unique(), deltas, include_self)
+    def mean(a, b, ids, blocks=blocks): return window_means(a[ids], b[ids], grid, blocks)
+    # image by image, for the scatter
+    each_g = mean(f, f, g, len(g))
+    each_r = mean(f, f, r, len(r))
+    one = torch.stack([mean(d, f, r)+mean(f, d, r) for d in changes])
+    two = torch.stack([mean(d, d, r) for d in changes])
+    return each_g,each_r,one,two
+
+def _whitener(g, r, ridge) -> Tensor:
+    "Triangular root of the scatter between images; the ridge holds back directions that hardly scatter"
+    cov = torch.cov(g.T)+torch.cov(r.T)
+    return torch.linalg.cholesky(cov+ridge*cov.diagonal().mean()*torch.eye(len(cov)))
+
+# %% ../../nbs/analysis/03_mmd_plane.ipynb #a7c68939
 def _sums(generated, real, codes, deltas, include_self, size, blocks, ridge=.1) -> _Sums:
-    "The sums of all levels side by side, in units of their scatter between images; the ridge holds back directions that hardly scatter"
+    "The sums of all levels side by side, in units of their scatter between images"
     levels = split_levels(codes, torch.cat([generated, real]))
-    parts = []
     grids = (Quantizer.grids(None, generated.shape[1]) if isinstance(codes, Tensor)
              else codes.grids(generated.shape[1]))
     size = min(size, max(4, int((512/len(levels))**.5)))
+    parts = []
     for i,(level,k) in enumerate(levels):
-        f = code_features(level.vectors, k.flatten().bincount(minlength=level.size), size)
-        g = k[:len(generated)]
-        r = k[len(generated):]
-        d = smoothed(f, level, r.unique(), deltas, include_self)
         grid = grids[i if len(grids) > 1 else 0]
-        def mean(a, b, ids, blocks=blocks): return window_means(a[ids], b[ids], grid, blocks)
-        # image by image, for the scatter
-        each = mean(f, f, g, len(g)),mean(f, f, r, len(r))
-        parts.append((*each, torch.stack([mean(e, f, r)+mean(f, e, r) for e in d]),
-                      torch.stack([mean(e, e, r) for e in d])))
-    g,r,one,two = (torch.cat(p, -1).double() for p in zip(*parts))
-    cov = torch.cov(g.T)+torch.cov(r.T)
-    root = torch.linalg.cholesky(cov+ridge*cov.diagonal().mean()*torch.eye(len(cov)))
-    g,r = (t.unflatten(0, (blocks, -1)).mean(1) for t in (g, r))
-    return _Sums(*(torch.linalg.solve_triangular(root, t.flatten(0, -2).T, upper=False).T.reshape(t.shape)
-                   for t in (g, r, one, two)))
+        parts.append(_level_means(level, k, len(generated), grid, deltas, include_self, size, blocks))
+    g,r,one,two = [torch.cat(p, -1).double() for p in zip(*parts)]
+    root = _whitener(g, r, ridge)
+    def white(t):
+        return torch.linalg.solve_triangular(root, t.flatten(0, -2).T, upper=False).T.reshape(t.shape)
+    def in_blocks(t): return t.unflatten(0, (blocks, -1)).mean(1)
+    return _Sums(white(in_blocks(g)), white(in_blocks(r)), white(one), white(two))
 
+# %% ../../nbs/analysis/03_mmd_plane.ipynb #211667de
 def _coefficients(s:_Sums, weights:Float[Tensor, "two b blocks"]) -> Float[Tensor, "deltas b c"]:
-    "Of 1, alpha, alpha2, alpha^2, alpha alpha2, alpha2^2 in MMD^2, for each draw of the blocks of generated and of real images"
+    "Of 1, alpha, alpha2, alpha^2, alpha alpha2, alpha2^2 in MMD^2, for each draw of the blocks"
     n = s.real.shape[0]
-    (wg,wr) = weights
+    wg,wr = weights     # of generated and of real images
     # a block never meets itself
     def inner(w, a, b): return ((w@a*(w@b)).sum(-1)-(w*w)@(a*b).sum(-1))/(n*(n-1))
     def across(a): return -2*((wg@s.generated)*(wr@a)).sum(-1)/n**2
     fixed = inner(wg, s.generated, s.generated)+across(s.real)+inner(wr, s.real, s.real)
-    return torch.stack([torch.stack([fixed, across(a)+2*inner(wr, s.real, a), across(b)
-                                     +2*inner(wr, s.real, b),
-                                     inner(wr, a, a), 2*inner(wr, a, b), inner(wr, b, b)], -1) for a,
-                        b in zip(s.one, s.two)])
+    def of_delta(a, b):
+        one = across(a)+2*inner(wr, s.real, a)
+        two = across(b)+2*inner(wr, s.real, b)
+        return torch.stack([fixed, one, two, inner(wr, a, a), 2*inner(wr, a, b), inner(wr, b, b)], -1)
+    return torch.stack([of_delta(a, b) for a,b in zip(s.one, s.two)])
 
+# %% ../../nbs/analysis/03_mmd_plane.ipynb #3b448bf4
 def _powers(alpha, m, rate):
+    "What the six coefficients are multiplied by"
     a = np.asarray(alpha, dtype=float)
-    b = both(np.asarray(alpha, dtype=float), m, rate)
+    b = both(a, m, rate)
     return np.stack([np.ones_like(a), a, b, a*a, a*b, b*b])
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #ad07a2d9

@@ -30,7 +30,7 @@ XQGAN-4096    4096  0.91   6.98  13.58   6.91   7.90  4.13
 RobusTok      4096  1.02   2.28   9.47   5.67   6.47  3.51
 MaskGIT-1024  1024  2.28   4.20  18.02   5.85  12.37  3.60
 IBQ-1024      1024  2.24   6.37  35.33  11.01  23.89  5.53
-'''    # tokenizer, K, rFID, pFID, then gFID without and with guidance: by the small generator, by the large one
+'''    # tokenizer, K, rFID, pFID, gFID without and with guidance by the small generator, and by the large one
 
 def paper_rows() -> pd.DataFrame: # tidy rows: tokenizer, K, generator, metric, value, n, extractor
     "Tables 7 and 8 of the paper; the metrics are rFID, pFID, 'gFID' (no guidance) and 'gFID, guided'"
@@ -39,15 +39,14 @@ def paper_rows() -> pd.DataFrame: # tidy rows: tokenizer, K, generator, metric, 
         name,K,*v = line.split()
         for i,generator in enumerate(('LlamaGen-B', 'LlamaGen-L')):
             numbers = dict(rFID=v[0], pFID=v[1]) | {'gFID':v[2+2*i], 'gFID, guided':v[3+2*i]}
-            rows += [dict(tokenizer=name, K=int(K), generator=generator, metric=m, value=float(x)) for m,
-                     x in numbers.items()]
+            rows += [dict(tokenizer=name, K=int(K), generator=generator, metric=m, value=float(x))
+                     for m,x in numbers.items()]
     return pd.DataFrame(rows).assign(extractor='inception')
 
 # %% ../../nbs/analysis/05_predictors.ipynb #0a9aecfb
 SETTINGS = ('tokenizer', 'tokenizer_seed', 'generator', 'stage', 'extractor', 'n', 'K', 'quantizer', 'alpha',
-            'beta', 'delta', 'sigma',
-            'guidance', 'temperature', 'source', 'perturbation', 'loss', 'epochs', 'pairs', 'anneal',
-            'semantic')   # not repetitions
+            'beta', 'delta', 'sigma', 'guidance', 'temperature', 'source', 'perturbation', 'loss', 'epochs',
+            'pairs', 'anneal', 'semantic')   # not repetitions
 
 def pool(
     rows:pd.DataFrame,    # tidy rows
@@ -58,7 +57,8 @@ def pool(
     "One row a point: mean over repetitions, and the error of that mean"
     missing = [k for k in [*keys, value] if k not in rows]
     if missing:
-        raise ValueError(f"the table has no column {missing[0]!r}; it has {', '.join(map(str, rows.columns))}")
+        there = ', '.join(map(str, rows.columns))
+        raise ValueError(f"the table has no column {missing[0]!r}; it has {there}")
     rows = rows.assign(**{se: rows[se].astype(float) if se in rows else np.nan})
     groups = rows.groupby(list(keys), dropna=False, sort=True)
     mixed = [k for k in SETTINGS if k in rows and k not in keys and (groups[k].nunique()>1).any()]
@@ -97,7 +97,7 @@ def unit_values(
     names:Sequence[str],       # the metrics
     unit:str = 'tokenizer',    # column that names a point; a wide table may lack it
     group:str|None = None,     # column of a setting that points share, e.g. 'K'
-) -> pd.DataFrame:             # a row a unit: columns (value, metric), (se, metric); index unit, or (unit, group)
+) -> pd.DataFrame:             # a row a unit, or (unit, group): columns (value, metric), (se, metric)
     "Value and error of every metric for every unit that has them all, repetitions averaged"
     keys = [unit]+([group] if group else [])
     points = pool(_tidy(table, list(dict.fromkeys(names)), unit), [*keys, 'metric'])
@@ -176,8 +176,8 @@ def _scopes(wide, unit, group) -> dict[str,tuple[pd.DataFrame, Int[np.ndarray, "
     return scopes
 
 def _interval(draws, level) -> dict[str,float]:
-    low,high = (np.nanquantile(draws, [(1-level)/2, (1+level)/2]) if np.isfinite(draws).any()
-                else (np.nan, np.nan))
+    if not np.isfinite(draws).any(): return dict(low=float('nan'), high=float('nan'))
+    low,high = np.nanquantile(draws, [(1-level)/2, (1+level)/2])
     return dict(low=float(low), high=float(high))
 
 def rank_agreement(
@@ -191,12 +191,13 @@ def rank_agreement(
     seed:int = 0,                 # of the bootstrap
     level:float = .95,            # of the intervals
 ) -> pd.DataFrame:                # a row for each metric, scope and coefficient
-    "Pearson, Spearman and Kendall between metrics and a target, pooled and within groups, with intervals and leave-one-out"
+    "Pearson, Spearman and Kendall between metrics and a target, pooled and within groups"
     check_range('level', level)
     rows = []
     for m in [metric] if isinstance(metric, str) else metric:
         for scope,(wide,groups) in _scopes(unit_values(table, [m, target], unit, group), unit, group).items():
-            x,y = (wide.value[c].to_numpy()[None] for c in (m, target))
+            x = wide.value[m].to_numpy()[None]
+            y = wide.value[target].to_numpy()[None]
             plain = coefficients(x, y, groups)
             redrawn = coefficients(*_redraws(wide, [m, target], groups, draws, seed), groups)
             left = [coefficients(np.delete(x, i, 1), np.delete(y, i, 1), np.delete(groups, i))

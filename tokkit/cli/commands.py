@@ -14,26 +14,10 @@ from fastcore.docments import docments
 
 import tokkit
 from .models import metric, posttrain
-from .options import (add_options, checkout_for, read_grid, read_params, read_sweep, say,
-                                terminal_table, use_device, write_report)
+from .options import (_explain, _sweep_spec, add_options, checkout_for, read_params, say,
+                                terminal_table, use_device)
 
-# %% ../../nbs/cli/02_commands.ipynb #274e36bd
-def _publish(folder:Path, out:Path) -> tuple[Path,Path]:
-    "Copy a finished run to the folder `out` as report.ipynb, report.html and metrics.json; what was changed there is kept"
-    import nbformat
-    from tokkit.core import added, damage, replaced_dir, set_aside
-    from tokkit.ui import report_page
-    notebook = (folder/'notebook.ipynb').read_bytes()
-    metrics = (folder/'metrics.json').read_bytes()
-    page = report_page(nbformat.reads(notebook.decode(), 4))
-    if out.exists() and (added(out) or damage(out)):        # by hand, or by a disk
-        warnings.warn(f"{out} was changed since it was written; it is kept as {set_aside(out).name}")
-    with replaced_dir(out) as new:
-        for name,content in {'report.ipynb':notebook, 'metrics.json':metrics,
-                             'report.html':page.encode()}.items():
-            (new/name).write_bytes(content)
-    return out/'report.ipynb', out/'report.html'
-
+# %% ../../nbs/cli/02_commands.ipynb #2fec1074
 def _check_place(out:Path):
     "Raise one line when the report would lie where somebody else's files are"
     from tokkit.core import is_ours, MARKER
@@ -43,6 +27,38 @@ def _check_place(out:Path):
         raise FileExistsError(f"{out}, the place of the report, holds {min(others)}, which tokkit did not "
                               "put there; choose another --out")
 
+# %% ../../nbs/cli/02_commands.ipynb #274e36bd
+def _publish(folder:Path, out:Path) -> tuple[Path,Path]:
+    "Copy a finished run's report and numbers to `out`; what was changed there is kept"
+    import nbformat
+    from tokkit.core import added, damage, replaced_dir, set_aside
+    from tokkit.ui import report_page
+    notebook = (folder/'notebook.ipynb').read_bytes()
+    metrics = (folder/'metrics.json').read_bytes()
+    page = report_page(nbformat.reads(notebook.decode(), 4))
+    if out.exists() and (added(out) or damage(out)):        # by hand, or by a disk
+        warnings.warn(f"{out} was changed since it was written; it is kept as {set_aside(out).name}")
+    with replaced_dir(out) as new:
+        (new/'report.ipynb').write_bytes(notebook)
+        (new/'metrics.json').write_bytes(metrics)
+        (new/'report.html').write_bytes(page.encode())
+    return out/'report.ipynb', out/'report.html'
+
+# %% ../../nbs/cli/02_commands.ipynb #ccb51c44
+def _demo_params(notebook:Path, preset:str, generator:str, params:list) -> dict:
+    "The notebook's parameters that differ from their defaults, each in the type of its setting"
+    from tokkit.demo import demo_cfg
+    from tokkit.runs import fit_params, fit_value
+    base = demo_cfg(preset)
+    given = read_params(params)
+    own = {'preset','generator'} & set(given)
+    if own: raise ValueError(f"-p {min(own)} has an option of its own: give --{min(own)}")
+    chosen = dict(generator=generator) if generator != base.generator else {}
+    given = chosen|given|dict(preset=preset)
+    fit_params(notebook, given)                     # refuses unknown names
+    return {k:fit_value(k, v, getattr(base, k, preset)) for k,v in given.items()}
+
+# %% ../../nbs/cli/02_commands.ipynb #8ffa7ba6
 def demo(
     preset:str = 'default',       # smoke (under 90 s), default (10 minutes on 2 cores) or full
     # autoregressive in raster or random order, masked, or flow on continuous latents
@@ -52,29 +68,23 @@ def demo(
     params:list = (),             # a parameter of the notebook e00_demo and its value; may be repeated
 ):
     "Train, perturb, generate, heal and measure once, on the embedded images"
-    from tokkit.demo import demo_cfg, demo_rows, finding, run_stages
-    from tokkit.ui import cards_table
     from tokkit.core import locked, writing
-    from tokkit.runs import fit_params, fit_value
+    from tokkit.demo import demo_cfg, demo_rows, finding, run_stages
     from tokkit.runs import run_experiment, runs_root
+    from tokkit.ui import cards_table
     notebook = checkout_for('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb'
     root = runs_root(out)
-    base = demo_cfg(preset)
-    chosen = dict(generator=generator) if generator != base.generator else {}
+    demo_cfg(preset)                # refuses an unknown one
     _check_place(root/'demo')
-    given = read_params(params)
-    if own := {'preset','generator'} & set(given):
-        raise ValueError(f"-p {min(own)} has an option of its own: give --{min(own)}")
-    fit_params(notebook, given := chosen|given|dict(preset=preset))  # refuses unknown names
-    given = {k:fit_value(k, v, getattr(base, k, preset)) for k,v in given.items()}
+    given = _demo_params(notebook, preset, generator, params)
     use_device(device)
     with writing(root): made = run_stages(demo_cfg(**given), root, device)
     say('the report')
     folder = run_experiment(notebook, given, root, device)
     with writing(root), locked(root/'demo', 'the report', wait=True): files = _publish(folder, root/'demo')
     rows = demo_rows(made)
-    print(cards_table([r['card'].row()|r for r in rows
-                       if r['card'].metric in ('rFID','pFID','gFID')]).to_string())
+    main_rows = [r['card'].row()|r for r in rows if r['card'].metric in ('rFID','pFID','gFID')]
+    print(cards_table(main_rows).to_string())
     print(finding(rows), *files, sep='\n')
 
 # %% ../../nbs/cli/02_commands.ipynb #b59d58a0
@@ -92,6 +102,7 @@ def run(
     print(terminal_table(Run(folder, folder.parent.name).frame()))
     print(folder)
 
+# %% ../../nbs/cli/02_commands.ipynb #aee70a9f
 def sweep(
     # a notebook or an experiment's name, or a YAML file with notebook, grid, params, workers, devices
     notebook:str,
@@ -105,21 +116,21 @@ def sweep(
 ) -> int: # 1 when a run failed
     "Execute an experiment at every point of a grid; a second call goes on where the first ended"
     from tokkit.runs import sweep_experiment
-    is_file = notebook.endswith(('.yaml','.yml'))
-    spec = read_sweep(Path(notebook)) if is_file else dict(notebook=notebook)
-    if is_file and spec.get('devices') is not None and not isinstance(spec['devices'], list):
-        spec['devices'] = [spec['devices']]
     given = dict(workers=workers, devices=devices, threads=threads, minutes=minutes)
-    spec = dict(workers=1) | spec | {k:v for k,v in given.items() if v is not None}
-    more = read_grid(grid)
-    grids = spec.get('grid') or {}
-    spec |= dict(grid=[{**g, **more} for g in grids] if isinstance(grids, list) else {**grids, **more},
-                 params={**(spec.get('params') or {}), **read_params(params)})
-    if not spec['grid']: raise ValueError("tokkit sweep needs a grid; give at least one -g NAME=VALUE,VALUE")
+    spec = _sweep_spec(notebook, grid, params, given)
     report = sweep_experiment(root=out, **spec)
     print(terminal_table(report.drop(columns=['error','folder'])))
     say(', '.join(f'{n} {status}' for status,n in report.status.value_counts().items()))
     return int((report.status == 'failed').any())
+
+# %% ../../nbs/cli/02_commands.ipynb #f550fa25
+def _existing(root:str|None) -> Path:
+    "The folder of all runs, which must be there"
+    from tokkit.runs import runs_root
+    folder = runs_root(root)
+    if folder.is_dir(): return folder
+    raise FileNotFoundError(f"no folder {folder}; name the folder of your runs, or make one first: tokkit "
+                            "run, tokkit demo")
 
 def results(
     root:str|None = None,   # folder of all runs; $TOKKIT_RUNS or runs when left out
@@ -137,14 +148,6 @@ def results(
         with atomic_path(csv) as p: table.to_csv(p, index=False)
     say(f'{table.run_id.nunique()} runs, {len(table)} values'+(f', written to {csv}' if csv else ''))
 
-def _existing(root:str|None) -> Path:
-    "The folder of all runs, which must be there"
-    from tokkit.runs import runs_root
-    folder = runs_root(root)
-    if folder.is_dir(): return folder
-    raise FileNotFoundError(f"no folder {folder}; name the folder of your runs, or make one first: tokkit "
-                            "run, tokkit demo")
-
 # %% ../../nbs/cli/02_commands.ipynb #d12206b4
 def lab_command(
     folder:Path,   # where JupyterLab starts
@@ -153,10 +156,11 @@ def lab_command(
 ) -> list[str]:
     "The command that starts JupyterLab for this machine alone"
     root = ['--allow-root'] if hasattr(os, 'geteuid') and os.geteuid() == 0 else []
+    window = [] if browser else ['--no-browser']
     return [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={folder}', '--ServerApp.ip=127.0.0.1',
-            f'--ServerApp.port={port}',
-            *([] if browser else ['--no-browser']), *root]
+            f'--ServerApp.port={port}', *window, *root]
 
+# %% ../../nbs/cli/02_commands.ipynb #695d4d27
 def lab(
     port:int = 8888,       # port on this machine
     browser:bool = True,   # open a browser
@@ -173,16 +177,27 @@ def lab(
     sys.stdout.flush()
     os.execv(command[0], command)
 
+# %% ../../nbs/cli/02_commands.ipynb #88f79907
 def docs(
     out:str = '_docs', # folder for the site
 ) -> int:
     "Build the site"
     home = checkout_for('tokkit docs')
-    code = subprocess.run([sys.executable, home/'tools'/'build_site.py', Path(out).absolute()],
-                          cwd=home).returncode
+    command = [sys.executable, home/'tools'/'build_site.py', Path(out).absolute()]
+    code = subprocess.run(command, cwd=home).returncode
     if code: say('tokkit: the site was not built; see the lines above')
     else: print(Path(out).absolute()/'index.html')
     return 2 if code else 0
+
+# %% ../../nbs/cli/02_commands.ipynb #eeeefefc
+def _damages(home:Path) -> dict:
+    "Each sealed folder and each model below `home`, with what is wrong with it, or None"
+    from tokkit.core import folders, model_damage
+    found = {folder:folders.damage(folder) for folder in folders.sealed_folders(home)}
+    models = [p.parent for p in sorted(home.rglob('config.json'))
+              if not any(p.is_relative_to(folder) for folder in found)]
+    models = [folder for folder in models if (folder/'model.safetensors').is_file()]
+    return found | {folder:model_damage(folder) for folder in models}
 
 # %% ../../nbs/cli/02_commands.ipynb #237b3926
 def verify(
@@ -192,23 +207,21 @@ def verify(
 ) -> int: # 1 when something is damaged, or could not be compared
     "Compare finished runs, artifacts and models with their checksums"
     from tokkit.core import folders
-    from tokkit.core import model_damage
     home = _existing(root)
     bare = list(folders.unsealed_folders(home))
-    for folder in bare if seal else (): folders.seal(folder)
-    found = {folder:folders.damage(folder) for folder in folders.sealed_folders(home)}
-    models = [p.parent for p in sorted(home.rglob('config.json'))
-              if not any(p.is_relative_to(folder) for folder in found)]
-    found |= {folder:model_damage(folder) for folder in models if (folder/'model.safetensors').is_file()}
+    if seal:
+        for folder in bare: folders.seal(folder)
+        bare = []
+    found = _damages(home)
     for folder,how in found.items():
         if how: print(f'{folder}: {how}')
-    for folder in () if seal else bare: print(f'{folder}: no checksums to compare; --seal takes it as it is')
+    for folder in bare: print(f'{folder}: no checksums to compare; --seal takes it as it is')
     bad = sum(how is not None for how in found.values())
-    unknown = 0 if seal else len(bare)
     again = '; a run or an artifact is made anew by the command that made it' if bad else ''
-    say(f'{len(found)} folders compared, {bad} damaged, {unknown} without checksums{again}')
-    return int(bool(bad or unknown))
+    say(f'{len(found)} folders compared, {bad} damaged, {len(bare)} without checksums{again}')
+    return int(bool(bad or bare))
 
+# %% ../../nbs/cli/02_commands.ipynb #a5f17cde
 def clean(
     root:str|None = None,   # folder of all runs; $TOKKIT_RUNS or runs when left out
     all:bool = False,       # finished runs and artifacts too
@@ -244,6 +257,14 @@ def make_parser() -> argparse.ArgumentParser:
         add_options(sub, command)
     return parser
 
+# %% ../../nbs/cli/02_commands.ipynb #f5d5e01c
+def _hear_interrupts():
+    "Let Ctrl-C and `kill -INT` end the command, even where the shell had them ignored in the background"
+    if threading.current_thread() is not threading.main_thread(): return
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# %% ../../nbs/cli/02_commands.ipynb #74317cce
 def main(
     argv:list[str]|None = None, # words after `tokkit`; None takes the process's own
 ) -> int: # the exit code
@@ -252,8 +273,8 @@ def main(
     function = given.pop('function')
     device = given.pop('device')
     given.pop('command')
-    if not os.environ.get('TOKKIT_DEBUG'):
-        warnings.showwarning = lambda message, *_, **__: say(f'tokkit: {message}')
+    debug = os.environ.get('TOKKIT_DEBUG')
+    if not debug: warnings.showwarning = lambda message, *_, **__: say(f'tokkit: {message}')
     _hear_interrupts()
     if 'device' in docments(function, returns=False): given['device'] = device
     elif device: os.environ['TOKKIT_DEVICE'] = device
@@ -265,22 +286,5 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as e:
-        if os.environ.get('TOKKIT_DEBUG'): raise
-        told = ''.join(c for c in ' '.join(str(e).split()) if c.isprintable()) or type(e).__name__
-        if _expected(e):
-            say(f'tokkit: {told}')
-            return 2
-        say(f"tokkit: {type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: "
-            f"what happened is written in {write_report(e)}, please report it")
-        return 70
-
-def _hear_interrupts():
-    "Ctrl-C and `kill -INT` end the command, also where the shell that started it in the background had them ignored"
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-def _expected(e:Exception) -> bool:
-    "A mistake of the caller or a lack of the machine, not a bug"
-    names = {k.__name__ for k in type(e).__mro__}
-    known = ValueError, OSError, ImportError, FloatingPointError, MemoryError
-    return isinstance(e, known) or bool(names & {'RunError','OutOfMemoryError','SafetensorError'})
+        if debug: raise
+        return _explain(e)

@@ -6,10 +6,115 @@
 __all__ = ['metric', 'posttrain']
 
 # %% ../../nbs/cli/01_models.ipynb #3415c805
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from .options import say, use_device
+
+# %% ../../nbs/cli/01_models.ipynb #ffcf5620
+def _given(**options) -> dict[str,Any]:
+    "The options that are not left out"
+    return {name:value for name,value in options.items() if value is not None}
+
+def _saved_tokenizer(folder:str):
+    "A tokenizer from its folder, or which folders below it hold one"
+    from tokkit.tokenizers import Tokenizer
+    try: return Tokenizer.load(folder)
+    except (ValueError, OSError) as e:
+        below = [p.parent.name for p in sorted(Path(folder).glob('*/config.json'))]
+        if not below: raise e
+        raise FileNotFoundError(f"{folder} holds no tokenizer itself; below it are {', '.join(below)}: name "
+                                "one of them") from None
+
+# %% ../../nbs/cli/01_models.ipynb #42526d4f
+def _images_for(tok, data, split, n=None, **how):
+    "Images in a tokenizer's size and channels"
+    from tokkit.data import load_images
+    if data == 'fashion_mnist' and tok.cfg.channels != 1:
+        raise ValueError("fashion_mnist, the default of --data, is grey; this tokenizer takes "
+                         f"{tok.cfg.channels} channels: give a folder")
+    return load_images(data, split, n, tok.cfg.size, tok.cfg.channels, **how)
+
+# %% ../../nbs/cli/01_models.ipynb #4bfdb957
+def _check_options(metric:str, given:dict, *, bootstrap:int, json:str|None):
+    "Raise one line about options that do not belong to the metric, or about a file that cannot be written"
+    from tokkit.core import file_to_write
+    from tokkit.metrics import check_bootstrap
+    if json: file_to_write(json)          # a folder is refused now, and not after hours
+    check_bootstrap(bootstrap)
+    for owner,own in dict(pfid=('deltas','alphas'), ifid=('train','top_k')).items():
+        wrong = [name for name in own if name in given]
+        if wrong and metric not in (owner, 'all'):
+            raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
+    if metric == 'all' and 'top_k' in given:
+        raise ValueError("--top-k belongs to ifid; the whole table takes 10")
+
+def _check_metric(metric, reference, n):
+    "Raise one line about what would fail later, or in words of Python"
+    if reference and not Path(reference).is_file():
+        raise FileNotFoundError(f"no file {reference}; --reference takes an .npz of mu and sigma, as "
+                                "tokkit.metrics.exchange.save_stats writes it")
+    if metric == 'all' and n < 6:
+        raise ValueError("the whole table looks at 5 neighbours of each image and needs 6 images, "
+                         f"got -n {n}")
+
+# %% ../../nbs/cli/01_models.ipynb #eae8c397
+def _apart(load:Callable, images, *, data, split, n, seed):
+    "The images to measure, and others for their neighbours"
+    import torch
+    from tokkit.core import make_rng
+    others = load(data, 'test' if split == 'train' else 'train')
+    if others.hash != images.hash: return images, others
+    # a folder without parts: the rest are the neighbours
+    order = torch.randperm(len(images), generator=make_rng(seed, 'images'))
+    few = images.subset(order[:n].sort().values)
+    rest = images.subset(order[n:].sort().values)
+    if len(rest) < 10:
+        left = f"and {len(rest)} images beside the {n} measured"
+        raise ValueError(f"{data} has no train and test parts, {left}; give --train FOLDER, or a smaller -n")
+    say(f"tokkit: {data} has no train and test parts; the {len(rest)} images that are not measured are the "
+        "neighbours")
+    return few, rest
+
+# %% ../../nbs/cli/01_models.ipynb #c5dfc0e5
+def _with_neighbours(load:Callable, images, *, metric, data, split, train, n, seed):
+    "The images to measure, and those for iFID's neighbours; None where it is not asked for or left out"
+    if metric not in ('ifid', 'all'): return images, None
+    try:
+        if train: return images, load(train, 'train')
+        return _apart(load, images, data=data, split=split, n=n, seed=seed)
+    except (ValueError, FileNotFoundError) as e:
+        if metric == 'ifid' or train: raise
+        say(f'tokkit: iFID is left out: {e}')
+        return images, None
+
+def _compared_with(reference:str|None, reference_n:int|None, others) -> dict[str,Any]:
+    "What the measure needs beside the images: statistics from a file, images for neighbours"
+    from tokkit.metrics import load_stats
+    stats = load_stats(reference, reference_n) if reference else None
+    return _given(train=others, reference=stats)
+
+# %% ../../nbs/cli/01_models.ipynb #d7cfa24a
+def _measure(metric:str, tok, images, **how) -> list:
+    "The cards of a metric, one or the whole table"
+    from tokkit.metrics import evaluate_tokenizer, ifid, pfid, rfid
+    measure = dict(rfid=rfid, pfid=pfid, ifid=ifid, all=evaluate_tokenizer)[metric]
+    made = measure(tok, images, **how)
+    return made if isinstance(made, list) else [made]
+
+def _report(metric:str, cards:list, json:str|None):
+    "Print the cards, then write them: a disk that is full does not take the number away"
+    from tokkit.core import write_json
+    for card in cards: print(card)
+    card = cards[0]
+    if metric != 'all' and card.se is not None:
+        spans = {'confidence':card.interval(),
+                 'prediction, for another seed':card.interval(kind='prediction')}
+        said = [f'{low:.4g} to {high:.4g} ({what})' for what,(low,high) in spans.items()]
+        print('95% intervals: '+'; '.join(said))
+    if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else card.to_dict())
 
 # %% ../../nbs/cli/01_models.ipynb #94dc7b18
 def metric(
@@ -40,85 +145,117 @@ def metric(
     device:str|None = None,              # cpu, cuda, cuda:1 or mps
 ):
     "Measure a saved tokenizer on images of your own"
-    from tokkit.core import file_to_write, write_json
-    from tokkit.metrics import check_bootstrap, pfid, rfid
-    from tokkit.metrics import ifid
-    from tokkit.metrics import load_stats
-    from tokkit.metrics import evaluate_tokenizer
-    if json: file_to_write(json)          # a folder is refused now, and not after hours
-    check_bootstrap(bootstrap)
-    given = {k:v for k,v in dict(deltas=deltas, alphas=alphas, train=train, top_k=top_k).items()
-             if v is not None}
-    for owner,own in dict(pfid=('deltas','alphas'), ifid=('train','top_k')).items():
-        if metric not in (owner, 'all') and (wrong := [k for k in own if k in given]):
-            raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
-    if metric == 'all' and 'top_k' in given:
-        raise ValueError("--top-k belongs to ifid; the whole table takes 10")
+    given = _given(deltas=deltas, alphas=alphas, train=train, top_k=top_k)
+    _check_options(metric, given, bootstrap=bootstrap, json=json)
     tok = _saved_tokenizer(tokenizer).to(use_device(device)).eval()
-    how = dict(skip_broken=skip_broken, upscale=upscale)
-    images = _images_for(tok, data, split, memory=0., **how)  # read as needed
+    load = partial(_images_for, tok, memory=0., skip_broken=skip_broken, upscale=upscale)  # read as needed
+    images = load(data, split)
     n = min(1000, len(images)) if n is None else n
     _check_metric(metric, reference, n)
-    try:
-        if metric in ('ifid','all'):
-            images,given['train'] = _apart(images, n, seed, train, data, split, tok, how)
-    except (ValueError, FileNotFoundError) as e:
-        if metric == 'ifid' or train: raise
-        say(f'tokkit: iFID is left out: {e}')
-    given |= dict(reference=load_stats(reference, reference_n)) if reference else {}
-    measure = dict(rfid=rfid, pfid=pfid, ifid=ifid, all=evaluate_tokenizer)[metric]
-    made = measure(tok, images, n=n, extractor=extractor, bootstrap=bootstrap, seed=seed, **given)
-    cards = made if isinstance(made, list) else [made]
-    for card in cards: print(card)
-    if metric != 'all' and card.se is not None:
-        spans = ('confidence', *card.interval()),('prediction, for another seed',
-                                                  *card.interval(kind='prediction'))
-        print('95% intervals: '+'; '.join(f'{lo:.4g} to {hi:.4g} ({what})' for what,lo,hi in spans))
-    # the number is on the screen by now
-    if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else made.to_dict())
+    images, others = _with_neighbours(load, images, metric=metric, data=data, split=split, train=train,
+                                      n=n, seed=seed)
+    given |= _compared_with(reference, reference_n, others)
+    cards = _measure(metric, tok, images, n=n, extractor=extractor, bootstrap=bootstrap, seed=seed, **given)
+    _report(metric, cards, json)
 
-def _check_metric(metric, reference, n):
-    "Raise one line about what would fail later, or in words of Python"
-    if reference and not Path(reference).is_file():
-        raise FileNotFoundError(f"no file {reference}; --reference takes an .npz of mu and sigma, as "
-                                "tokkit.metrics.exchange.save_stats writes it")
-    if metric == 'all' and n < 6:
-        raise ValueError(f"the whole table looks at 5 neighbours of each image and needs 6 images, got -n {n}")
+# %% ../../nbs/cli/01_models.ipynb #ab71ecb8
+class _Plan(NamedTuple):
+    "How a decoder is trained, nothing left out"
+    mode:str                # 'paired' or 'unpaired'
+    epochs:int              # passes over the images
+    drawing:dict[str,Any]   # guidance and seed of the generator
+    losses:dict[str,Any]    # lora, and the weights of losses that were given
+    freeze:str              # what is not trained
+    pairing:dict[str,Any]   # sigma, clean and source of the pairs
 
-def _saved_tokenizer(folder:str):
-    "A tokenizer from its folder, or which folders below it hold one"
-    from tokkit.tokenizers import Tokenizer
-    try: return Tokenizer.load(folder)
-    except (ValueError, OSError) as e:
-        below = [p.parent.name for p in sorted(Path(folder).glob('*/config.json'))]
-        if not below: raise e
-        raise FileNotFoundError(f"{folder} holds no tokenizer itself; below it are {', '.join(below)}: name "
-                                "one of them") from None
+def _check_unpaired(moments:float|None, paired:dict):
+    "Raise one line about options that mean something to pairs alone"
+    if wrong := list(_given(**paired)):
+        raise ValueError(f"--{' and --'.join(wrong)} belong to --mode paired; got unpaired")
+    if moments == 0:
+        raise ValueError("--mode unpaired learns from samples by the moments alone; got --moments 0, give "
+                         "more")
 
-def _images_for(tok, data, split, n=None, **how):
-    "Images in a tokenizer's size and channels"
-    from tokkit.data import load_images
-    if data == 'fashion_mnist' and tok.cfg.channels != 1:
-        raise ValueError("fashion_mnist, the default of --data, is grey; this tokenizer takes "
-                         f"{tok.cfg.channels} channels: give a folder")
-    return load_images(data, split, n, tok.cfg.size, tok.cfg.channels, **how)
+# %% ../../nbs/cli/01_models.ipynb #045b58d8
+def _plan(mode:str, epochs:int, *, drawing:dict, losses:dict, paired:dict) -> _Plan:
+    "Fill in what was left out, and raise one line about what does not fit"
+    from tokkit.core import check_count
+    from tokkit.generators import Guidance
+    from tokkit.posttraining import row_sigmas
+    if mode == 'unpaired': _check_unpaired(losses['moments'], paired)
+    check_count('epochs', epochs, 100_000)
+    Guidance(drawing['guidance'])
+    freeze = paired['freeze'] or 'all'
+    source = paired['source'] or ('tokens' if freeze == 'official' else 'reencode')
+    sigma = [.9] if paired['sigma'] is None else paired['sigma']
+    pairing = dict(sigma=sigma, clean=paired['clean'] or 0., source=source)
+    row_sigmas(1, pairing['sigma'], pairing['clean'])
+    return _Plan(mode, epochs, drawing, _given(**losses), freeze, pairing)
 
-def _apart(images, n, seed, train, data, split, tok, how):
-    "The images to measure, and others for their neighbours"
-    import torch
-    from tokkit.core import make_rng
-    if train: return images,_images_for(tok, train, 'train', memory=0., **how)
-    others = _images_for(tok, data, 'test' if split == 'train' else 'train', memory=0., **how)
-    if others.hash != images.hash: return images,others
-    # a folder without parts: the rest are the neighbours
-    order = torch.randperm(len(images), generator=make_rng(seed, 'images'))
-    few,rest = (images.subset(i.sort().values) for i in (order[:n], order[n:]))
-    if len(rest) < 10:
-        left = f"and {len(rest)} images beside the {n} measured"
-        raise ValueError(f"{data} has no train and test parts, {left}; give --train FOLDER, or a smaller -n")
-    say(f"tokkit: {data} has no train and test parts; the {len(rest)} images that are not measured are the "
-        "neighbours")
-    return few,rest
+# %% ../../nbs/cli/01_models.ipynb #a0f67f85
+def _models(tokenizer:str, generator:str, device, plan:_Plan) -> tuple:
+    "Tokenizer and generator from their folders, fit for each other and for the plan"
+    from tokkit.generators import load_generator
+    from tokkit.posttraining import check_fit, check_options
+    tok = _saved_tokenizer(tokenizer).to(device).eval()
+    gen = load_generator(generator).to(device)
+    check_fit(gen, tok)
+    check_options(tok, plan.freeze, plan.pairing['source'], **plan.losses)
+    return tok, gen
+
+def _images_of_known_classes(tok, gen, data:str, n:int|None, **how):
+    "Training images whose labels the generator knows"
+    images = _images_for(tok, data, 'train', n, **how)
+    most = int(images.labels.max())
+    if most >= gen.classes:
+        raise ValueError(f"{data} has {most+1} classes, the generator knows {gen.classes}; give --data the "
+                         "images it was trained on")
+    return images
+
+# %% ../../nbs/cli/01_models.ipynb #62b5cdec
+def _train_decoder(tmp:Path, work:Path, plan:_Plan, given:tuple, device:str):
+    "Fill the folder `tmp` with the tokenizer and its new decoder; what it took is kept in `work`"
+    from tokkit.core import stable_hash
+    from tokkit.generators import sample_batches
+    from tokkit.posttraining import heal_unpaired, latent_pairs, posttrain_decoder
+    from tokkit.training import ImageTraining
+    tok, gen, images = given
+    how = ImageTraining(epochs=plan.epochs, batch=min(128, len(images)), lr=1e-3,
+                        perceptual_size=max(32, images.size))
+    checkpoint = work/stable_hash([plan.losses, plan.freeze, plan.epochs])
+    common = dict(plan.losses, work=checkpoint, device=device, seed=plan.drawing['seed'])
+    if plan.mode == 'paired':
+        pairs = latent_pairs(gen, tok, images, folder=work/'pairs', **plan.drawing, **plan.pairing)
+        healed, history = posttrain_decoder(tok, pairs, how, freeze=plan.freeze, **common)
+    else:
+        samples = sample_batches(gen, images.labels, **plan.drawing)[0]
+        healed, history = heal_unpaired(tok, samples, images, how, **common)
+    healed.save(tmp)
+    history.to_csv(tmp/'history.csv', index=False)
+
+# %% ../../nbs/cli/01_models.ipynb #f5c47d61
+def _new_folder(out:str) -> Path:
+    "The folder to make, which must not be there"
+    folder = Path(out).absolute()
+    if folder.exists(): raise FileExistsError(f"{out} is there already; choose another --out or delete it")
+    return folder
+
+def _make_folder(out:str, plan:_Plan, given:tuple, device:str):
+    "Make the folder of the healed tokenizer, under a lock; a killed call is taken up again"
+    from tokkit.core import atomic_dir, clear_unfinished, delete, locked, mark, stable_hash, writing
+    tok, gen, images = given
+    folder = Path(out).absolute()
+    drawn = [tok.fingerprint, gen.fingerprint, images.hash, plan.mode, plan.drawing['guidance'],
+             plan.drawing['seed'], plan.pairing]
+    work = folder.with_name(f'.work-{folder.name}-{stable_hash(drawn)}')    # pairs of a killed call
+    with writing(folder), locked(folder, f'post-training into {out}'):
+        if folder.exists():
+            raise FileExistsError(f"{out} is there already: another process has just made it; choose another "
+                                  "--out")
+        clear_unfinished(folder)
+        mark(work)
+        with atomic_dir(folder) as tmp: _train_decoder(tmp, work, plan, given, device)
+        delete(work)
 
 # %% ../../nbs/cli/01_models.ipynb #81c34d4c
 def posttrain(
@@ -151,68 +288,12 @@ def posttrain(
     device:str|None = None,              # cpu, cuda, cuda:1 or mps
 ):
     "Train a tokenizer's decoder on the latents its generator makes"
-    from tokkit.core import check_count, stable_hash
-    from tokkit.core import clear_unfinished, delete, locked, mark, writing
-    from tokkit.generators import Guidance
-    from tokkit.generators import load_generator
-    from tokkit.posttraining import check_fit, row_sigmas
-    from tokkit.posttraining import check_options
-    from tokkit.training import ImageTraining
     place = use_device(device)
-    folder = Path(out).absolute()
-    if folder.exists(): raise FileExistsError(f"{out} is there already; choose another --out or delete it")
-    owned = dict(sigma=sigma, source=source, freeze=freeze, clean=clean)
-    if mode == 'unpaired' and (wrong := [k for k,v in owned.items() if v is not None]):
-        raise ValueError(f"--{' and --'.join(wrong)} belong to --mode paired; got unpaired")
-    if mode == 'unpaired' and moments == 0:
-        raise ValueError("--mode unpaired learns from samples by the moments alone; got --moments 0, give "
-                         "more")
-    check_count('epochs', epochs, 100_000)
-    Guidance(guidance)
-    given = (dict(lora=lora)
-             | {k:v for k,v in dict(consistency=consistency, moments=moments).items() if v is not None})
-    freeze = freeze or 'all'
-    source = source or ('tokens' if freeze == 'official' else 'reencode')
-    pairing = dict(sigma=[.9] if sigma is None else sigma, clean=clean or 0., source=source)
-    row_sigmas(1, pairing['sigma'], pairing['clean'])
-    tok = _saved_tokenizer(tokenizer).to(place).eval()
-    gen = load_generator(generator).to(place)
-    check_fit(gen, tok)
-    check_options(tok, freeze, source, **given)
-    images = _images_for(tok, data, 'train', n, skip_broken=skip_broken, upscale=upscale)
-    how = ImageTraining(epochs=epochs, batch=min(128, len(images)), lr=1e-3,
-                        perceptual_size=max(32, images.size))
-    if (most := int(images.labels.max())) >= gen.classes:
-        raise ValueError(f"{data} has {most+1} classes, the generator knows {gen.classes}; give --data the "
-                         "images it was trained on")
-    drawn = [tok.fingerprint, gen.fingerprint, images.hash, mode, guidance, seed, pairing]
-    work = folder.with_name(f'.work-{folder.name}-{stable_hash(drawn)}')    # pairs of a killed call
-    common = dict(given, work=work/stable_hash([given, freeze, epochs]), device=str(place), seed=seed)
-    with writing(folder), locked(folder, f'post-training into {out}'):
-        if folder.exists():
-            raise FileExistsError(f"{out} is there already: another process has just made it; choose another "
-                                  "--out")
-        clear_unfinished(folder)
-        mark(work)
-        _train_decoder(folder, work, (tok, gen, images), how, mode=mode, freeze=freeze, pairing=pairing,
-                       drawing=dict(guidance=guidance, seed=seed), common=common)
-        delete(work)
+    _new_folder(out)
+    plan = _plan(mode, epochs, drawing=dict(guidance=guidance, seed=seed),
+                 losses=dict(lora=lora, consistency=consistency, moments=moments),
+                 paired=dict(sigma=sigma, source=source, freeze=freeze, clean=clean))
+    tok, gen = _models(tokenizer, generator, place, plan)
+    images = _images_of_known_classes(tok, gen, data, n, skip_broken=skip_broken, upscale=upscale)
+    _make_folder(out, plan, (tok, gen, images), str(place))
     print(out)
-
-def _train_decoder(folder, work, given, how, *, mode, freeze, pairing, drawing, common):
-    "Make the folder of the tokenizer with its new decoder; what it took is kept in `work` until then"
-    tok, gen, images = given
-    from tokkit.core import atomic_dir
-    from tokkit.generators import sample_batches
-    from tokkit.posttraining import latent_pairs
-    from tokkit.posttraining import posttrain_decoder
-    from tokkit.posttraining import heal_unpaired
-    with atomic_dir(folder) as tmp:
-        if mode == 'paired':
-            pairs = latent_pairs(gen, tok, images, folder=work/'pairs', **drawing, **pairing)
-            healed, history = posttrain_decoder(tok, pairs, how, freeze=freeze, **common)
-        else:
-            samples,_ = sample_batches(gen, images.labels, **drawing)
-            healed, history = heal_unpaired(tok, samples, images, how, **common)
-        healed.save(tmp)
-        history.to_csv(tmp/'history.csv', index=False)

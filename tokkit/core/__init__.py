@@ -7,3 +7,4 @@ from .hashes import *
 from .models import *
 from .folders import *
 from .locks import *
+from .registry import *

@@ -14,6 +14,10 @@ import numpy as np
 import torch
 
 # %% ../../nbs/core/01_checks.ipynb #928e1fff
+def _remedy(hint:str) -> str:
+    "The end of a message: what to do about it"
+    return f"; {hint}" if hint else ''
+
 def check_range(
     name:str,        # the argument's name, for the message
     value:float,     # what arrived
@@ -23,7 +27,7 @@ def check_range(
 ):
     "Raise a one-line `ValueError` unless `lo <= value <= hi`"
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not lo <= value <= hi:
-        raise ValueError(f"{name} must be in [{lo:g}, {hi:g}], got {value!r}" + (f"; {hint}" if hint else ''))
+        raise ValueError(f"{name} must be in [{lo:g}, {hi:g}], got {value!r}{_remedy(hint)}")
 
 # %% ../../nbs/core/01_checks.ipynb #1339b0b6
 def check_count(
@@ -36,18 +40,18 @@ def check_count(
     "Raise a one-line `ValueError` unless `value` is a whole number from `least` to `most`"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
         limit = f'at least {least}' if most == math.inf else f'in {least}..{most:g}'
-        raise ValueError(f"{name} must be a whole number {limit}, got {value!r}"
-                         + (f"; {hint}" if hint else ''))
+        raise ValueError(f"{name} must be a whole number {limit}, got {value!r}{_remedy(hint)}")
 
+# %% ../../nbs/core/01_checks.ipynb #418d6403
+# of any network
 LARGEST = dict(depth=1024, heads=1024, levels=1024, channels=1024, n=2**16, size=2**14, patch=2**14,
                width=2**16, codebook_size=2**24)
-                   # of any network: more is a slip of the hand, or a damaged file, and would fill the memory
 
 def check_sizes(
     settings:Any,  # a dataclass
     *names:str,    # fields that are sizes
 ):
-    "Raise a one-line `ValueError` unless the sizes of a network are whole numbers that some machine could hold"
+    "Raise a one-line `ValueError` unless these sizes are whole numbers that some machine could hold"
     for name in names: check_count(name, getattr(settings, name), LARGEST.get(name, 2**16))
 
 # %% ../../nbs/core/01_checks.ipynb #62a427df

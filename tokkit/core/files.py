@@ -27,10 +27,11 @@ def temporary_name(
     "A name beside `path` that no other process and no other moment gives"
     return path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}{TEMPORARY}")
 
+# %% ../../nbs/core/03_files.ipynb #b76692e2
 def file_to_write(
     path:str|Path, # where a file shall be
-) -> tuple[Path,bool]:
-    "The file behind `path`, through links; and whether it is a device or a pipe, which is written to and not replaced"
+) -> tuple[Path,bool]: # the file behind `path`, through links; and whether it is a device or a pipe
+    "The file that will be written; a device or a pipe is written to and not replaced"
     path = Path(path)
     try: mode = os.stat(path).st_mode
     except FileNotFoundError: mode = stat.S_IFREG
@@ -38,18 +39,20 @@ def file_to_write(
     if not stat.S_ISREG(mode): return path, True
     return Path(os.path.realpath(path)) if path.is_symlink() else path, False
 
+# %% ../../nbs/core/03_files.ipynb #4c480c7b
 def flush(
     path:Path, # file or folder
 ):
     "Flush one file, or every file below a folder, to the disk"
-    for p in ([path] if path.is_file() else [q for q in path.rglob('*') if q.is_file()]):
+    files = [path] if path.is_file() else [p for p in path.rglob('*') if p.is_file()]
+    for p in files:
         with open(p, 'rb') as f: os.fsync(f.fileno())
 
 @contextmanager
 def atomic_path(
     path:str|Path, # final name of the file
 ) -> Iterator[Path]:
-    "A temporary name to write to; it becomes `path` when the block ends well, and vanishes when it does not"
+    "A temporary name to write to; it becomes `path` when the block ends well, else it vanishes"
     path, special = file_to_write(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(Path(tempfile.gettempdir())/path.name if special else path)
@@ -84,6 +87,7 @@ def write_json(
         p.write_text(json.dumps(to_plain(o), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     return Path(path)
 
+# %% ../../nbs/core/03_files.ipynb #c15dc6a3
 def check_kind(
     o:Any,          # what was read from a file
     kind:Any,       # what it should be: a type, a dataclass or a `TypedDict`, as `msgspec` understands them
@@ -96,6 +100,7 @@ def check_kind(
                          "was changed by hand") from None
     return o
 
+# %% ../../nbs/core/03_files.ipynb #6ceb4142
 def read_json(
     path:str|Path,   # file written by `write_json`
     kind:Any = Any,  # what must be in it, as `check_kind` understands it
@@ -104,5 +109,6 @@ def read_json(
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise FileNotFoundError(f"no file {path}") from None
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({str(e)[:80]}); it is damaged, or no file of tokkit") from None
+        raise ValueError(f"{path} is not valid JSON ({str(e)[:80]}); "
+                         "it is damaged, or no file of tokkit") from None
     return check_kind(found, kind, path)

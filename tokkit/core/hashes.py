@@ -22,6 +22,7 @@ def stable_hash(
     "A short hash of plain data that is the same in every process and on every machine"
     return hashlib.sha256(json.dumps(to_plain(o), sort_keys=True).encode()).hexdigest()[:n]
 
+# %% ../../nbs/core/04_hashes.ipynb #f5d62d16
 def file_sha256(
     path:str|Path, # file to digest
 ) -> str:
@@ -29,6 +30,7 @@ def file_sha256(
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} is no regular file")
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../../nbs/core/04_hashes.ipynb #445782fa
 def tensors_hash(
     tensors:dict[str,torch.Tensor], # e.g. a state dict
     n:int = 10,                     # hexadecimal digits kept
@@ -41,6 +43,7 @@ def tensors_hash(
         h.update(t.flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:n]
 
+# %% ../../nbs/core/04_hashes.ipynb #4ed6275f
 def nested_hash(
     o:Any,       # dicts and lists of tensors and plain values, as a checkpoint is
 ) -> str:

@@ -16,26 +16,38 @@ from tqdm.auto import tqdm
 from tqdm.std import tqdm as tqdm_plain
 
 # %% ../../nbs/core/02_machine.ipynb #33ceb4d7
+def _best_device() -> torch.device:
+    "A GPU where there is one, else the CPU"
+    if torch.cuda.is_available(): return torch.device('cuda')
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+def _is_there(kind:str) -> bool:
+    "Torch sees a device of this kind"
+    if kind == 'cuda': return torch.cuda.is_available()
+    if kind == 'mps': return torch.backends.mps.is_available()
+    return True
+
+# %% ../../nbs/core/02_machine.ipynb #17c7ce6a
 def default_device(
     # 'cpu', 'cuda', 'cuda:1', 'mps'; None asks `$TOKKIT_DEVICE`, then takes the best there is
     name:str|None = None,
 ) -> torch.device:
     "The device to compute on, checked"
     name = name or os.environ.get('TOKKIT_DEVICE')
-    if not name:
-        return torch.device('cuda' if torch.cuda.is_available() else 'mps'
-                            if torch.backends.mps.is_available() else 'cpu')
+    if not name: return _best_device()
     try: device = torch.device(name)
-    except RuntimeError: raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}") from None
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()).get(device.type, True)
-    if not there:
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}") from None
+    if not _is_there(device.type):
         raise ValueError(f"device {name!r} was asked for and torch {torch.__version__} sees none here; use "
                          "cpu")
-    if device.type == 'cuda' and (device.index or 0) >= (n := torch.cuda.device_count()):
+    n = torch.cuda.device_count() if device.type == 'cuda' else 0
+    if device.type == 'cuda' and (device.index or 0) >= n:
         raise ValueError(f"device {name!r} was asked for and there are {n} GPUs here; use cuda:0 to "
                          f"cuda:{n-1}")
     return device
 
+# %% ../../nbs/core/02_machine.ipynb #d2a4d29c
 def need(
     module:str, # module to import
     extra:str,  # the extra of tokkit that brings it
@@ -43,12 +55,16 @@ def need(
     "Import an optional module, or say which extra brings it"
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"`{module}` is not installed. It comes with: pip install 'tokkit-lab[{extra}]'") from e
+        raise ImportError(f"`{module}` is not installed. It comes with: "
+                          f"pip install 'tokkit-lab[{extra}]'") from e
 
+# %% ../../nbs/core/02_machine.ipynb #af82075d
 def data_home() -> Path:
     "Folder for data and caches: `$TOKKIT_DATA`, else the user's cache folder"
     base = os.environ.get('TOKKIT_DATA')
-    return Path(base) if base else Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'tokkit'
+    if base: return Path(base)
+    cache = os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
+    return Path(cache)/'tokkit'
 
 # %% ../../nbs/core/02_machine.ipynb #36d8affb
 def process_mean(
@@ -67,9 +83,9 @@ def bar(
     total:int|None = None,       # number of items, when `items` cannot say
     **kwargs,                    # further arguments of `tqdm`
 ) -> tqdm_plain:
-    "A progress bar that appears after two seconds; `$TOKKIT_QUIET` switches it off, `$TOKKIT_PROGRESS` names a file to write it to"
-    # a run by papermill: no dead bars in its notebook, its parent reads the file instead
+    "A progress bar that appears after two seconds, unless `$TOKKIT_QUIET` is set"
+    shown = dict(desc=desc, total=total, delay=2, dynamic_ncols=True, leave=False, mininterval=.5,
+                 disable=bool(os.environ.get('TOKKIT_QUIET')), **kwargs)
+    # a run by papermill: no dead bars in its notebook, its parent reads this file instead
     log = os.environ.get('TOKKIT_PROGRESS')
-    make,where = (tqdm_plain,dict(file=open(log, 'a'))) if log else (tqdm,{})
-    return make(items, desc=desc, total=total, delay=2, dynamic_ncols=True, leave=False, mininterval=.5,
-                disable=bool(os.environ.get('TOKKIT_QUIET')), **where, **kwargs)
+    return tqdm_plain(items, file=open(log, 'a'), **shown) if log else tqdm(items, **shown)

@@ -16,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -44,11 +45,12 @@ class LatentSpec:
     def normalize(self, z): return (z-self.mean)/self.std
     def denormalize(self, z): return z*self.std+self.mean
 
-    @property
-    def bits(self) -> float|None:
-        "Bits an image costs when every code is equally likely; None for continuous latents"
-        return (None if self.codebook_size is None
-                else math.prod(self.ids_shape or self.shape[:1])*float(np.log2(self.codebook_size)))
+# %% ../../nbs/core/05_models.ipynb #68737916
+@patch(as_prop=True)
+def bits(self:LatentSpec) -> float|None:
+    "Bits an image costs when every code is equally likely; None for continuous latents"
+    if self.codebook_size is None: return None
+    return math.prod(self.ids_shape or self.shape[:1])*float(np.log2(self.codebook_size))
 
 # %% ../../nbs/core/05_models.ipynb #a7ecb9bb
 def save_tensors(
@@ -70,8 +72,10 @@ def read_about(
     with safe_open(path, 'pt') as f: told = (f.metadata() or {}).get('tokkit')
     try: return check_kind(json.loads(told), dict[str,str], path) if told else {}
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is damaged: what it says of itself is no JSON; make or fetch it again") from None
+        raise ValueError(f"{path} is damaged: what it says of itself is no JSON; "
+                         "make or fetch it again") from None
 
+# %% ../../nbs/core/05_models.ipynb #9b0343c3
 def read_tensors(
     weights:dict[str,torch.Tensor]|str|Path, # tensors, or a safetensors file of them
 ) -> dict[str,torch.Tensor]:
@@ -88,28 +92,40 @@ def read_tensors(
         raise ValueError(f"{weights} is damaged: its checksum changed; make or fetch it again")
     return state
 
+# %% ../../nbs/core/05_models.ipynb #10de234b
+def _phrase(kind:str, names:list[str]) -> str:
+    "How many names there are, and the first three"
+    more = ', ...' if len(names) > 3 else ''
+    return f"{len(names)} {kind} ({', '.join(names[:3])}{more})"
+
+def _shapes(tensors:dict[str,torch.Tensor]) -> dict[str,tuple[int,...]]:
+    "The shape of each tensor"
+    return {k:tuple(v.shape) for k,v in tensors.items()}
+
+# %% ../../nbs/core/05_models.ipynb #c3560dbc
 def misfits(
     # what the tensors are for: a module, or named tensors of the right shapes
     model:nn.Module|dict[str,torch.Tensor],
     state:dict[str,torch.Tensor],           # named tensors
 ) -> list[str]:
     "What keeps `state` from being the weights of `model`, a phrase a kind; empty when it fits"
-    wanted = model if isinstance(model, dict) else model.state_dict()
-    mine,given = ({k:tuple(v.shape) for k,v in o.items()} for o in (wanted, state))
-    kinds = {'missing':[k for k in mine if k not in given], 'unknown':[k for k in given if k not in mine],
-             'of another shape':[f"{k}: {given[k]} instead of {mine[k]}" for k in mine if k in given
-                                 and given[k] != mine[k]]}
-    def said(kind, names):
-        return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-    return [said(kind, names) for kind,names in kinds.items() if names]
+    mine = _shapes(model if isinstance(model, dict) else model.state_dict())
+    given = _shapes(state)
+    missing = [k for k in mine if k not in given]
+    unknown = [k for k in given if k not in mine]
+    reshaped = [f"{k}: {given[k]} instead of {mine[k]}" for k in mine if k in given and given[k] != mine[k]]
+    kinds = {'missing':missing, 'unknown':unknown, 'of another shape':reshaped}
+    return [_phrase(kind, names) for kind,names in kinds.items() if names]
 
+# %% ../../nbs/core/05_models.ipynb #70340549
 def load_strictly(
     model:nn.Module,               # gets the weights, in place
     state:dict[str,torch.Tensor],  # named tensors
     where:str|Path,                # where they come from, for the message
 ) -> nn.Module:
     "Load exactly these weights, or say which keys do not fit"
-    if wrong := misfits(model, state):
+    wrong = misfits(model, state)
+    if wrong:
         raise ValueError(f"{where}: {', '.join(wrong)}; expected the weights of a {type(model).__name__} of "
                          "this size")
     model.load_state_dict(state)
@@ -130,12 +146,7 @@ def save_model(
     write_json(folder/'config.json', config)
     return folder
 
-class _Config(TypedDict):
-    kind:str                # name of the model's class
-    cfg:dict[str,Any]       # its sizes
-    weights:str             # hash of its weights
-    spec:NotRequired[dict]  # of its latents, where it has some
-
+# %% ../../nbs/core/05_models.ipynb #7f2ec202
 def first_difference(
     a:Any,         # plain data
     b:Any,         # other plain data
@@ -143,10 +154,17 @@ def first_difference(
 ) -> tuple[str,Any,Any]|None: # where they differ first, and both values
     "Where two nested dicts differ; None where they do not"
     if isinstance(a, dict) and isinstance(b, dict):
-        each = (first_difference(a.get(k), b.get(k), f'{at}.{k}' if at else k)
-                for k in [*a, *[k for k in b if k not in a]])
+        keys = [*a, *(k for k in b if k not in a)]
+        each = (first_difference(a.get(k), b.get(k), f'{at}.{k}' if at else k) for k in keys)
         return next((found for found in each if found), None)
     return None if type(a) is type(b) and a == b else (at, a, b)
+
+# %% ../../nbs/core/05_models.ipynb #a1dd61c4
+class _Config(TypedDict):
+    kind:str                # name of the model's class
+    cfg:dict[str,Any]       # its sizes
+    weights:str             # hash of its weights
+    spec:NotRequired[dict]  # of its latents, where it has some
 
 def _read_weights(path:Path) -> tuple[dict|None,dict[str,torch.Tensor]]:
     "The configuration that a file of weights carries, None of an earlier version; and the weights"
@@ -157,9 +175,47 @@ def _read_weights(path:Path) -> tuple[dict|None,dict[str,torch.Tensor]]:
         raise ValueError(f"{path} is damaged: the configuration that it carries is no JSON; train or fetch "
                          "it again") from None
 
+# %% ../../nbs/core/05_models.ipynb #cfeadaf4
+def _check_config(folder:Path, config:dict, carried:dict):
+    "Raise one line when config.json is not what the weights carry"
+    found = first_difference(config, carried)
+    if found is None: return
+    where, now, then = found
+    remedy = f"remove {where}" if then is None else f"write {json.dumps(then)} there again"
+    raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved with "
+                     f"{then!r}; {remedy}, or train a model of the other kind")
+
+# %% ../../nbs/core/05_models.ipynb #82b5b30d
+def _read_model(folder:Path, kind:str|None = None) -> tuple[dict,dict[str,torch.Tensor]]:
+    "Configuration and weights as they were saved, or one line about what is not as it was"
+    config = read_json(folder/'config.json', _Config)
+    if kind not in (None, config['kind']):
+        raise ValueError(f"{folder} holds a {config['kind']}, expected a {kind}")
+    try: carried, state = _read_weights(folder/'model.safetensors')
+    except FileNotFoundError:
+        raise ValueError(f"{folder/'model.safetensors'} is missing; train or fetch it again") from None
+    if carried is None:
+        warnings.warn(f"{folder} was written by an earlier version: its weights carry no copy of "
+                      "config.json, so that a change of it would not be noticed; load it and save it again",
+                      stacklevel=4)
+    if carried: _check_config(folder, config, carried)
+    if config['weights'] != tensors_hash(state):
+        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
+                         "it was changed or damaged: train or fetch it again")
+    return config, state
+
+# %% ../../nbs/core/05_models.ipynb #93852089
+def model_damage(
+    folder:str|Path, # written by `save_model`
+) -> str|None:
+    "How a saved model differs from what was written, in a line; None where it does not"
+    try: _read_model(Path(folder))
+    except (ValueError, OSError) as e: return str(e)
+
+# %% ../../nbs/core/05_models.ipynb #f4b649ea
 @contextmanager
 def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
-    "Stop building a network as soon as it is larger than its weights: a size of a billion must not fill the memory first"
+    "Stop building a network as soon as it is larger than its weights"
     room = 3*sum(t.numel() for t in state.values())       # a part may be built once more, to learn its sizes
     mine = threading.get_ident()
     def count(module, name, tensor):
@@ -173,51 +229,24 @@ def _no_more_than(state:dict[str,torch.Tensor], where:Path) -> Iterator[None]:
     try: yield
     finally: hook.remove()
 
-def _read_model(folder:Path, kind:str|None = None) -> tuple[dict,dict[str,torch.Tensor]]:
-    "Configuration and weights as they were saved, or one line about what is not as it was"
-    config = read_json(folder/'config.json', _Config)
-    if kind not in (None, config['kind']):
-        raise ValueError(f"{folder} holds a {config['kind']}, expected a {kind}")
-    try: carried,state = _read_weights(folder/'model.safetensors')
-    except FileNotFoundError:
-        raise ValueError(f"{folder/'model.safetensors'} is missing; train or fetch it again") from None
-    if carried is None:
-        warnings.warn(f"{folder} was written by an earlier version: its weights carry no copy of "
-                      "config.json, so that a change of it "
-                      "would not be noticed; load it and save it again", stacklevel=4)
-    if found := carried and first_difference(config, carried):
-        where,now,then = found
-        remedy = f"remove {where}" if then is None else f"write {json.dumps(then)} there again"
-        raise ValueError(f"{folder/'config.json'} was changed: {where} is {now!r}, the weights were saved "
-                         f"with {then!r}; "
-                         f"{remedy}, or train a model of the other kind")
-    if config['weights'] != tensors_hash(state):
-        raise ValueError(f"{folder/'model.safetensors'} is not what config.json recorded; "
-                         "it was changed or damaged: train or fetch it again")
-    return config, state
-
-def model_damage(
-    folder:str|Path, # written by `save_model`
-) -> str|None:
-    "How a saved model differs from what was written, in a line; None where it does not, as far as it can be told"
-    try: _read_model(Path(folder))
-    except (ValueError, OSError) as e: return str(e)
-
+# %% ../../nbs/core/05_models.ipynb #d51542b0
 def load_model(
-    folder:str|Path,              # written by `save_model`
-    kind:str,                     # class name that must stand there
+    folder:str|Path,                  # written by `save_model`
+    kind:str,                         # class name that must stand there
     build:Callable[[dict],nn.Module], # makes the model from config.json's content
 ) -> nn.Module:
     "Read weights and configuration back, strictly"
     folder = Path(folder)
     if not (folder/'config.json').exists():
         raise FileNotFoundError(f"{folder} holds no saved {kind}: expected config.json and model.safetensors")
-    config,state = _read_model(folder, kind)
+    config, state = _read_model(folder, kind)
     try:
         with _no_more_than(state, folder/'config.json'): model = build(config)
     except (TypeError, RuntimeError, MemoryError) as e:
-        raise ValueError(f"{folder/'config.json'} is of another version of tokkit, or damaged ({str(e)[:80]})") from None
-    if wrong := misfits(model, state):
+        raise ValueError(f"{folder/'config.json'} is of another version of tokkit, or damaged "
+                         f"({str(e)[:80]})") from None
+    wrong = misfits(model, state)
+    if wrong:
         raise ValueError(f"{folder}: tensors do not fit config.json: {', '.join(wrong)}; config and weights "
                          "belong to different models")
     model.load_state_dict(state)

@@ -21,6 +21,7 @@ def make_rng(
     digest = hashlib.sha256(repr((int(seed), *map(str, names))).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], 'big'))
 
+# %% ../../nbs/core/00_randomness.ipynb #9a033ec1
 def set_seed(
     seed:int, # moves Python's, NumPy's and torch's global generators
 ):

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from fastcore.basics import patch
 
 from ..core import check_range, make_rng, stable_hash
 from .image_folder import ImageFolder, read_image
@@ -30,6 +31,7 @@ def resize_shorter(
     scale = side/min(image.size)
     return image.resize((round(image.width*scale), round(image.height*scale)), Image.Resampling.BICUBIC)
 
+# %% ../../nbs/data/04_augment.ipynb #3e2ab9c0
 def crop_at(
     image:Image.Image,  # any Pillow image
     size:int,           # side of the square, pixels
@@ -44,7 +46,7 @@ def crop_at(
     check_range('left', left, 0, image.width-size)
     return image.crop((left, top, left+size, top+size))
 
-# %% ../../nbs/data/04_augment.ipynb #e8c52971
+# %% ../../nbs/data/04_augment.ipynb #990ae24a
 def _below(n:int, rng:torch.Generator) -> int:
     "A whole number in 0..n-1"
     return int(torch.randint(n, (), generator=rng))
@@ -55,6 +57,7 @@ def _check_crop(size:int, larger:float):
     if not 1 <= larger < math.inf:
         raise ValueError(f"larger must be at least 1 (1 never enlarges the image), got {larger}")
 
+# %% ../../nbs/data/04_augment.ipynb #e8c52971
 def random_crop(
     image:Image.Image,      # any Pillow image
     size:int,               # side of the square, pixels
@@ -67,7 +70,8 @@ def random_crop(
     if min(image.size) < size and not upscale:
         raise ValueError(f"image is {image.width}x{image.height}, smaller than size={size}; take a smaller "
                          "size or pass upscale=True")
-    image = resize_shorter(image, size+_below(int(larger*size)-size+1, rng))
+    side = size+_below(int(larger*size)-size+1, rng)
+    image = resize_shorter(image, side)
     top = _below(image.height-size+1, rng)
     left = _below(image.width-size+1, rng)
     return image.crop((left, top, left+size, top+size))
@@ -82,7 +86,7 @@ def mirror(
     check_range('probability', probability)
     return ImageOps.mirror(image) if float(torch.rand((), generator=rng)) < probability else image
 
-# %% ../../nbs/data/04_augment.ipynb #a75dd30d
+# %% ../../nbs/data/04_augment.ipynb #553f07c0
 def _picture(ds:ImageSet|ImageFolder, i:int) -> tuple[Image.Image, str]:
     "The whole image at position `i`, and what to call it in an error"
     if isinstance(ds, ImageSet):
@@ -93,8 +97,17 @@ def _picture(ds:ImageSet|ImageFolder, i:int) -> tuple[Image.Image, str]:
         raise OSError(f"{ds.files[i]} cannot be read ({e}); repair or remove it, or open the folder with "
                       "skip_broken=True") from e
 
+def _check_images(ds:Indexed):
+    "Raise one line unless these are images that can be cut"
+    if not isinstance(ds, (ImageSet, ImageFolder)):
+        raise ValueError(f"Augmented: expected an ImageSet or ImageFolder, got {type(ds).__name__}; wrap "
+                         "the images themselves")
+    if ds.channels not in (1,3):
+        raise ValueError(f"Augmented: images need 1 or 3 channels, got {ds.channels}")
+
+# %% ../../nbs/data/04_augment.ipynb #a75dd30d
 class Augmented(Indexed):
-    "Images with another crop and mirror each epoch; what an image becomes depends on (seed, epoch, position) alone"
+    "Images with another crop and mirror each epoch, decided by (seed, epoch, position) alone"
     def __init__(self,
         ds:Indexed,                 # an `ImageSet` or an `ImageFolder`, grey or RGB
         size:int|None = None,       # side of the squares, pixels; None takes that of `ds`
@@ -103,11 +116,7 @@ class Augmented(Indexed):
         seed:int = 0,               # another seed, other crops
         upscale:bool = False,       # enlarge images smaller than `size` instead of refusing them
     ):
-        if not isinstance(ds, (ImageSet, ImageFolder)):
-            raise ValueError(f"Augmented: expected an ImageSet or ImageFolder, got {type(ds).__name__}; wrap "
-                             "the images themselves")
-        if ds.channels not in (1,3):
-            raise ValueError(f"Augmented: images need 1 or 3 channels, got {ds.channels}")
+        _check_images(ds)
         self.ds = ds
         self.size = ds.size if size is None else size
         self.larger = larger
@@ -124,33 +133,43 @@ class Augmented(Indexed):
         self.channels = ds.channels
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
-    @property
-    def epoch(self) -> int: return int(self._epoch)
-    def set_epoch(self,
-        epoch:int, # 0 at the start of training
-    ):
-        "From now on hand out the crops of this epoch, in worker processes too"
-        self._epoch.fill_(epoch)
-
-    def _one(self, i:int) -> np.ndarray:
-        "The image at position `i` as it is in this epoch, bytes (h w c)"
-        (image, name), rng = _picture(self.ds, i), make_rng(self.seed, 'augment', self.epoch, i)
-        try: image = random_crop(image, self.size, rng, self.larger, self.upscale)
-        except ValueError as e: raise ValueError(f"{name}: {e}") from None
-        return np.atleast_3d(mirror(image, rng, .5*self.mirror))
-
-    def _batch(self, positions):
-        if isinstance(self.ds, ImageSet): images = [self._one(i) for i in positions.tolist()]
-        else:
-            with ThreadPoolExecutor(4) as pool: images = [*pool.map(self._one, positions.tolist())]
-        x = np.stack(images) if images else np.empty((0, self.size, self.size, self.channels), np.uint8)
-        return from_uint8(torch.from_numpy(x).permute(0,3,1,2).contiguous()), self.labels[positions]
-
     @cached_property
     def hash(self) -> str:
         "A short name for these images, changed in this way"
         return stable_hash([self.ds.hash, self.size, float(self.larger), bool(self.mirror), self.seed,
                             self.upscale])
+
     def __repr__(self):
-        return (f"{super().__repr__()}, sides "
-                f"{self.size}..{int(self.larger*self.size)}{', mirrored'*self.mirror}, epoch {self.epoch}")
+        sides = f"{self.size}..{int(self.larger*self.size)}"
+        return f"{super().__repr__()}, sides {sides}{', mirrored'*self.mirror}, epoch {self.epoch}"
+
+# %% ../../nbs/data/04_augment.ipynb #12ac6677
+@patch(as_prop=True)
+def epoch(self:Augmented) -> int:
+    "The epoch whose crops are handed out"
+    return int(self._epoch)
+
+@patch
+def set_epoch(self:Augmented,
+    epoch:int, # 0 at the start of training
+):
+    "From now on hand out the crops of this epoch, in worker processes too"
+    self._epoch.fill_(epoch)
+
+# %% ../../nbs/data/04_augment.ipynb #8ccf98c3
+@patch
+def _one(self:Augmented, i:int) -> np.ndarray:
+    "The image at position `i` as it is in this epoch, bytes (h w c)"
+    image, name = _picture(self.ds, i)
+    rng = make_rng(self.seed, 'augment', self.epoch, i)
+    try: image = random_crop(image, self.size, rng, self.larger, self.upscale)
+    except ValueError as e: raise ValueError(f"{name}: {e}") from None
+    return np.atleast_3d(mirror(image, rng, .5*self.mirror))
+
+@patch
+def _batch(self:Augmented, positions):
+    if isinstance(self.ds, ImageSet): images = [self._one(i) for i in positions.tolist()]
+    else:
+        with ThreadPoolExecutor(4) as pool: images = [*pool.map(self._one, positions.tolist())]
+    x = np.stack(images) if images else np.empty((0, self.size, self.size, self.channels), np.uint8)
+    return from_uint8(torch.from_numpy(x).permute(0,3,1,2).contiguous()), self.labels[positions]

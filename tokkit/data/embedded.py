@@ -35,6 +35,7 @@ _FASHION = { # split -> (file, SHA-256 of what is in it) of the images and of th
               ('t10k-labels-idx1-ubyte.gz',
                '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34'))}
 
+# %% ../../nbs/data/01_embedded.ipynb #8cfebc5a
 def _unpack(path:Path, sha256:str, name:str) -> bytes:
     "What is in a gzip file, its checksum verified"
     try: raw = gzip.decompress(path.read_bytes())
@@ -44,14 +45,17 @@ def _unpack(path:Path, sha256:str, name:str) -> bytes:
               else 'delete it where it lies, and it is fetched anew')
     raise ValueError(f"{name} is damaged: what is in it has not the SHA-256 {sha256[:12]}...; {remedy}")
 
-def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
-    "Where a file of Fashion-MNIST lies: `root`, or the checkout, or `data_home()`, where it is downloaded to, whole or not at all"
-    home = data_home()/'fashion_mnist'
-    for folder in ([_CHECKOUT/'data'/'fashion_mnist', home] if root is None else [Path(root)]):
-        if (folder/name).is_file(): return folder/name
-    if root is not None:
-        raise FileNotFoundError(f"no file {Path(root)/name}; expected the four .gz files of Fashion-MNIST in "
-                                f"{root}")
+@lru_cache(maxsize=8)
+def _idx(path:Path, sha256:str) -> UInt8[Tensor, "..."]:
+    "The array in a gzipped IDX file; read and verified once a process"
+    raw = _unpack(path, sha256, str(path))
+    ndim = raw[3]
+    shape = np.frombuffer(raw, '>i4', count=ndim, offset=4)
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4+4*ndim).view(*shape.tolist())
+
+# %% ../../nbs/data/01_embedded.ipynb #15daeeec
+def _download(name:str, sha256:str, home:Path) -> Path:
+    "Fetch a file of Fashion-MNIST into `home`, whole or not at all"
     try:
         with atomic_path(home/name) as p:
             with urllib.request.urlopen(_FASHION_URL+name, timeout=30) as r: p.write_bytes(r.read())
@@ -60,12 +64,16 @@ def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
         raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put that file into {home} by hand") from e
     return home/name
 
-@lru_cache(maxsize=8)
-def _idx(path:Path, sha256:str) -> UInt8[Tensor, "..."]:
-    "The array in a gzipped IDX file; read and verified once a process"
-    raw = _unpack(path, sha256, str(path))
-    shape = np.frombuffer(raw, '>i4', count=raw[3], offset=4)
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4+4*raw[3]).view(*shape.tolist())
+def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:
+    "Where a file of Fashion-MNIST lies: `root`, or the checkout, or `data_home()`"
+    home = data_home()/'fashion_mnist'
+    folders = [_CHECKOUT/'data'/'fashion_mnist', home] if root is None else [Path(root)]
+    for folder in folders:
+        if (folder/name).is_file(): return folder/name
+    if root is not None:
+        raise FileNotFoundError(f"no file {Path(root)/name}; expected the four .gz files of Fashion-MNIST in "
+                                f"{root}")
+    return _download(name, sha256, home)
 
 # %% ../../nbs/data/01_embedded.ipynb #fc740b38
 def fashion_mnist(
@@ -78,9 +86,13 @@ def fashion_mnist(
     "Fashion-MNIST: grey 28x28 images of ten kinds of clothing"
     if split not in _FASHION: raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if size < 28: raise ValueError(f"size must be at least 28, the size of the images, got {size}")
-    images, labels = (_idx(_fashion_file(name, sha, root), sha) for name, sha in _FASHION[split])
+    (image_file, image_sha), (label_file, label_sha) = _FASHION[split]
+    images = _idx(_fashion_file(image_file, image_sha, root), image_sha)
+    labels = _idx(_fashion_file(label_file, label_sha, root), label_sha)
     ds = ImageSet(images[:,None], labels, FASHION_CLASSES, f'fashion_mnist/{split}')
     if n is not None: ds = ds.subset(n)
-    return (ds if size == 28
-            else ImageSet(pad(ds.images, ((size-28)//2, (size-27)//2)*2), ds.labels, ds.classes,
-                          f'{ds.name}@{size}'))
+    if size == 28: return ds
+    before = (size-28)//2
+    after = (size-27)//2
+    padded = pad(ds.images, (before, after, before, after))
+    return ImageSet(padded, ds.labels, ds.classes, f'{ds.name}@{size}')

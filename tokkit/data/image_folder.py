@@ -25,9 +25,12 @@ from .embedded import fashion_mnist
 from .images import _draw, center_crop, from_uint8, ImageSet, Indexed
 
 # %% ../../nbs/data/02_image_folder.ipynb #ac50fb79
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
-# images that are not read
-OTHER_SUFFIXES = ('.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.tga', '.psd', '.svg')
+def _eight_bits(image:Image.Image) -> Image.Image:
+    "An image of whole numbers up to 65535, scaled to 0..255"
+    wide = np.asarray(image).astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError("more than 16 bits a pixel; save it with 8 or 16 bits")
+    return Image.fromarray(((wide+128)//257).astype(np.uint8))
 
 def read_image(
     path:str|Path,     # image file
@@ -39,20 +42,21 @@ def read_image(
         image = ImageOps.exif_transpose(image)
     if image.mode == 'F':
         raise ValueError("floating point pixels have no fixed range; save it with 8 or 16 bits")
-    if image.mode.startswith('I'):                                      # 16 bits (some writers say 32)
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("more than 16 bits a pixel; save it with 8 or 16 bits")
-        image = Image.fromarray(((wide+128)//257).astype(np.uint8))
+    if image.mode.startswith('I'): image = _eight_bits(image)           # 16 bits (some writers say 32)
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('L' if channels == 1 else 'RGB')
 
 # %% ../../nbs/data/02_image_folder.ipynb #33512d99
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
+# images that are not read
+OTHER_SUFFIXES = ('.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.tga', '.psd', '.svg')
+
 def _files(folder:Path, above:tuple[str,...] = ()) -> Iterator[Path]:
     "Files below `folder` in sorted order, without hidden ones and without going round in circles"
-    if (real := os.path.realpath(folder)) in above: return
+    real = os.path.realpath(folder)
+    if real in above: return
     for p in sorted(folder.iterdir(), key=lambda p: p.name):
         if p.name.startswith('.'): continue
         if p.is_dir(): yield from _files(p, (*above, real))
@@ -68,27 +72,32 @@ def _images_of(root:Path) -> list[Path]:
                       "them as PNG", stacklevel=4)
     return [p for p in every if p.suffix.lower() in SUFFIXES]
 
+# %% ../../nbs/data/02_image_folder.ipynb #3fa50490
+def _check_filled(root:Path, classes:list[str]):
+    "Raise one line when a class folder holds no images"
+    for p in sorted(root.iterdir()):
+        if p.is_dir() and p.name[0] != '.' and p.name not in classes and not p.samefile(root):
+            raise ValueError(f"class folder {p} holds no images; fill it or remove it")
+
 def _find_images(root:Path) -> tuple[list[Path], list[int], list[str]]:
     "The images below `root`, their labels and the class names: one class a subfolder, or one class in all"
     if not root.is_dir():
-        raise (NotADirectoryError if root.exists() else FileNotFoundError)(f"no folder {root}; expected one "
-                                                                           "with images or class folders")
+        kind = NotADirectoryError if root.exists() else FileNotFoundError
+        raise kind(f"no folder {root}; expected one with images or class folders")
     found = _images_of(root)
     if not found:
         raise ValueError(f"no images in {root}; expected {' '.join(SUFFIXES)} there or in its subfolders")
     parts = [p.relative_to(root).parts for p in found]
-    loose = [q[0] for q in parts if len(q) == 1]
+    loose = [names[0] for names in parts if len(names) == 1]
     if len(loose) == len(found): return found, [0]*len(found), [root.resolve().name]
     if loose:
         raise ValueError(f"{root} holds {len(loose)} images ({loose[0]}, ...) beside its class folders; move "
                          "them into one")
-    classes = sorted({q[0] for q in parts})
-    hollow = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in classes
-              and not p.samefile(root)]
-    if hollow: raise ValueError(f"class folder {hollow[0]} holds no images; fill it or remove it")
-    return found, [classes.index(q[0]) for q in parts], classes
+    classes = sorted({names[0] for names in parts})
+    _check_filled(root, classes)
+    return found, [classes.index(names[0]) for names in parts], classes
 
-# %% ../../nbs/data/02_image_folder.ipynb #acfddcef
+# %% ../../nbs/data/02_image_folder.ipynb #32f4d085
 def _threaded(f:Callable, items:Sequence, desc:str|None = None) -> Iterator:
     "`f` of each item, in order, by a few threads, with a bar when `desc` says what for"
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -97,9 +106,10 @@ def _threaded(f:Callable, items:Sequence, desc:str|None = None) -> Iterator:
 
 def _some(broken:Sequence[str], n:int) -> str:
     "How many of `n` images are broken, and the first three"
-    return (f"{len(broken)} of {n} images cannot be read: " + '; '.join(broken[:3])
-            + ('; ...' if len(broken) > 3 else ''))
+    more = '; ...' if len(broken) > 3 else ''
+    return f"{len(broken)} of {n} images cannot be read: {'; '.join(broken[:3])}{more}"
 
+# %% ../../nbs/data/02_image_folder.ipynb #acfddcef
 class ImageFolder(Indexed):
     "Images in a folder, one subfolder a class, cropped to a square and read when asked for"
     def __init__(self,
@@ -120,36 +130,6 @@ class ImageFolder(Indexed):
         self.name = '/'.join(self.path.resolve().parts[-2:]).lstrip('/')
         if skip_broken: self._skip(self.check())
 
-    def _read(self, position:int) -> np.ndarray|str:
-        "One image as bytes (h w c), or why it cannot be read"
-        path = self.files[position]
-        name = path.relative_to(self.path).as_posix()
-        # reading a pipe or a device might never end
-        if not path.is_file(): return f"{name} (no regular file)"
-        try: image = read_image(path, self.channels)
-        # decoders of damaged files raise whatever they like
-        except Exception as e:
-            return f"{name} ({' '.join(str(e).split()).replace(str(path), path.name) or type(e).__name__})"
-        try: return np.atleast_3d(np.array(center_crop(image, self.size, self.upscale)))
-        except ValueError as e: raise ValueError(f"{path}: {e}") from None
-
-    def _bytes(self, positions:Tensor, desc:str|None = None) -> UInt8[Tensor, "b c h w"]:
-        "The images at `positions`, or one error for all that cannot be read"
-        out = torch.empty(len(positions), self.channels, self.size, self.size, dtype=torch.uint8)
-        broken = []
-        for i, image in enumerate(_threaded(self._read, positions.tolist(), desc)):
-            if isinstance(image, str): broken.append(image)
-            else: out[i] = torch.from_numpy(image).permute(2,0,1)
-        if not broken: return out
-        told = _some(broken, len(positions))
-        raise OSError(f"{self.path}: {told}; repair or remove them, or leave them out (skip_broken=True, "
-                      "--skip-broken)")
-
-    def _batch(self, positions): return from_uint8(self._bytes(positions)), self.labels[positions]
-    def _keep(self, positions:Sequence[int]):
-        self.files = [self.files[i] for i in positions]
-        self.labels = self.labels[list(positions)]
-        self.__dict__.pop('hash', None)
     @cached_property
     def hash(self) -> str:
         "A short name for these files' names and contents, cropped this way"
@@ -157,38 +137,46 @@ class ImageFolder(Indexed):
         digests = [*_threaded(file_sha256, self.files, 'hashing images')]
         return stable_hash([names, digests, self.classes, self.size, self.channels, self.upscale])
 
-# %% ../../nbs/data/02_image_folder.ipynb #bc0b39c6
-_known:dict[Path,tuple] = {}     # what this process has read: the state of the files then, and their hash
-
-def content_hash(
-    path:str|Path, # a file, or a folder of files
-) -> str:
-    "A hash of the names and contents of all files that are not hidden; each is read once a process, and again when it was touched"
-    path = Path(path).absolute()
-    files = {'':path} if path.is_file() else {p.relative_to(path).as_posix():p for p in _files(path)}
+# %% ../../nbs/data/02_image_folder.ipynb #e1e78dee
+@patch
+def _read(self:ImageFolder, position:int) -> np.ndarray|str:
+    "One image as bytes (h w c), or why it cannot be read"
+    path = self.files[position]
+    name = path.relative_to(self.path).as_posix()
     # reading a pipe or a device might never end
-    regular = {name:p for name,p in files.items() if p.is_file()}
-    state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name,
-             s in ((n, os.stat(p)) for n,p in regular.items())]
-    if _known.get(path, (None,))[0] != state:
-        sums = _threaded(file_sha256, list(regular.values()), f'reading {path.name}')
-        _known[path] = state, stable_hash([[*zip(regular, sums)], sorted(set(files)-set(regular))])
-    return _known[path][1]
+    if not path.is_file(): return f"{name} (no regular file)"
+    try: image = read_image(path, self.channels)
+    # decoders of damaged files raise whatever they like
+    except Exception as e:
+        reason = ' '.join(str(e).split()).replace(str(path), path.name)
+        return f"{name} ({reason or type(e).__name__})"
+    try: return np.atleast_3d(np.array(center_crop(image, self.size, self.upscale)))
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
-# %% ../../nbs/data/02_image_folder.ipynb #58d1a78b
+# %% ../../nbs/data/02_image_folder.ipynb #ed9331d1
 @patch
-def check(self:ImageFolder) -> dict[int,str]: # position -> file and reason
-    "Read every image once; what cannot be read, and why"
-    return {i:image for i,image in enumerate(_threaded(self._read, range(len(self)), 'checking images'))
-            if isinstance(image, str)}
+def _bytes(self:ImageFolder, positions:Tensor, desc:str|None = None) -> UInt8[Tensor, "b c h w"]:
+    "The images at `positions`, or one error for all that cannot be read"
+    out = torch.empty(len(positions), self.channels, self.size, self.size, dtype=torch.uint8)
+    broken = []
+    for i, image in enumerate(_threaded(self._read, positions.tolist(), desc)):
+        if isinstance(image, str): broken.append(image)
+        else: out[i] = torch.from_numpy(image).permute(2,0,1)
+    if not broken: return out
+    told = _some(broken, len(positions))
+    raise OSError(f"{self.path}: {told}; repair or remove them, or leave them out (skip_broken=True, "
+                  "--skip-broken)")
 
 @patch
-def _skip(self:ImageFolder, broken:dict[int,str]):
-    "Leave broken images out, with a warning that says which"
-    told = f"{self.path}: {_some(list(broken.values()), len(self))}"
-    if len(broken) == len(self): raise ValueError(f"{told}; nothing is left")
-    if broken: warnings.warn(f"left out: {told}", stacklevel=3)
-    self._keep([i for i in range(len(self)) if i not in broken])
+def _batch(self:ImageFolder, positions): return from_uint8(self._bytes(positions)), self.labels[positions]
+
+# %% ../../nbs/data/02_image_folder.ipynb #7999e791
+@patch
+def _keep(self:ImageFolder, positions:Sequence[int]):
+    "Keep only the images at `positions`"
+    self.files = [self.files[i] for i in positions]
+    self.labels = self.labels[list(positions)]
+    self.__dict__.pop('hash', None)
 
 @patch
 def subset(self:ImageFolder,
@@ -202,33 +190,78 @@ def subset(self:ImageFolder,
     part._keep(positions.tolist())
     return part
 
+# %% ../../nbs/data/02_image_folder.ipynb #13e5dd52
 @patch
 def load(self:ImageFolder,
     n:int|None = None, # how many; None takes all
 ) -> ImageSet:
     "The images in memory, in the fixed mixed order of `subset`"
     part = self.subset(len(self) if n is None else n)
-    return ImageSet(part._bytes(torch.arange(len(part)), f'reading {part.name}'), part.labels, self.classes,
-                    part.name)
+    images = part._bytes(torch.arange(len(part)), f'reading {part.name}')
+    return ImageSet(images, part.labels, self.classes, part.name)
+
+# %% ../../nbs/data/02_image_folder.ipynb #58d1a78b
+@patch
+def check(self:ImageFolder) -> dict[int,str]: # position -> file and reason
+    "Read every image once; what cannot be read, and why"
+    read = _threaded(self._read, range(len(self)), 'checking images')
+    return {i:image for i,image in enumerate(read) if isinstance(image, str)}
+
+@patch
+def _skip(self:ImageFolder, broken:dict[int,str]):
+    "Leave broken images out, with a warning that says which"
+    told = f"{self.path}: {_some(list(broken.values()), len(self))}"
+    if len(broken) == len(self): raise ValueError(f"{told}; nothing is left")
+    if broken: warnings.warn(f"left out: {told}", stacklevel=3)
+    self._keep([i for i in range(len(self)) if i not in broken])
+
+# %% ../../nbs/data/02_image_folder.ipynb #bc0b39c6
+_known:dict[Path,tuple] = {}     # what this process has read: the state of the files then, and their hash
+
+def _state(name:str, path:Path) -> tuple:
+    "Name, size, times and inode of a file, which change when it is written"
+    s = os.stat(path)
+    return name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
+
+def content_hash(
+    path:str|Path, # a file, or a folder of files
+) -> str:
+    "A hash of the names and contents of all files that are not hidden"
+    path = Path(path).absolute()
+    files = {'':path} if path.is_file() else {p.relative_to(path).as_posix():p for p in _files(path)}
+    # reading a pipe or a device might never end
+    regular = {name:p for name,p in files.items() if p.is_file()}
+    state = [_state(name, p) for name,p in regular.items()]
+    known_state, known_hash = _known.get(path, (None, None))
+    if known_state == state: return known_hash
+    sums = _threaded(file_sha256, list(regular.values()), f'reading {path.name}')
+    found = stable_hash([[*zip(regular, sums)], sorted(set(files)-set(regular))])
+    _known[path] = state, found
+    return found
 
 # %% ../../nbs/data/02_image_folder.ipynb #6b8cc151
 _SPLITS = dict(train=('train','training'), test=('test','val','valid','validation'))
+
+def _beside(root:Path, parts:list[str]) -> list[str]:
+    "Folders of images that lie beside the parts of the data"
+    others = (p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in parts)
+    return [p.name for p in others if any(f.suffix.lower() in SUFFIXES for f in _files(p))]
 
 def _part(root:Path, split:str) -> Path:
     "The folder of one part of the data; the whole where there are no parts"
     there = {k:[name for name in names if (root/name).is_dir()] for k,names in _SPLITS.items()}
     parts = sum(there.values(), [])
-    others = (p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != '.' and p.name not in parts)
-    beside = ([p.name for p in others if any(f.suffix.lower() in SUFFIXES for f in _files(p))] if parts
-              and not all(there.values()) else [])
+    beside = _beside(root, parts) if parts and not all(there.values()) else []
     if beside:
         raise ValueError(f"{root} holds {', '.join(parts)} beside {', '.join(beside[:3])}: is {parts[0]} a "
-                         "part of the data, or a class? "
-                         f"Rename it if it is a class; if it is a part, name {root/parts[0]} itself")
-    if parts and not there[split]:
+                         "part of the data, or a class? Rename it if it is a class; if it is a part, name "
+                         f"{root/parts[0]} itself")
+    if not parts: return root
+    if not there[split]:
         raise FileNotFoundError(f"{root} has {', '.join(parts)} and no {split!r}; name the folder you mean")
-    return root.joinpath(*there[split][:1])
+    return root/there[split][0]
 
+# %% ../../nbs/data/02_image_folder.ipynb #94992bdb
 def load_images(
     source:str|Path,             # 'fashion_mnist' or a folder of images
     split:str = 'test',          # 'train' or 'test'; a folder without such subfolders is taken whole

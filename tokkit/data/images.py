@@ -13,6 +13,7 @@ from numbers import Integral
 import numpy as np
 import torch
 from PIL import Image
+from fastcore.basics import patch
 from jaxtyping import Float, Int64, Integer, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -57,7 +58,8 @@ def center_crop(
 def _positions(i, n:int) -> Tensor:
     "Slice, list, mask or tensor `i` as positions 0..n-1"
     if isinstance(i, slice): return torch.arange(n)[i]
-    if (i := torch.as_tensor(i)).dtype == torch.bool:
+    i = torch.as_tensor(i)
+    if i.dtype == torch.bool:
         if i.shape != (n,):
             raise IndexError(f"a mask needs one entry for each of the {n} items, got shape {tuple(i.shape)}")
         return i.nonzero()[:,0]
@@ -67,6 +69,7 @@ def _positions(i, n:int) -> Tensor:
         raise IndexError(f"index must be in 0..{n-1}, got {int(i.min())}..{int(i.max())}")
     return i.long() % n
 
+# %% ../../nbs/data/00_images.ipynb #7008a211
 class Indexed(Dataset):
     "Labelled items: `ds[3]` is one (x, y), `ds[:8]`, `ds[[1,5]]` and `ds[mask]` are batches of them"
     labels:Tensor      # (n) class of every item
@@ -103,13 +106,17 @@ def check_labels(
     return labels.long()
 
 # %% ../../nbs/data/00_images.ipynb #9168d553
-def _draw(i, ds:Indexed) -> tuple[Tensor, str]:
-    "Positions that `subset(i)` keeps, and what the part is called"
-    if not isinstance(i, Integral): return (p := _positions(i, len(ds))), f"{ds.name}[{len(p)} chosen]"
-    if not 1 <= i <= len(ds):
-        raise ValueError(f"{ds.name} has {len(ds)} images, so n must be in 1..{len(ds)}, got {i}")
-    return torch.arange(int(i)), ds.name if i == len(ds) else f"{ds.name}[:{i}]"
+def _check_square(images:Tensor):
+    "Raise one line unless these are square images as bytes"
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"ImageSet: images must be square and uint8 (n c h w), got {images.dtype} "
+                         f"{tuple(images.shape)}; see to_uint8")
 
+def _numbered(labels:Tensor) -> list[str]:
+    "Class names where none are given: 0, 1, ..."
+    return [str(i) for i in range(int(labels.max())+1 if len(labels) else 0)]
+
+# %% ../../nbs/data/00_images.ipynb #c64b9a2d
 class ImageSet(Indexed):
     "Labelled images in memory, kept as bytes and handed out as floats in [-1,1]"
     def __init__(self,
@@ -118,14 +125,11 @@ class ImageSet(Indexed):
         classes:Sequence[str]|None = None,        # class names; None numbers them
         name:str = 'images',                      # shown in reprs and on cards
     ):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
-            raise ValueError(f"ImageSet: images must be square and uint8 (n c h w), got {images.dtype} "
-                             f"{tuple(images.shape)}; see to_uint8")
+        _check_square(images)
         labels = torch.zeros(len(images), dtype=torch.long) if labels is None else torch.as_tensor(labels)
         if labels.shape != images.shape[:1]:
             raise ValueError(f"ImageSet: {len(images)} images need as many labels, got {tuple(labels.shape)}")
-        self.classes = ([str(i) for i in range(int(labels.max())+1 if len(labels) else 0)] if classes is None
-                        else list(classes))
+        self.classes = _numbered(labels) if classes is None else list(classes)
         self.images = images
         self.labels = check_labels(labels, len(self.classes))
         self.name = name
@@ -133,14 +137,24 @@ class ImageSet(Indexed):
         self.size = images.shape[-1]
 
     def _batch(self, positions): return from_uint8(self.images[positions]), self.labels[positions]
-
-    def subset(self,
-        i:int|slice|Sequence|Tensor|np.ndarray, # the first so many images, or which
-    ) -> 'ImageSet':
-        "Part of the images: the first `i`, or the ones `i` points at"
-        positions, name = _draw(i, self)
-        return ImageSet(self.images[positions], self.labels[positions], self.classes, name)
-
     @cached_property
     def hash(self) -> str:
         return stable_hash([tensors_hash(dict(images=self.images, labels=self.labels)), self.classes])
+
+# %% ../../nbs/data/00_images.ipynb #2962851a
+def _draw(i, ds:Indexed) -> tuple[Tensor, str]:
+    "Positions that `subset(i)` keeps, and what the part is called"
+    if not isinstance(i, Integral):
+        positions = _positions(i, len(ds))
+        return positions, f"{ds.name}[{len(positions)} chosen]"
+    if not 1 <= i <= len(ds):
+        raise ValueError(f"{ds.name} has {len(ds)} images, so n must be in 1..{len(ds)}, got {i}")
+    return torch.arange(int(i)), ds.name if i == len(ds) else f"{ds.name}[:{i}]"
+
+@patch
+def subset(self:ImageSet,
+    i:int|slice|Sequence|Tensor|np.ndarray, # the first so many images, or which
+) -> ImageSet:
+    "Part of the images: the first `i`, or the ones `i` points at"
+    positions, name = _draw(i, self)
+    return ImageSet(self.images[positions], self.labels[positions], self.classes, name)

@@ -30,6 +30,7 @@ class EpochSampler(Sampler):
         if not self.shuffle: return iter(range(self.n))
         return iter(torch.randperm(self.n, generator=make_rng(self.seed, 'order', self.epoch)).tolist())
 
+# %% ../../nbs/data/03_loader.ipynb #2cecdf3e
 class EpochLoader(DataLoader):
     "A `DataLoader` with `set_epoch`"
     def set_epoch(self, epoch:int): self.sampler.set_epoch(epoch)
@@ -48,8 +49,8 @@ def loader(
     if drop_last and batch_size > len(ds):
         raise ValueError(f"batch_size={batch_size} leaves no batch of {len(ds)} items; use fewer or pass "
                          "drop_last=False")
+    # a data set with `__getitems__` returns whole batches, so nothing is left to collate
+    collate = _same if hasattr(ds, '__getitems__') else None
     return EpochLoader(ds, batch_size, sampler=EpochSampler(len(ds), seed, shuffle), drop_last=drop_last,
-                       num_workers=workers,
-                       collate_fn=_same if hasattr(ds, '__getitems__') else None,
-                       pin_memory=torch.cuda.is_available(),
+                       num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
                        persistent_workers=workers > 0, generator=make_rng(seed, 'workers'))

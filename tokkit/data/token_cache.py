@@ -12,6 +12,7 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import (atomic_dir, bar, damage, file_sha256, locked, MARKER, read_json, stable_hash,
@@ -19,37 +20,63 @@ from ..core import (atomic_dir, bar, damage, file_sha256, locked, MARKER, read_j
 from .images import Indexed
 
 # %% ../../nbs/data/05_token_cache.ipynb #e2e31429
+def _kind(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.dtype:
+    "The type that `a` is stored in: the one asked for, or the smallest that fits"
+    if dtype: return np.dtype(dtype)
+    if a.dtype.kind == 'f': return np.dtype('float16')
+    return np.dtype('uint16' if (codebook_size or 0) <= 65536 else 'int32')
+
+def _limits(kind:np.dtype, codebook_size:int|None) -> tuple:
+    "The smallest and the largest number that may be kept"
+    if kind.kind == 'f': return -np.finfo(kind).max, np.finfo(kind).max
+    return 0, min(codebook_size or 2**31, np.iinfo(kind).max+1)-1
+
 def _narrow(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.ndarray:
     "`a` in the type it is stored in, refusing values that would not survive"
     real = a.dtype.kind == 'f'
-    kind = np.dtype(dtype or ('float16' if real else 'uint16' if (codebook_size or 0) <= 65536 else 'int32'))
+    kind = _kind(a, dtype, codebook_size)
     if a.dtype.kind not in 'fiu' or (kind.kind == 'f') != real:
         raise ValueError(f"TokenCache: encode returned {a.dtype}, which cannot be kept as {kind}; expected "
                          "code ids or latents")
-    lo, hi = ((-np.finfo(kind).max, np.finfo(kind).max) if real
-              else (0, min(codebook_size or 2**31, np.iinfo(kind).max+1)-1))
+    lo, hi = _limits(kind, codebook_size)
     if a.size and not lo <= a.min() <= a.max() <= hi:
         raise ValueError(f"TokenCache: {'latents' if real else 'ids'} must be in {lo}..{hi} to be kept as "
                          f"{kind}, got {a.min()}..{a.max()}")
     return a.astype(kind)
 
+# %% ../../nbs/data/05_token_cache.ipynb #e4c362fa
 def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
     "Write `n` rows piece by piece; on a full disk that is an error, where a memory map would crash"
     with open(path, 'wb') as f:
         rows = 0
         for a in arrays:
             if not rows:
-                np.lib.format.write_array_header_1_0(f,
-                                                     dict(descr=a.dtype.str, fortran_order=False,
-                                                          shape=(n, *a.shape[1:])))
+                header = dict(descr=a.dtype.str, fortran_order=False, shape=(n, *a.shape[1:]))
+                np.lib.format.write_array_header_1_0(f, header)
             f.write(np.ascontiguousarray(a).tobytes())
             rows += len(a)
     if rows != n:
         raise ValueError(f"TokenCache: encode returned {rows} rows for {n} images; expected one an image")
 
-# %% ../../nbs/data/05_token_cache.ipynb #05b9d052
+# %% ../../nbs/data/05_token_cache.ipynb #5605aa05
 _DTYPES = (None, 'uint16', 'int32', 'float16', 'float32')
+
+def _write_cache(folder, ds, encode, dtype, key, codebook_size, batch_size):
+    "Encode all images and write the folder, whole or not at all"
+    if dtype not in _DTYPES: raise ValueError(f"TokenCache: dtype must be one of {_DTYPES}, got {dtype!r}")
+    def arrays():
+        for i in bar(range(0, len(ds), batch_size), f'encoding {ds.name}'):
+            with torch.no_grad(): t = encode(ds[i:i+batch_size][0]).detach().cpu()
+            yield _narrow((t.float() if t.is_floating_point() else t).numpy(), dtype, codebook_size)
+    with atomic_dir(folder) as tmp:
+        _write_npy(tmp/'tokens.npy', arrays(), len(ds))
+        np.save(tmp/'labels.npy', ds.labels.numpy())
+        about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes)
+        write_json(tmp/'cache.json', about|dict(sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
+
+# %% ../../nbs/data/05_token_cache.ipynb #7d27f0ea
 _CACHE_FILES = ('tokens.npy', 'labels.npy')
+_AGAIN = "delete the folder and build it again"
 
 class _About(TypedDict):
     key:str                       # what made the tokens
@@ -58,6 +85,28 @@ class _About(TypedDict):
     classes:list[str]             # class names
     sha256:tuple[str, str]        # of the two files
 
+def _check_complete(folder:Path):
+    "Raise one line when a file of the cache is missing"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no token cache {folder}; make it with TokenCache.build")
+    missing = [f for f in ('cache.json', *_CACHE_FILES) if not (folder/f).is_file()]
+    if missing:
+        raise FileNotFoundError(f"token cache {folder} is incomplete: {', '.join(missing)} missing; {_AGAIN}")
+
+# %% ../../nbs/data/05_token_cache.ipynb #dceb0258
+def _read_about(folder:Path, verify:bool) -> dict:
+    "What cache.json says, once the checksums have been compared"
+    sealed = (folder/MARKER).is_file()
+    how = damage(folder) if verify and sealed else None
+    if how: raise ValueError(f"token cache {folder} is damaged: {how}; {_AGAIN}")
+    about = read_json(folder/'cache.json', _About)
+    # of an earlier version, or copied without hidden files
+    if verify and not sealed:
+        changed = [f for f, sha in zip(_CACHE_FILES, about['sha256']) if file_sha256(folder/f) != sha]
+        if changed: raise ValueError(f"token cache {folder} is damaged: {changed[0]} has changed; {_AGAIN}")
+    return about
+
+# %% ../../nbs/data/05_token_cache.ipynb #05b9d052
 class TokenCache(Indexed):
     "Tokens or latents of a whole data set in a folder, memory-mapped; indexed like images: (ids, label)"
     def __init__(self, folder:Path, array:np.ndarray, labels:Tensor, about:dict):
@@ -72,40 +121,25 @@ class TokenCache(Indexed):
 
     @classmethod
     def build(cls,
-        # the cache's folder, made here; one that is there already is opened
-        folder:str|Path,
-        ds:Indexed,                         # images
-        encode:Callable,                    # x (b c h w) -> ids (b n) or latents (b n d)
-        # 'uint16' 'int32' 'float16' 'float32'; None takes the smallest that fits
-        dtype:str|None = None,
-        # what made the tokens, e.g. hashes of the tokenizer and of the images
-        key:str = '',
-        codebook_size:int|None = None,      # K: ids are checked against it, and it chooses the type
-        batch_size:int = 256,               # images encoded at once
+        folder:str|Path,                # the cache's folder, made here; one that is there already is opened
+        ds:Indexed,                     # images
+        encode:Callable,                # x (b c h w) -> ids (b n) or latents (b n d)
+        dtype:str|None = None,          # 'uint16' 'int32' 'float16' 'float32'; None: the smallest that fits
+        key:str = '',                   # what made the tokens, e.g. hashes of tokenizer and images
+        codebook_size:int|None = None,  # K: ids are checked against it, and it chooses the type
+        batch_size:int = 256,           # images encoded at once
     ) -> 'TokenCache':
         "Encode `ds` once into `folder`, whole or not at all"
         folder = Path(folder)
         if not folder.exists():
             with locked(folder, f'token cache {folder.name}', wait=True):
-                if not folder.exists(): cls._write(folder, ds, encode, dtype, key, codebook_size, batch_size)
+                if not folder.exists():
+                    _write_cache(folder, ds, encode, dtype=dtype, key=key,
+                                 codebook_size=codebook_size, batch_size=batch_size)
         cache = cls.open(folder, key)
         if cache.about.get('images') not in (None, getattr(ds, 'hash', '')):
             raise ValueError(f"{folder} holds tokens of other images than {ds.name}; use another folder")
         return cache
-
-    @staticmethod
-    def _write(folder, ds, encode, dtype, key, codebook_size, batch_size):
-        if dtype not in _DTYPES:
-            raise ValueError(f"TokenCache: dtype must be one of {_DTYPES}, got {dtype!r}")
-        def arrays():
-            for i in bar(range(0, len(ds), batch_size), f'encoding {ds.name}'):
-                with torch.no_grad(): t = encode(ds[i:i+batch_size][0]).detach().cpu()
-                yield _narrow((t.float() if t.is_floating_point() else t).numpy(), dtype, codebook_size)
-        with atomic_dir(folder) as tmp:
-            _write_npy(tmp/'tokens.npy', arrays(), len(ds))
-            np.save(tmp/'labels.npy', ds.labels.numpy())
-            about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes)
-            write_json(tmp/'cache.json', about|dict(sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
 
     @classmethod
     def open(cls,
@@ -115,46 +149,48 @@ class TokenCache(Indexed):
     ) -> 'TokenCache':
         "Open a cache, or say in one line what is wrong with it"
         folder = Path(folder)
-        again = "delete the folder and build it again"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no token cache {folder}; make it with TokenCache.build")
-        missing = [f for f in ('cache.json', *_CACHE_FILES) if not (folder/f).is_file()]
-        if missing:
-            raise FileNotFoundError(f"token cache {folder} is incomplete: {', '.join(missing)} missing; "
-                                    f"{again}")
-        sealed = (folder/MARKER).is_file()
-        if verify and sealed and (how := damage(folder)):
-            raise ValueError(f"token cache {folder} is damaged: {how}; {again}")
-        about = read_json(folder/'cache.json', _About)
-        # of an earlier version, or copied without hidden files
-        if verify and not sealed:
-            changed = [f for f, sha in zip(_CACHE_FILES, about['sha256']) if file_sha256(folder/f) != sha]
-            if changed:
-                raise ValueError(f"token cache {folder} is damaged: {changed[0]} has changed; {again}")
+        _check_complete(folder)
+        about = _read_about(folder, verify)
         if key is not None and about['key'] != key:
             raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another "
-                             f"folder, or {again}")
+                             f"folder, or {_AGAIN}")
         try:
             return cls(folder, np.load(folder/'tokens.npy', mmap_mode='r'),
                        torch.from_numpy(np.load(folder/'labels.npy')), about)
         except (ValueError, OSError, EOFError) as e:
-            raise ValueError(f"token cache {folder} is damaged: {e}; {again}") from e
+            raise ValueError(f"token cache {folder} is damaged: {e}; {_AGAIN}") from e
 
-    def _only(self, kind:str) -> np.ndarray:
-        if kind != self.kind:
-            raise ValueError(f"{self.folder} holds {self.kind}, not {kind}; use .{self.kind}")
-        return self.array
-    @property
-    def ids(self) -> np.ndarray: return self._only('ids')
-    @property
-    def latents(self) -> np.ndarray: return self._only('latents')
-    @property
-    def hash(self) -> str: return stable_hash([self.about['sha256'], self.key])
+# %% ../../nbs/data/05_token_cache.ipynb #d644bead
+@patch(as_prop=True)
+def hash(self:TokenCache) -> str: return stable_hash([self.about['sha256'], self.key])
 
-    def _batch(self, positions):
-        return (torch.from_numpy(self.array[positions.numpy()].astype('f4' if self.kind == 'latents'
-                                                                      else 'i8')), self.labels[positions])
-    def __reduce__(self): return TokenCache.open, (self.folder, self.key, False)
-    def __repr__(self):
-        return (f"TokenCache {self.name}: {self.kind} {tuple(self.array.shape)} {self.array.dtype}, key "
-                f"{self.key!r}")
+@patch
+def _batch(self:TokenCache, positions):
+    wide = 'f4' if self.kind == 'latents' else 'i8'
+    return torch.from_numpy(self.array[positions.numpy()].astype(wide)), self.labels[positions]
+
+@patch
+def __reduce__(self:TokenCache): return TokenCache.open, (self.folder, self.key, False)
+
+@patch
+def __repr__(self:TokenCache):
+    return (f"TokenCache {self.name}: {self.kind} {tuple(self.array.shape)} {self.array.dtype}, key "
+            f"{self.key!r}")
+
+# %% ../../nbs/data/05_token_cache.ipynb #f0bdd465
+@patch
+def _only(self:TokenCache, kind:str) -> np.ndarray:
+    "The whole array, or one line when the cache holds something else"
+    if kind != self.kind:
+        raise ValueError(f"{self.folder} holds {self.kind}, not {kind}; use .{self.kind}")
+    return self.array
+
+@patch(as_prop=True)
+def ids(self:TokenCache) -> np.ndarray:
+    "All code ids, memory-mapped"
+    return self._only('ids')
+
+@patch(as_prop=True)
+def latents(self:TokenCache) -> np.ndarray:
+    "All latents, memory-mapped"
+    return self._only('latents')

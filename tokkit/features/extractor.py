@@ -59,14 +59,21 @@ def check_images(
         raise ValueError(f"expected images in [-1,1], got {x.dtype}; see from_uint8")
     if x.ndim != 4 or not x.numel():
         raise ValueError(f"expected images (b c h w) in [-1,1], got {tuple(x.shape)}")
-    lo,hi = (v.item() for v in x.aminmax())
-    if not math.isfinite(lo+hi):
+    lowest,highest = x.aminmax()
+    low = lowest.item()
+    high = highest.item()
+    if not math.isfinite(low+high):
         raise ValueError("expected images in [-1,1], got NaN or infinity; look at the network that made them")
-    if lo < -FAR or hi > FAR:
-        raise ValueError(f"expected images in [-1,1], got numbers from {lo:.4g} to {hi:.4g}; see from_uint8")
+    if low < -FAR or high > FAR:
+        raise ValueError(f"expected images in [-1,1], got numbers from {low:.4g} to {high:.4g}; see "
+                         "from_uint8")
     return x
 
 # %% ../../nbs/features/00_extractor.ipynb #487b16de
+def _nowhere(o) -> str:
+    "What an object says of itself, without the address"
+    return re.sub(r'\b0x[0-9a-fA-F]{6,}', '', repr(o))
+
 def _function(f, say) -> list:
     "A function: code, defaults and what it encloses"
     def content(cell):
@@ -75,22 +82,33 @@ def _function(f, say) -> list:
     enclosed = {k: content(c) for k,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if k != '__class__'}
     return [say(v) for v in (f.__code__, f.__defaults__, f.__kwdefaults__, enclosed)]
 
+# %% ../../nbs/features/00_extractor.ipynb #e4323ffe
+_BLANK = set(vars(nn.Module()))     # what every module has
+
+def _foreign(c:type) -> bool:
+    "A class of torch, of numpy or of Python itself"
+    return c.__module__.split('.')[0] in ('torch', 'numpy', 'builtins')
+
+def _methods(kind:type, say) -> list:
+    "The methods of a class and of those it comes from, as far as they are not torch's own"
+    found = []
+    for c in kind.__mro__:
+        if _foreign(c): continue
+        for name,f in sorted(vars(c).items()):
+            if not (callable(f) or isinstance(f, (property, classmethod))): continue
+            found.append([name, say(getattr(f, 'fget', None) or getattr(f, '__func__', f))])
+    return found
+
+# %% ../../nbs/features/00_extractor.ipynb #959870df
 def _object(o, say) -> list:
     "Any other object: its class, the code of classes that are not torch's own, and what it holds"
-    def foreign(c): return c.__module__.split('.')[0] in ('torch', 'numpy', 'builtins')
     name = f'{type(o).__module__}.{type(o).__qualname__}'
     module = isinstance(o, nn.Module)
-    if foreign(type(o)) and not module: return [name, _nowhere(o)]
-    methods = [[k, say(getattr(f, 'fget', None) or getattr(f, '__func__', f))] for c in type(o).__mro__
-               if not foreign(c)
-               for k,f in sorted(vars(c).items()) if callable(f) or isinstance(f, (property, classmethod))]
+    if _foreign(type(o)) and not module: return [name, _nowhere(o)]
+    methods = _methods(type(o), say)
     if not module: return [name, methods, say(vars(o))]
     own = {k:v for k,v in vars(o).items() if k not in _BLANK}
-    return [name, methods, o.extra_repr(), *map(say, (own, o._parameters, o._buffers, o._modules))]
-
-def _nowhere(o) -> str:
-    "What an object says of itself, without the address"
-    return re.sub(r'\b0x[0-9a-fA-F]{6,}', '', repr(o))
+    return [name, methods, o.extra_repr(), say(own), say(o._parameters), say(o._buffers), say(o._modules)]
 
 # %% ../../nbs/features/00_extractor.ipynb #83b481a3
 def _said(v, seen:dict) -> list|str:
@@ -106,8 +124,8 @@ def _said(v, seen:dict) -> list|str:
     if isinstance(v, ModuleType): return v.__name__
     f = inspect.unwrap(v) if callable(v) and not isinstance(v, partial) else v
     if not hasattr(f, '__code__') and hasattr(f, '__qualname__'):                       # a class, or built in
-        return [f'{f.__module__}.{f.__qualname__}',
-                *([say(f.__self__)] if isinstance(f, BuiltinFunctionType) else [])]
+        name = f'{f.__module__}.{f.__qualname__}'
+        return [name, say(f.__self__)] if isinstance(f, BuiltinFunctionType) else [name]
     if not (hasattr(f, '__dict__') or isinstance(f, (list, dict))): return _nowhere(f)  # numbers, text, ...
     if id(f) in seen: return ['again', seen[id(f)][0]]
     # held, so that no other gets its id
@@ -117,14 +135,13 @@ def _said(v, seen:dict) -> list|str:
     if isinstance(f, partial): return ['partial', say(f.func), say(f.args), say(f.keywords)]
     return _function(f, say) if hasattr(f, '__code__') else _object(f, say)
 
+# %% ../../nbs/features/00_extractor.ipynb #f3a2f113
 def fingerprint(
     module:nn.Module,   # any
     n:int = 16,         # hexadecimal digits kept
 ) -> str:
-    "A hash of what a module computes: weights, layers and their settings, code of modules that are not torch's own"
+    "A hash of what a module computes: weights, layers with their settings, code that is not torch's own"
     return stable_hash(_said(module, {}), n)
-
-_BLANK = set(vars(nn.Module()))     # what every module has
 
 # %% ../../nbs/features/00_extractor.ipynb #4cc6efb6
 class FeatureExtractor(nn.Module):
@@ -168,20 +185,10 @@ class FeatureExtractor(nn.Module):
 # %% ../../nbs/features/00_extractor.ipynb #a370019f
 CHUNK = 64  # images a pass; larger ones fall out of the processor's cache
 
-def chunks(
-    images,  # tensor, indexable set of (x, y), batches, or a function that returns batches
-    n:int,   # images a chunk
-) -> Iterator[Tensor]:
-    "Images in chunks of `n`, whatever sizes the batches have; the last chunk may be smaller"
-    if isinstance(images, Tensor):
-        yield from images.split(n) if len(images) else ()
-        return
-    if hasattr(images, '__getitem__') and hasattr(images, '__len__') and not isinstance(images,
-                                                                                        (list, tuple)):
-        for i in range(0, len(images), n): yield images[i:i+n][0]
-        return
+def _regrouped(batches, n:int) -> Iterator[Tensor]:
+    "Batches of any sizes in chunks of `n`"
     held = None
-    for x in (images() if callable(images) else images):
+    for x in batches:
         if held is not None and held.shape[1:] != x.shape[1:]:
             raise ValueError(f"expected images of one shape (c h w), got {tuple(held.shape[1:])} and then "
                              f"{tuple(x.shape[1:])}")
@@ -191,6 +198,19 @@ def chunks(
             held = held[n:]
     if held is not None and len(held): yield held
 
+def chunks(
+    images,  # tensor, indexable set of (x, y), batches, or a function that returns batches
+    n:int,   # images a chunk
+) -> Iterator[Tensor]:
+    "Images in chunks of `n`, whatever sizes the batches have; the last chunk may be smaller"
+    indexable = hasattr(images, '__getitem__') and hasattr(images, '__len__')
+    if isinstance(images, Tensor):
+        yield from images.split(n) if len(images) else ()
+    elif indexable and not isinstance(images, (list, tuple)):
+        for i in range(0, len(images), n): yield images[i:i+n][0]
+    else: yield from _regrouped(images() if callable(images) else images, n)
+
+# %% ../../nbs/features/00_extractor.ipynb #14cc8ae4
 @torch.inference_mode()
 def stream(
     extractor:FeatureExtractor, # who looks
@@ -214,8 +234,9 @@ def extract(
     desc:str|None = None,        # text of the bar
 ) -> Float[Tensor, "n d"]:       # features, float32, on the CPU
     "Features of many images"
-    total = (len(images) if hasattr(images, '__len__')
-             and (isinstance(images, Tensor) or hasattr(images, 'classes')) else None)
+    total = None
+    if isinstance(images, Tensor) or (hasattr(images, '__len__') and hasattr(images, 'classes')):
+        total = len(images)
     parts = []
     with bar(total=total, desc=desc or extractor.name, unit='image') as progress:
         for f in stream(extractor, images, device):

@@ -18,24 +18,7 @@ from .efficientnet import efficientnet_lite0
 from .extractor import FeatureExtractor
 from .vision_transformers import clip, dinov2
 
-# %% ../../nbs/features/03_extractors.ipynb #0fe7b955
-EXTRACTORS = ('efficientnet_lite0.b11@32', 'efficientnet_lite0.b11@64', 'inception', 'dinov2.vitb14@224',
-              'clip.vitb32@224')
-
-def inception(
-    weights:str|Path|None = None, # local weights file of torch-fidelity; None lets it fetch its own
-) -> FeatureExtractor:
-    "The network of the published FIDs: InceptionV3 as TensorFlow ran it, 2048 features, through torch-fidelity"
-    need('torch_fidelity', 'pretrained')
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"inception: no weights file {weights}")
-    net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], str(weights) if weights else None)
-    return FeatureExtractor('inception', _Bytes(net), mean=(0.,0.,0.), std=(1.,1.,1.))
-
-@lru_cache
-def _made(f, *args): return f(*args)
-
+# %% ../../nbs/features/03_extractors.ipynb #1c1ac6ac
 class _Bytes(nn.Module):
     "Adapter for networks that take bytes, resize by themselves and return a tuple"
     def __init__(self, net):
@@ -43,6 +26,34 @@ class _Bytes(nn.Module):
         self.net = net
     def forward(self, x): return self.net((x*255).round().to(torch.uint8).expand(-1,3,-1,-1))[0]
 
+def inception(
+    weights:str|Path|None = None, # local weights file of torch-fidelity; None lets it fetch its own
+) -> FeatureExtractor:
+    "InceptionV3 of the published FIDs, as TensorFlow ran it: 2048 features, through torch-fidelity"
+    need('torch_fidelity', 'pretrained')
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"inception: no weights file {weights}")
+    net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], str(weights) if weights else None)
+    return FeatureExtractor('inception', _Bytes(net), mean=(0.,0.,0.), std=(1.,1.,1.))
+
+# %% ../../nbs/features/03_extractors.ipynb #efdd7ce0
+EXTRACTORS = ('efficientnet_lite0.b11@32', 'efficientnet_lite0.b11@64', 'inception', 'dinov2.vitb14@224',
+              'clip.vitb32@224')
+
+@lru_cache
+def _made(f, *args): return f(*args)
+
+def _transformer(asked:str, family:str, kind:str, gelu:str, size:int) -> FeatureExtractor:
+    "DINOv2 or CLIP from its file in the data folder, if that holds what was asked for"
+    path = data_home()/f"{family}_{kind}{gelu}.safetensors"
+    if family == 'dinov2': found = _made(dinov2, path, size)
+    else: found = _made(clip, path, size, not gelu)
+    if found.name != asked:
+        raise ValueError(f"{path} holds {found.name}, not {asked}; ask for that, or put the right file there")
+    return found
+
+# %% ../../nbs/features/03_extractors.ipynb #0fe7b955
 def get_extractor(
     # e.g. 'efficientnet_lite0.b11@64', a card's `extractor`; 'efficientnet_lite0' goes by `size`, 'dinov2' is
     # base
@@ -51,22 +62,16 @@ def get_extractor(
 ) -> FeatureExtractor:
     "The extractor of that name, made once; never another one in its place"
     if name == 'efficientnet_lite0': name = EXTRACTORS[0] if size and size <= 32 else EXTRACTORS[1]
-    if m := re.fullmatch(r'efficientnet_lite0\.b(\d+)@(\d+)', name):
-        return _made(efficientnet_lite0, int(m[1]), int(m[2]))
+    m = re.fullmatch(r'efficientnet_lite0\.b(\d+)@(\d+)', name)
+    if m: return _made(efficientnet_lite0, int(m[1]), int(m[2]))
     if name == 'inception': return _made(inception)
     asked = dict(dinov2=EXTRACTORS[3], clip=EXTRACTORS[4]).get(name, name)
-    if m := re.fullmatch(r'(dinov2|clip)\.(\w+?)(-gelu)?@(\d+)', asked):
-        path = data_home()/f"{m[1]}_{m[2]}{m[3] or ''}.safetensors"
-        more = (m[3] is None,) if m[1] == 'clip' else ()
-        found = _made(dinov2 if m[1] == 'dinov2' else clip, path, int(m[4]), *more)
-        if found.name != asked:
-            raise ValueError(f"{path} holds {found.name}, not {asked}; ask for that, or put the right file "
-                             "there")
-        return found
+    m = re.fullmatch(r'(dinov2|clip)\.(\w+?)(-gelu)?@(\d+)', asked)
+    if m: return _transformer(asked, family=m[1], kind=m[2], gelu=m[3] or '', size=int(m[4]))
     raise ValueError("extractor must be efficientnet_lite0.bLAYER@SIZE, inception, dinov2.KIND@SIZE or "
-                     "clip.KIND@SIZE, "
-                     f"got {name!r}; e.g. {EXTRACTORS[0]}")
+                     f"clip.KIND@SIZE, got {name!r}; e.g. {EXTRACTORS[0]}")
 
+# %% ../../nbs/features/03_extractors.ipynb #537b963e
 def default_extractor(
     size:int, # side of the images, pixels
 ) -> FeatureExtractor:

@@ -88,11 +88,10 @@ class LPIPS(nn.Module):
         "Distance of each pair"
         if x.shape != xh.shape or x.shape[1] not in (1,3) or min(x.shape[-2:]) < 16:
             raise ValueError("LPIPS compares two batches of images of one shape, 1 or 3 channels, at least "
-                             "16 pixels; "
-                             f"got {tuple(x.shape)} and {tuple(xh.shape)}")
+                             f"16 pixels; got {tuple(x.shape)} and {tuple(xh.shape)}")
         pairs = zip(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(xh)))
-        return sum(getattr(self, f'lin{i}')((_unit(a)-_unit(b)).square()).mean((1,2,3)) for i,
-                   (a,b) in enumerate(pairs))
+        return sum(getattr(self, f'lin{i}')((_unit(a)-_unit(b)).square()).mean((1,2,3))
+                   for i,(a,b) in enumerate(pairs))
 
 # %% ../../nbs/features/04_lpips.ipynb #2a79b6d2
 def _named(source) -> str:
@@ -158,5 +157,6 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"]) -> Tensor:
         if self.size:
-            x,xh = (F.interpolate(t, (self.size,)*2, mode='bilinear', antialias=True) for t in (x, xh))
+            x = F.interpolate(x, (self.size,)*2, mode='bilinear', antialias=True)
+            xh = F.interpolate(xh, (self.size,)*2, mode='bilinear', antialias=True)
         return self.metric(x, xh).mean()

@@ -25,7 +25,7 @@ class _QuickGELU(nn.Module):
     def forward(self, x): return x*(1.702*x).sigmoid()
 
 class _Summary(nn.Module):
-    "A vision transformer's class token after the last norm; CLIP's with a norm before the blocks and a projection"
+    "A vision transformer's class token after the last norm; of CLIP with a norm before and a projection"
     def __init__(self, vit, out=None):
         super().__init__()
         width = vit.norm.normalized_shape[0]

@@ -7,12 +7,15 @@ __all__ = ['ARSampler', 'sample_ar']
 
 # %% ../../nbs/generators/03_autoregressive_sampler.ipynb #ecbd3b70
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .base import check_sampling, check_steps, draw, Guidance, guide, LatentGenerator, row_noise, row_seeds
+from .base import (check_sampling, check_steps, draw, Guidance, guide, LatentGenerator,
+                                    row_noise, row_seeds)
 from .token_orders import delay, undelay
 from ..layers import KVCache
 
@@ -41,7 +44,7 @@ class ARSampler:
         self.relabel(labels)
 
     def relabel(self, labels:Int[Tensor, "b"]):
-        "Begin again with other labels, as many as before; the tensors that `step` reads stay where they are"
+        "Begin again with as many other labels; the tensors that `step` reads stay where they are"
         if self.guided: labels = torch.cat([labels, torch.full_like(labels, self.g.classes)])
         # distinct labels; which of them a row has
         self.kinds,rows = labels.unique(return_inverse=True)
@@ -49,61 +52,137 @@ class ARSampler:
         self.table = []
         self.first = 0
 
-    def start(self) -> Float[Tensor, "r l k"]:
-        "Class token and label, once a distinct label; the scores of the first step"
-        g = self.g
-        P = self.g.prefix
-        x = (g.condition(self.kinds)+self.places[0])[:,None]                     # (kinds 1 d)
-        if P == 2: x = torch.cat([(g.cls_token+g.pos_embed[:,:1]).expand(len(x), -1, -1), x], 1)
-        if g.cfg.modulated: c = g.condition(self.kinds)[:,None]+g.timesteps_embeddings[:,:P]
-        for block,cache in zip(g.blocks, self.caches):
-            own = KVCache(len(x), g.cfg.heads, P, g.cfg.width//g.cfg.heads, x)
-            x = block(x, block.modulation(c), own) if g.cfg.modulated else block(x, own)
-            cache.k[:,:,:P],cache.v[:,:,:P] = own.k[self.rows],own.v[self.rows]
-        x = x[:,-1]
-        x = g.adaln_before_head(x, g.adaln_before_head.folded(c[:,-1])) if g.cfg.modulated else g.norm(x)
-        return g.lm_head(x).unflatten(-1, (g.cfg.levels, -1))[self.rows]
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #9eed793c
+@patch
+def _head(self:ARSampler, x, folded) -> Float[Tensor, "r l k"]:
+    "Last norm and scores; a modulated generator steers its norm"
+    x = self.g.adaln_before_head(x, folded) if self.g.cfg.modulated else self.g.norm(x)
+    return self.g.lm_head(x).unflatten(-1, (self.g.cfg.levels, -1))
 
-    def modulations(self, s:int, most:int = 2**25) -> list[Float[Tensor, "kinds _ d"]]:
-        "Of every block and the last norm in step `s`; computed for as many steps at once as fit in `most` bytes"
-        g = self.g
-        if not g.cfg.modulated: return []
-        if not self.first <= s < self.first+(len(self.table[0]) if self.table else 0):
-            each = len(self.kinds)*(6*g.cfg.depth+2)*g.cfg.width*self.places.element_size()
-            last = min(g.steps, s+max(1, most//each))
-            # (steps kinds d)
-            c = g.condition(self.kinds)+g.timesteps_embeddings[0,g.prefix-1+s:g.prefix-1+last,None]
-            self.table = [m.folded(c) for m in (*g.blocks, g.adaln_before_head)]
-            self.first = s
-        return [t[s-self.first] for t in self.table]
+@patch
+def start(self:ARSampler) -> Float[Tensor, "r l k"]:
+    "Class token and label, once a distinct label; the scores of the first step"
+    g = self.g
+    P = g.prefix
+    x = (g.condition(self.kinds)+self.places[0])[:,None]                         # (kinds 1 d)
+    if P == 2: x = torch.cat([(g.cls_token+g.pos_embed[:,:1]).expand(len(x), -1, -1), x], 1)
+    if g.cfg.modulated: c = g.condition(self.kinds)[:,None]+g.timesteps_embeddings[:,:P]
+    for block,cache in zip(g.blocks, self.caches):
+        own = KVCache(len(x), g.cfg.heads, P, g.cfg.width//g.cfg.heads, x)
+        x = block(x, block.modulation(c), own) if g.cfg.modulated else block(x, own)
+        cache.k[:,:,:P] = own.k[self.rows]
+        cache.v[:,:,:P] = own.v[self.rows]
+    folded = g.adaln_before_head.folded(c[:,-1]) if g.cfg.modulated else None
+    return self._head(x[:,-1], folded)[self.rows]
 
-    def step(self,
-        frame:Int[Tensor, "b l"],                # what the last step set, as rows of the table
-        place:Float[Tensor, "d"],                # of `places`
-        modulations:list[Float[Tensor, "kinds _ d"]], # of `modulations`
-        at:int|Int[Tensor, "1"],                 # the new token's place in the caches
-        length:int,                              # places to attend to
-        # 0 or -inf a place; needed when `length` is more than `at`+1
-        mask:Float[Tensor, "length"]|None = None,
-    ) -> Float[Tensor, "r l k"]:
-        "The scores after one more token, conditional rows first. Its shapes change with `length` alone, so it can be compiled or replayed"
-        g = self.g
-        x = (g.embeddings(frame).sum(1) if g.cfg.levels > 1 else g.embeddings(frame[:,0]))+place
-        if self.guided: x = x.repeat(2, 1)
-        for i,(block,cache) in enumerate(zip(g.blocks, self.caches)):
-            x = block.step(x, *(m.index_select(0, self.rows) for m in modulations[i:i+1]), cache, at, length,
-                           mask)
-        x = (g.adaln_before_head(x, modulations[-1].index_select(0, self.rows)) if g.cfg.modulated
-             else g.norm(x))
-        return g.lm_head(x).unflatten(-1, (g.cfg.levels, -1))
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #93ff58ed
+@patch
+def _fill_table(self:ARSampler, s:int, most:int):
+    "Modulations from step `s` on, of every block and the last norm, for as many steps as fit in `most` bytes"
+    g = self.g
+    each = len(self.kinds)*(6*g.cfg.depth+2)*g.cfg.width*self.places.element_size()
+    last = min(g.steps, s+max(1, most//each))
+    # (steps kinds d)
+    c = g.condition(self.kinds)+g.timesteps_embeddings[0,g.prefix-1+s:g.prefix-1+last,None]
+    self.table = [m.folded(c) for m in (*g.blocks, g.adaln_before_head)]
+    self.first = s
 
-    def __call__(self, s:int, frame:Int[Tensor, "b l"]|None) -> Float[Tensor, "r l k"]:
-        "The scores of step `s`, given what the step before set"
-        if s == 0: return self.start()
-        i = self.g.prefix+s-1
-        return self.step(frame, self.places[s], self.modulations(s), i, i+1)
+@patch
+def modulations(self:ARSampler, s:int, most:int = 2**25) -> list[Float[Tensor, "kinds _ d"]]:
+    "Of every block and the last norm in step `s`; the table may take `most` bytes"
+    if not self.g.cfg.modulated: return []
+    held = len(self.table[0]) if self.table else 0
+    if not self.first <= s < self.first+held: self._fill_table(s, most)
+    return [t[s-self.first] for t in self.table]
+
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #49734de5
+@patch
+def step(self:ARSampler,
+    frame:Int[Tensor, "b l"],                # what the last step set, as rows of the table
+    place:Float[Tensor, "d"],                # of `places`
+    modulations:list[Float[Tensor, "kinds _ d"]], # of `modulations`
+    at:int|Int[Tensor, "1"],                 # the new token's place in the caches
+    length:int,                              # places to attend to
+    # 0 or -inf a place; needed when `length` is more than `at`+1
+    mask:Float[Tensor, "length"]|None = None,
+) -> Float[Tensor, "r l k"]:
+    "The scores after one more token, conditional rows first"
+    g = self.g
+    x = (g.embeddings(frame).sum(1) if g.cfg.levels > 1 else g.embeddings(frame[:,0]))+place
+    if self.guided: x = x.repeat(2, 1)
+    folded = [m.index_select(0, self.rows) for m in modulations]
+    for i,(block,cache) in enumerate(zip(g.blocks, self.caches)):
+        if g.cfg.modulated: x = block.step(x, folded[i], cache, at, length, mask)
+        else: x = block.step(x, cache, at, length, mask)
+    return self._head(x, folded[-1] if folded else None)
+
+@patch
+def __call__(self:ARSampler, s:int, frame:Int[Tensor, "b l"]|None) -> Float[Tensor, "r l k"]:
+    "The scores of step `s`, given what the step before set"
+    if s == 0: return self.start()
+    i = self.g.prefix+s-1
+    return self.step(frame, self.places[s], self.modulations(s), at=i, length=i+1)
 
 # %% ../../nbs/generators/03_autoregressive_sampler.ipynb #bff533f1
+def _noise(g, seeds, stream, device) -> Float[Tensor, "b s l"]:
+    "A uniform number for each code, in the order of the steps"
+    u = row_noise(seeds, g.shape, stream, device=device)
+    return delay(u.view(len(seeds), g.cfg.n, -1))
+
+def _kept(g, keep, seeds, device) -> tuple:
+    "Where a real code stays, and the real codes, in the order of the steps; None and None of a free sample"
+    if keep is None: return None, None
+    real,sigma = keep
+    stays = _noise(g, seeds, 'keep', device) < sigma
+    return stays, delay(real.to(device).reshape(len(seeds), g.cfg.n, -1))
+
+def _one_prediction(logits, scale) -> Float[Tensor, "b l k"]:
+    "Conditional and unconditional rows, combined"
+    given,free = logits.chunk(2)
+    return guide(given, free, scale) if scale != 1 else given
+
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #c8058bc8
+def _report(g, s, ids, logits, filled, kept) -> dict:
+    "What a callback gets after step `s`"
+    b = len(ids)
+    step = torch.arange(g.steps, device=ids.device)[:,None]
+    known = undelay((filled & (step <= s)).expand(b, -1, -1))
+    new = undelay((filled & (step == s)).expand(b, -1, -1))
+    if kept is not None: new = new & ~undelay(kept)
+    latents = undelay(ids)*known
+    def shaped(t): return t.reshape(b, *g.shape)
+    out = dict(i=s, steps=g.steps, latents=shaped(latents), known=shaped(known), new=shaped(new))
+    if g.cfg.levels == 1: return out|dict(position=s, logits=logits[:,0])
+    position = [(s-j, j) for j in range(g.cfg.levels) if 0 <= s-j < g.cfg.n]
+    return out|dict(position=position, logits=logits[:,[j for _,j in position]])
+
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #a035796a
+def _draw_all(g, labels, scales, seeds, choose, keep, callback) -> Int[Tensor, "b s l"]:
+    "Step after step, each given what the steps before set; codes in the order of the steps"
+    device = labels.device
+    u = _noise(g, seeds, 'draw', device)
+    kept,real = _kept(g, keep, seeds, device)
+    # (s l) where a level has a code
+    filled = delay(torch.ones(1, g.cfg.n, g.cfg.levels, dtype=torch.bool, device=device))[0]
+    rows = torch.arange(g.cfg.levels, device=device)*g.codebook_size
+    guided = any(scale != 1 for scale in scales)
+    steps = g.sampler(labels, guided)
+    ids = torch.zeros_like(u, dtype=torch.long)
+    frame = None
+    fine = []
+    for s,scale in enumerate(scales):
+        logits = steps(s, frame)                                                 # (r l k)
+        if guided: logits = _one_prediction(logits, scale)
+        fine.append(logits.isfinite().all())
+        ids[:,s] = choose(logits, u[:,s])
+        if kept is not None: ids[:,s] = torch.where(kept[:,s], real[:,s], ids[:,s])
+        frame = ids[:,s]+rows
+        if g.cfg.levels > 1: frame = torch.where(filled[s], frame, g.blank)
+        if callback: callback(_report(g, s, ids, logits, filled, kept))
+    check_steps(fine)
+    return ids
+
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #6e1bbdd9
 @torch.no_grad()
 def sample_ar(
     generator:LatentGenerator,             # in eval mode
@@ -118,44 +197,10 @@ def sample_ar(
     callback:Callable|None = None,
 ) -> Int[Tensor, "b *n"]:
     "Draw ids in raster order"
-    g = generator
-    b = len(labels)
-    device = labels.device
-    guidance = check_sampling(g, labels, guidance, temperature, top_k, top_p, keep)
-    scales = guidance.scales(g.steps).tolist()
-    seeds = row_seeds(rng, b)
-    if b == 0: return torch.zeros(0, *g.shape, dtype=torch.long, device=device)
-    def drawn(stream): return delay(row_noise(seeds, g.shape, stream, device=device).view(b, g.cfg.n, -1))
-    u = drawn('draw')
-    kept = None if keep is None else drawn('keep') < keep[1]
-    real = None if keep is None else delay(keep[0].to(device).reshape(b, g.cfg.n, -1))
-    # (s l) where a level has a code
-    there = delay(torch.ones(1, g.cfg.n, g.cfg.levels, dtype=torch.bool, device=device))[0]
-    rows = torch.arange(g.cfg.levels, device=device)*g.codebook_size
-    guided = any(s != 1 for s in scales)
-    steps = g.sampler(labels, guided)
-    ids = torch.zeros_like(u, dtype=torch.long)
-    frame = None
-    fine = []
-    for s,scale in enumerate(scales):
-        logits = steps(s, frame)                                                 # (r l k)
-        if guided: logits = guide(logits[:b], logits[b:], scale) if scale != 1 else logits[:b]
-        fine.append(logits.isfinite().all())
-        ids[:,s] = draw(logits, u[:,s], temperature, top_k, top_p)
-        if kept is not None: ids[:,s] = torch.where(kept[:,s], real[:,s], ids[:,s])
-        frame = ids[:,s]+rows if g.cfg.levels == 1 else torch.where(there[s], ids[:,s]+rows, g.blank)
-        if callback: callback(_report(g, s, ids, logits, there, kept))
-    check_steps(fine)
-    return undelay(ids).reshape(b, *g.shape)
-
-def _report(g, s, ids, logits, there, kept) -> dict:
-    "What a callback gets after step `s`"
-    step = torch.arange(g.steps, device=ids.device)[:,None]
-    b = len(ids)
-    set_,new = (undelay((there & when).expand(b, -1, -1)) for when in (step <= s, step == s))
-    if kept is not None: new = new & ~undelay(kept)
-    known,new,latents = (t.reshape(b, *g.shape) for t in (set_, new, undelay(ids)*set_))
-    position = [(s-j, j) for j in range(g.cfg.levels) if 0 <= s-j < g.cfg.n]
-    one = g.cfg.levels == 1
-    return dict(i=s, steps=g.steps, latents=latents, known=known, new=new, position=s if one else position,
-                logits=logits[:,0] if one else logits[:,[j for _,j in position]])
+    guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
+    scales = guidance.scales(generator.steps).tolist()
+    seeds = row_seeds(rng, len(labels))
+    if not len(labels): return torch.zeros(0, *generator.shape, dtype=torch.long, device=labels.device)
+    choose = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    ids = _draw_all(generator, labels, scales, seeds, choose, keep=keep, callback=callback)
+    return undelay(ids).reshape(len(labels), *generator.shape)

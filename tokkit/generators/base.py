@@ -169,15 +169,21 @@ class LatentGenerator(nn.Module, ABC):
     @abstractmethod
     def losses(self, latents:Tensor, labels:Int[Tensor, "b"], rng:torch.Generator|None = None,
                done:float = 1.) -> dict:
-        "The 'loss' of a batch of real latents, and what else is worth watching; `done` is the fraction of training behind"
+        "The 'loss' of a batch and more to watch; `done` is the fraction of training behind"
 
     @abstractmethod
-    def sample(self, labels:Int[Tensor, "b"], guidance:float|Guidance = 1., temperature:float = 1., top_k:int
-               |None = None,
-               top_p:float|None = None, keep:tuple[Tensor, float]|None = None, rng:torch.Generator
-               |Int[Tensor, "b"]|None = None,
-               callback:Callable|None = None) -> Tensor:
-        "Draw latents for the labels; with `keep=(latents, sigma)` real latents stay: all of them at sigma 1, none at 0"
+    def sample(self,
+        labels:Int[Tensor, "b"],               # 0..classes-1
+        guidance:float|Guidance = 1.,          # 1: none
+        temperature:float = 1.,                # > 0
+        top_k:int|None = None,                 # for ids: only the best so many codes
+        top_p:float|None = None,               # for ids: only the best codes of this probability together
+        # (real latents, sigma): all of them stay at sigma 1, none at 0
+        keep:tuple[Tensor, float]|None = None,
+        rng:torch.Generator|Int[Tensor, "b"]|None = None, # all draws; or one seed a row
+        callback:Callable|None = None,         # gets a dict after every step
+    ) -> Tensor:
+        "Draw latents for the labels"
 
     def loss(self, latents:Tensor, labels:Int[Tensor, "b"], rng:torch.Generator|None = None,
              done:float = 1.) -> Tensor:
@@ -211,6 +217,7 @@ def drop_labels(
     u = torch.rand(len(labels), generator=rng, device=rng.device if rng else None).to(labels.device)
     return labels.masked_fill(u < rate, null)
 
+# %% ../../nbs/generators/00_base.ipynb #7fed9051
 def check_labels(
     generator:LatentGenerator, # what they are for
     labels:Tensor,             # what arrived
@@ -223,6 +230,7 @@ def check_labels(
         raise ValueError(f"labels must be in 0..{generator.classes-1}, got "
                          f"{int(labels.min())}..{int(labels.max())}")
 
+# %% ../../nbs/generators/00_base.ipynb #336622c9
 def check_latents(
     generator:LatentGenerator, # what they are for
     latents:Tensor,            # what arrived
@@ -235,11 +243,13 @@ def check_latents(
     if wrong or tuple(latents.shape) != (b, *generator.shape):
         raise ValueError(f"{what} must be {kind} of shape {(b, *generator.shape)}, got {latents.dtype} of "
                          f"shape {tuple(latents.shape)}")
-    if generator.codebook_size and latents.numel() and not 0 <= int(latents.min()) <= int(latents.max()) < generator.codebook_size:
+    if not generator.codebook_size or not latents.numel(): return
+    if not 0 <= int(latents.min()) <= int(latents.max()) < generator.codebook_size:
         raise ValueError(f"{what} must hold ids in 0..{generator.codebook_size-1}, got "
                          f"{int(latents.min())}..{int(latents.max())}; "
                          "they are of another tokenizer")
 
+# %% ../../nbs/generators/00_base.ipynb #da3d4ac2
 def check_sampling(
     generator:LatentGenerator,             # that will sample
     labels:Tensor,                         # what it was given
@@ -269,10 +279,11 @@ def check_sampling(
                       "it never learned; use guidance=1, or train with label_dropout > 0", stacklevel=3)
     return guidance
 
+# %% ../../nbs/generators/00_base.ipynb #ebae6ecf
 def check_steps(
     fine:Iterable[Bool[Tensor, ""]],  # whether all was finite, a step each
 ):
-    "Raise one line that names the first step whose prediction was not finite; asked once, after the last step"
+    "Raise one line that names the first step whose prediction was not finite"
     fine = torch.stack(list(fine))
     if fine.all(): return
     raise FloatingPointError("the generator's prediction is not finite at step "
@@ -288,6 +299,7 @@ def free_memory(
     return (os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if 'SC_AVPHYS_PAGES' in os.sysconf_names
             else 2**31)
 
+# %% ../../nbs/generators/00_base.ipynb #d4babc2c
 def fit_batch(
     generator:LatentGenerator,    # that will sample
     n:int,                        # samples wanted
@@ -298,6 +310,7 @@ def fit_batch(
     most = 256 if device.type == 'cpu' else 4096       # beyond, the arithmetic is no better used
     return max(1, min(n, most, int(share*free_memory(device)/generator.sample_bytes)))
 
+# %% ../../nbs/generators/00_base.ipynb #bdf76079
 @torch.no_grad()
 def sample_batches(
     generator:LatentGenerator,         # in eval mode

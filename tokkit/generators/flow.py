@@ -81,7 +81,7 @@ def draw_times(
 
 # %% ../../nbs/generators/06_flow.ipynb #197711a0
 def _follow(move, velocity, z, times, callback):
-    "Through all steps: `move` says where one leads, given its number, its ends, the point and the velocity there"
+    "Through all steps: `move` says where a step leads, given its number, ends, point and velocity"
     for i,(t,u) in enumerate(zip(times.tolist(), times.tolist()[1:])):
         v = velocity(z, t)
         before = z
@@ -99,6 +99,7 @@ def sample_euler(
     "Follow the velocity in straight steps"
     return _follow(lambda i, t, u, z, v: z+(u-t)*v, velocity, z, times, callback)
 
+# %% ../../nbs/generators/06_flow.ipynb #312ef370
 def sample_heun(
     velocity:Callable,               # as in `sample_euler`
     z:Float[Tensor, "b *n"],         # likewise
@@ -125,12 +126,11 @@ def sample_sde(
     check_range('churn', churn, hint='it is how much of the noise is replaced')
     a,s,_,_ = path_at(times.double(), path)
     kept = (1-churn**2*(1-(a[:-1]*s[1:]/(a[1:]*s[:-1])).square())).clamp(0, 1).sqrt().tolist()
-    a = a.tolist()
-    s = s.tolist()
     def move(i, t, u, z, v):
-        clean,old = (convert(v, 'velocity', wanted, z, torch.as_tensor(t, dtype=z.dtype), path)
-                     for wanted in ('clean', 'noise'))
-        return a[i+1]*clean+s[i+1]*(kept[i]*old+(1-kept[i]**2)**.5*noise[:,i])
+        now = torch.as_tensor(t, dtype=z.dtype)
+        clean = convert(v, 'velocity', 'clean', z, now, path)
+        old = convert(v, 'velocity', 'noise', z, now, path)
+        return a[i+1].item()*clean+s[i+1].item()*(kept[i]*old+(1-kept[i]**2)**.5*noise[:,i])
     return _follow(move, velocity, z, times, callback)
 
 # %% ../../nbs/generators/06_flow.ipynb #c9a9dcbd
@@ -162,8 +162,10 @@ class FlowCfg:
         check_range('dropout', self.dropout, 0, .99)
         object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
         if not 0 < self.std < math.inf:
-            raise ValueError(f"std must be > 0, got {self.std}; it is LatentSpec's, as `fit_spec` measures it")
+            raise ValueError(f"std must be > 0, got {self.std}; it is LatentSpec's, as `fit_spec` measures "
+                             "it")
 
+# %% ../../nbs/generators/06_flow.ipynb #d2371434
 def time_embedding(
     t:Float[Tensor, "b"],  # times in [0,1]
     dim:int = 256,         # channels, even
@@ -174,12 +176,6 @@ def time_embedding(
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 # %% ../../nbs/generators/06_flow.ipynb #ca633843
-METHODS = 'euler', 'heun', 'sde'
-
-def _places(grid, width) -> Float[Tensor, "n w"]:
-    "Where positions start to learn from"
-    return F.pad(sincos_pos(grid, width//4*4), (0, width%4))
-
 class FlowGenerator(LatentGenerator):
     "A transformer that moves noise to latents"
     def __init__(self, cfg:FlowCfg): # sizes, scale and kind of path
@@ -191,11 +187,13 @@ class FlowGenerator(LatentGenerator):
         self.label_dropout = cfg.label_dropout
         self.codebook_size = None
         self.embed = nn.Linear(cfg.dim, w)
-        self.pos = nn.Parameter(_places(cfg.grid or (1, cfg.n), w))
+        # positions start as sines and cosines, and learn from there
+        self.pos = nn.Parameter(F.pad(sincos_pos(cfg.grid or (1, cfg.n), w//4*4), (0, w%4)))
         self.time = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))
         self.label = nn.Embedding(cfg.classes+1, w)
-        block = dict(dim=w, heads=cfg.heads, affine=False, dropout=cfg.dropout, ratio=cfg.ratio)
-        self.blocks = nn.ModuleList([ModulatedBlock(**block) for _ in range(cfg.depth)])
+        self.blocks = nn.ModuleList([
+            ModulatedBlock(dim=w, heads=cfg.heads, affine=False, dropout=cfg.dropout, ratio=cfg.ratio)
+            for _ in range(cfg.depth)])
         self.norm = nn.LayerNorm(w, eps=1e-6, elementwise_affine=False)
         self.final = nn.Sequential(nn.SiLU(), nn.Linear(w, 2*w))
         self.head = nn.Linear(w, cfg.dim)
@@ -230,22 +228,21 @@ class FlowGenerator(LatentGenerator):
         a,s,da,ds = path_at(at, c.path)
         zt = a*z+s*noise                                                                      # (b n d)
         v = self(zt, t, labels)
-        loss = F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path),
-                          dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict])
-        return dict(loss=loss,
-                    clean_error=F.mse_loss(convert(v.detach(), 'velocity', 'clean', zt, at, c.path), z))
+        truth = dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict]
+        clean = convert(v.detach(), 'velocity', 'clean', zt, at, c.path)
+        return dict(loss=F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path), truth),
+                    clean_error=F.mse_loss(clean, z))
 
     default_steps = 16
 
     def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
-               callback=None,
-               steps=None, method='sde', churn=1.):
+               callback=None, steps=None, method='sde', churn=1.):
         return sample_flow(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps,
                            method, churn)
 
     @property
     def sample_bytes(self) -> int:
-        "An estimate: the two rows of a guided sample in the widest block, and the noise of up to 64 steps"
+        "An estimate: both rows of a guided sample in the widest block, and the noise of 64 steps"
         c = self.cfg
         return 4*(2*(int(c.n*c.width*(2*c.ratio+8))+c.heads*c.n**2)+c.n*c.dim*72)
 
@@ -257,6 +254,26 @@ def _velocity(generator, labels, guidance, times) -> Callable:
         def predict(x, y): return generator(x, torch.full((len(x),), t, device=x.device), y)
         return guided(predict, z, labels, generator.classes, scale.get(t, 1.))
     return velocity
+
+def _start(cfg, keep, time, noise) -> Float[Tensor, "b n d"]:
+    "Latents at unit scale at the first time: noise, or real latents with noise in them"
+    if not time: return noise
+    a,s,_,_ = path_at(time, cfg.path)
+    return a.item()*(keep[0].to(noise)-cfg.mean)/cfg.std+s.item()*noise
+
+def _watch(cfg, fine, callback) -> Callable:
+    "What happens after every step: note whether all is finite, tell the callback at the tokenizer's scale"
+    def note(at):
+        fine.append(at['z'].isfinite().all())
+        if callback is None: return
+        since = torch.as_tensor(at['since'], dtype=at['z'].dtype)
+        clean = convert(at['velocity'], 'velocity', 'clean', at['before'], since, cfg.path)
+        callback(dict(i=at['i'], steps=at['steps'], t=at['t'], latents=at['z']*cfg.std+cfg.mean,
+                      clean=clean*cfg.std+cfg.mean))
+    return note
+
+# %% ../../nbs/generators/06_flow.ipynb #502cc593
+METHODS = 'euler', 'heun', 'sde'
 
 @torch.no_grad()
 def sample_flow(
@@ -274,37 +291,26 @@ def sample_flow(
     method:str = 'sde',                     # of `METHODS`
     churn:float = 1.,                       # of the method 'sde', as in `sample_sde`
 ) -> Float[Tensor, "b n d"]:
-    "From noise, or from time sigma of the path to real latents, to latents at the tokenizer's scale"
+    "From noise, or from real latents at time sigma, to latents at the tokenizer's scale"
     guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
     if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     steps = generator.default_steps if steps is None else steps
     check_count('steps', steps, hint='16 is a good number')
     check_range('churn', churn, hint='it is how much of the noise is replaced')
     c = generator.cfg
-    b = len(labels)
-    device = labels.device
     sigma = 0. if keep is None else float(keep[1])
-    if sigma == 1: return keep[0].to(device, torch.float32, copy=True)
-    seeds = row_seeds(rng, b)
+    if sigma == 1: return keep[0].to(labels.device, torch.float32, copy=True)
+    seeds = row_seeds(rng, len(labels))
+    def noise(shape, stream):
+        return temperature*row_noise(seeds, shape, stream, normal=True, device=labels.device)
     left = max(1, math.ceil(round(steps*(1-sigma), 6)))  # steps that remain
     times = torch.linspace(sigma, 1, left+1, dtype=torch.float64)
-    velocity = _velocity(generator, labels, guidance, times)
+    z = _start(c, keep, times[0], noise(generator.shape, 'noise'))
     fine = []
-    def note(at):
-        fine.append(at['z'].isfinite().all())
-        if callback is None: return
-        clean = convert(at['velocity'], 'velocity', 'clean', at['before'],
-                        torch.as_tensor(at['since'], dtype=at['z'].dtype), c.path)
-        callback(dict(i=at['i'], steps=left, t=at['t'], latents=at['z']*c.std+c.mean, clean=clean*c.std
-                      +c.mean))
-    z = temperature*row_noise(seeds, generator.shape, 'noise', normal=True, device=device)
-    if sigma:
-        a,s,_,_ = path_at(times[0], c.path)
-        z = a.item()*(keep[0].to(device, z.dtype)-c.mean)/c.std+s.item()*z
+    walk = dict(velocity=_velocity(generator, labels, guidance, times), z=z, times=times,
+                callback=_watch(c, fine, callback))
     if method == 'sde':
-        fresh = (temperature*row_noise(seeds, (left, *generator.shape), 'fresh noise', normal=True,
-                                       device=device))
-        z = sample_sde(velocity, z, times, fresh, c.path, churn, note)
-    else: z = dict(euler=sample_euler, heun=sample_heun)[method](velocity, z, times, note)
+        z = sample_sde(noise=noise((left, *generator.shape), 'fresh noise'), path=c.path, churn=churn, **walk)
+    else: z = dict(euler=sample_euler, heun=sample_heun)[method](**walk)
     check_steps(fine)
     return z*c.std+c.mean

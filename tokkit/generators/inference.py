@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
@@ -44,13 +45,12 @@ class _Packed:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, self.scale, self.zero,
                                                                                  self.weight)
 
+# %% ../../nbs/generators/01_inference.ipynb #182eb1c6
 def _int8_linear(x, key, out): return _Packed.made[key.item()](x)
 def _int8_linear_shape(x, key, out): return x.new_empty(*x.shape[:-1], out)
 
 _ops = torch.library.Library('tokkit', 'FRAGMENT')
-# a process registers it once, also when this page is run in it
 if not hasattr(torch.ops.tokkit, 'int8_linear'):
-    # tensors and sizes only: a compiler can step over it
     _ops.define('int8_linear(Tensor x, Tensor key, int out) -> Tensor')
     _ops.impl('int8_linear', _int8_linear, 'CPU')
     torch.library.register_fake('tokkit::int8_linear', _int8_linear_shape, lib=_ops)
@@ -64,26 +64,29 @@ class Int8Linear(nn.Module):
         high:float,         # largest input that was seen; a little room is left above, none below
     ):
         super().__init__()
-        if 'fbgemm' not in torch.backends.quantized.supported_engines or not hasattr(torch,
-                                                                                     'quantize_per_channel'):
+        if not ('fbgemm' in torch.backends.quantized.supported_engines
+                and hasattr(torch, 'quantize_per_channel')):
             raise ValueError("int8 needs a PyTorch with FBGEMM, which this one lacks (it is for x86 CPUs); "
                              "take precision='fp32'")
         w = linear.weight.detach().float().cpu()
-        scales,(low,high) = (w.abs().amax(1)/127).clamp(min=1e-12),(min(low, 0.), max(high, 0.))
+        scales = (w.abs().amax(1)/127).clamp(min=1e-12)
+        low = min(low, 0.)
+        high = max(high, 0.)
         scale = max((high-low)/127, 1e-12)
         bias = None if linear.bias is None else linear.bias.detach().float().cpu()
         self.packed = _Packed(w, scales, bias, scale, round(-low/scale))
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        for name,t in (('weight', (w/scales[:,None]).round().to(torch.int8)), ('scales', scales),
-                       ('bias', bias),
-                       ('grid', torch.tensor([low, high]))):
-            self.register_buffer(name, t)       # what a fingerprint sees
+        whole = (w/scales[:,None]).round().to(torch.int8)
+        # what a fingerprint sees
+        for name,t in dict(weight=whole, scales=scales, bias=bias, grid=torch.tensor([low, high])).items():
+            self.register_buffer(name, t)
         self.register_buffer('key', torch.tensor(self.packed.key), persistent=False)
 
     def forward(self, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        return (torch.ops.tokkit.int8_linear(x, self.key, self.out_features) if torch.compiler.is_compiling()
-                else self.packed(x))
+        if not torch.compiler.is_compiling(): return self.packed(x)
+        return torch.ops.tokkit.int8_linear(x, self.key, self.out_features)
+
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}"
 
 # %% ../../nbs/generators/01_inference.ipynb #d187e743
@@ -93,7 +96,7 @@ def input_ranges(
     samples:int = 16,          # how many to draw
     seed:int = 0,              # of the draws
 ) -> dict[str,tuple[float,float]]:
-    "Smallest and largest input of every linear layer that sampling uses; the layer that is used last comes last"
+    "Smallest and largest input of every linear layer, in the order of their last use"
     seen = {}
     device = next(generator.parameters()).device
     def watch(name):
@@ -130,6 +133,7 @@ def cuda_graph(
         return out.clone()
     return replay
 
+# %% ../../nbs/generators/01_inference.ipynb #79aee00e
 class KeptSteps:
     "Makes the steps of every call of a copy, and keeps what calls have in common"
     def __init__(self,
@@ -160,40 +164,49 @@ class KeptSteps:
             self.steps = self._keep(self.make(labels, guided))
         return self._step if self.capture or self.compiled else self.steps
 
-    def _keep(self, steps):
-        "Let `steps` take its modulations from the last call"
-        def modulations(s):
-            # asked once a call
-            kinds = tuple(steps.kinds.tolist()) if not steps.table else self.kinds
-            if kinds == self.kinds and self.table is not None: steps.table,steps.first = self.table
-            out = type(steps).modulations(steps, s, self.most)
-            if out and len(steps.table[0])+steps.first >= steps.g.steps and s <= 1:
-                self.kinds = kinds
-                self.table = (steps.table, steps.first)
-            return out
-        steps.modulations = modulations
-        return steps
+# %% ../../nbs/generators/01_inference.ipynb #e31eba4f
+@patch
+def _keep(self:KeptSteps, steps):
+    "Let `steps` take its modulations from the last call"
+    def modulations(s):
+        # asked once a call
+        kinds = self.kinds if steps.table else tuple(steps.kinds.tolist())
+        if kinds == self.kinds and self.table is not None: steps.table,steps.first = self.table
+        out = type(steps).modulations(steps, s, self.most)
+        holds_all_steps = out and s <= 1 and steps.first+len(steps.table[0]) >= steps.g.steps
+        if holds_all_steps:
+            self.kinds = kinds
+            self.table = (steps.table, steps.first)
+        return out
+    steps.modulations = modulations
+    return steps
 
-    def _step(self, s, frame):
-        steps = self.steps
-        if s == 0: return steps.start()
-        i = steps.g.prefix+s-1
-        place = steps.places[s]
-        at = steps.at[i:i+1]
-        modulations = steps.modulations(s)
-        if not self.capture: return steps.step(frame, place, modulations, at, i+1)
-        length = min(steps.length, -(-(i+1)//self.bucket)*self.bucket)
-        mask = torch.where(steps.at[:length] > i, -torch.inf, 0.).to(place.dtype)
-        new = [frame, place, at, mask, *modulations]
-        if length not in self.graphs:
-            held = [t.clone() for t in new]
-            frame,place,at,mask,*modulations = held
-            self.graphs[length] = (held,
-                                   self.capture(lambda: steps.step(frame, place, modulations, at, length,
-                                                                   mask)))
-        held,replay = self.graphs[length]
-        for a,b in zip(held, new): a.copy_(b)
-        return replay()
+# %% ../../nbs/generators/01_inference.ipynb #23c7e7c3
+@patch
+def _recorded(self:KeptSteps, steps, length:int, inputs:list) -> tuple:
+    "The tensors that a step of this length reads, and its recording"
+    if length not in self.graphs:
+        held = [t.clone() for t in inputs]
+        frame,place,at,mask,*modulations = held
+        self.graphs[length] = (
+            held, self.capture(lambda: steps.step(frame, place, modulations, at, length, mask)))
+    return self.graphs[length]
+
+@patch
+def _step(self:KeptSteps, s, frame):
+    steps = self.steps
+    if s == 0: return steps.start()
+    i = steps.g.prefix+s-1
+    place = steps.places[s]
+    at = steps.at[i:i+1]
+    modulations = steps.modulations(s)
+    if not self.capture: return steps.step(frame, place, modulations, at, i+1)
+    length = min(steps.length, -(-(i+1)//self.bucket)*self.bucket)
+    mask = torch.where(steps.at[:length] > i, -torch.inf, 0.).to(place.dtype)
+    inputs = [frame, place, at, mask, *modulations]
+    held,replay = self._recorded(steps, length, inputs)
+    for old,new in zip(held, inputs): old.copy_(new)
+    return replay()
 
 # %% ../../nbs/generators/01_inference.ipynb #ad9318bc
 PRECISIONS = 'fp32', 'bf16', 'int8'
@@ -207,6 +220,7 @@ def _replace(module, name, new):
     parent,_,own = name.rpartition('.')
     setattr(module.get_submodule(parent), own, new)
 
+# %% ../../nbs/generators/01_inference.ipynb #ca2d29a4
 def _int8(generator, samples):
     "Let every linear layer that samples, but the last, multiply whole numbers"
     if any(p.device.type != 'cpu' for p in generator.parameters()):
@@ -228,6 +242,7 @@ def _bf16(generator):
     generator.to(torch.bfloat16)
     _replace(generator, name, full)
 
+# %% ../../nbs/generators/01_inference.ipynb #947a8e87
 def _compile(generator, how):
     "Compile the blocks, which are all alike, so one compilation serves them all"
     if not hasattr(generator, 'blocks'):
@@ -237,6 +252,7 @@ def _compile(generator, how):
         block.forward = torch.compile(block.forward, backend=how)
         if hasattr(block, 'step'): block.step = torch.compile(block.step, backend=how)
 
+# %% ../../nbs/generators/01_inference.ipynb #aef7f7c8
 def fast(
     generator:LatentGenerator,      # stays as it is
     precision:str|None = None,      # 'fp32', 'bf16' or 'int8'; None: int8 on a CPU, bf16 on a GPU
@@ -251,7 +267,8 @@ def fast(
     if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if compile and compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
+    known = torch._dynamo.list_backends(exclude_tags=()) if compile else []
+    if compile and compile not in known:
         raise ValueError(f"compile must be a backend of torch.compile ({', '.join(known)}) or '', got "
                          f"{compile!r}")
     stepwise = hasattr(generator, 'sampler')

@@ -106,26 +106,26 @@ class MaskedGenerator(LatentGenerator):
         labels:Int[Tensor, "b"],        # `classes` where left out
     ) -> Float[Tensor, "b *shape k"]:
         "Scores of all codes at every entry, known ones too"
-        x = self.token(ids.reshape(len(ids), self.cfg.n, self.cfg.levels)+self.tables).sum(2)       # (b n d)
+        rows = ids.reshape(len(ids), self.cfg.n, self.cfg.levels)+self.tables
+        x = self.token(rows).sum(2)                                              # (b n d)
         if self.near is not None:
-            x = x+self.near(x.mT.unflatten(2, self.cfg.grid or (1, self.cfg.n))).flatten(2).mT
+            picture = x.mT.unflatten(2, self.cfg.grid or (1, self.cfg.n))
+            x = x+self.near(picture).flatten(2).mT
         label = self.label(labels)[:,None]
-        # (b n+1 d)
-        x = torch.cat([label, x+label], 1)+self.pos
+        x = torch.cat([label, x+label], 1)+self.pos                              # (b n+1 d)
         for block in self.blocks: x = block(x)
         return self.head(self.norm(x[:,1:])).reshape(*ids.shape, self.codebook_size)
 
     def losses(self, latents, labels, rng=None, done=1.): return masked_losses(self, latents, labels, rng)
 
     def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
-               callback=None,
-               steps=None, choice_temperature=4.5):
+               callback=None, steps=None, choice_temperature=4.5):
         return sample_masked(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps,
                              choice_temperature)
 
     @property
     def sample_bytes(self) -> int:
-        "Memory that one guided sample takes while it is drawn: scores of all codes several times over, and a block's activations"
+        "Memory of one guided sample: scores of all codes several times over, and a block's activations"
         c = self.cfg
         return 4*(8*c.n*c.levels*c.codebook_size+2*(c.n+1)*int((8+c.ratio)*c.width))
 
@@ -136,7 +136,7 @@ def masked_losses(
     labels:Tensor,                      # (b), 0..classes-1
     rng:torch.Generator|None = None,    # of masks and left-out labels
 ) -> dict[str, Tensor]:
-    "Cross-entropy of the hidden entries, in nats, mean over an image's and then over images; likewise the fraction guessed right"
+    "Cross-entropy of the hidden entries in nats and the fraction guessed right, means over images"
     check_labels(generator, labels)
     check_latents(generator, latents, len(labels))
     c = generator.cfg
@@ -168,6 +168,40 @@ def unmask_plan(
     return torch.stack(columns, 1)
 
 # %% ../../nbs/generators/05_masked.ipynb #2a45cb54
+def _kept(keep, seeds, shape) -> Bool[Tensor, "b *shape"]:
+    "Entries of real latents that stay, on the CPU"
+    if keep is None: return torch.zeros(len(seeds), *shape, dtype=torch.bool)
+    return row_noise(seeds, shape, 'keep') < keep[1]
+
+def _gumbel(u) -> Tensor:
+    "Gumbel noise of uniform numbers"
+    return -torch.log(-torch.log(u.clamp(1e-9, 1-1e-6)))
+
+def _ranks(sure, known) -> Int[Tensor, "b *shape"]:
+    "The place of every entry when the least sure come first; known ones come last"
+    order = sure.masked_fill(known, torch.inf).flatten(1).argsort(dim=1, stable=True)
+    return order.argsort(1).reshape(sure.shape)
+
+# %% ../../nbs/generators/05_masked.ipynb #e41be86a
+def _unmask(generator, ids, known, labels, plan, scales, draws, callback) -> Int[Tensor, "b *shape"]:
+    "Step after step: draw every hidden entry, set those that are surest; `draws` gives codes and noise"
+    codes,noise = draws
+    steps = plan.shape[1]
+    fine = []
+    for i,scale in enumerate(scales):
+        logits = guided(generator.logits, ids, labels, generator.classes, scale)       # (b *shape k)
+        fine.append(logits.isfinite().all())
+        drawn = torch.where(known, ids, codes(i, logits).clamp(max=generator.codebook_size-1))
+        chosen = logits.float().log_softmax(-1).gather(-1, drawn[...,None])[...,0]
+        rank = _ranks(chosen+noise(i), known)
+        new = ~known & (rank >= plan[:,i].view(len(ids), *[1]*(ids.ndim-1)))
+        known = known | new
+        ids = torch.where(new, drawn, ids)
+        if callback: callback(dict(i=i, steps=steps, latents=drawn, known=known, new=new, logits=logits))
+    check_steps(fine)
+    return ids
+
+# %% ../../nbs/generators/05_masked.ipynb #20afb386
 @torch.no_grad()
 def sample_masked(
     generator:MaskedGenerator,              # in eval mode
@@ -184,38 +218,23 @@ def sample_masked(
     steps:int|None = None,
     choice_temperature:float = 4.5,         # tau, >= 0; 0 sets the most certain entries first, large ones any
 ) -> Int[Tensor, "b *shape"]:
-    "Draw ids in a few steps, the most certain entries first; in a callback's `latents` hidden entries hold the code just drawn"
+    "Draw ids in a few steps, the most certain entries first"
+    # in a callback's `latents` hidden entries hold the code just drawn
     guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
-    b = len(labels)
-    k = generator.codebook_size
     shape = generator.shape
     device = labels.device
     steps = generator.default_steps if steps is None else steps
     check_count('steps', steps, math.prod(shape), 'a step sets at least one entry')
     check_range('choice_temperature', choice_temperature, 0, 1e9, 'large ones set entries in any order')
-    seeds = row_seeds(rng, b)
-    known = torch.zeros(b, *shape, dtype=torch.bool)
-    ids = torch.full((b, *shape), k, device=device)
-    if keep is not None:
-        known = row_noise(seeds, shape, 'keep') < keep[1]
-        ids = torch.where(known.to(device), keep[0].to(device), ids)
+    seeds = row_seeds(rng, len(labels))
+    known = _kept(keep, seeds, shape)
     plan = unmask_plan((~known).flatten(1).sum(1), steps, generator.cfg.schedule).to(device)
     known = known.to(device)
-    u,g = (row_noise(seeds, (steps, *shape), stream, device=device) for stream in ('draw', 'choice'))
-    g = -torch.log(-torch.log(g.clamp(1e-9, 1-1e-6)))
-    fine = []
-    for i,scale in enumerate(guidance.scales(steps).tolist()):
-        # (b *shape k)
-        logits = guided(generator.logits, ids, labels, generator.classes, scale)
-        fine.append(logits.isfinite().all())
-        drawn = torch.where(known, ids, draw(logits, u[:,i], temperature, top_k, top_p).clamp(max=k-1))
-        sure = (logits.float().log_softmax(-1).gather(-1, drawn[...,None])[...,0]
-                +choice_temperature*(1-(i+1)/steps)*g[:,i])
-        place = sure.masked_fill(known, torch.inf).flatten(1).argsort(dim=1,
-                                                                      stable=True).argsort(1).reshape(ids.shape)
-        new = ~known & (place >= plan[:,i].view(b, *[1]*len(shape)))
-        known = known | new
-        ids = torch.where(new, drawn, ids)
-        if callback: callback(dict(i=i, steps=steps, latents=drawn, known=known, new=new, logits=logits))
-    check_steps(fine)
-    return ids
+    ids = torch.full((len(labels), *shape), generator.codebook_size, device=device)
+    if keep is not None: ids = torch.where(known, keep[0].to(device), ids)
+    u = row_noise(seeds, (steps, *shape), 'draw', device=device)
+    g = _gumbel(row_noise(seeds, (steps, *shape), 'choice', device=device))
+    def codes(i, logits): return draw(logits, u[:,i], temperature, top_k, top_p)
+    def noise(i): return choice_temperature*(1-(i+1)/steps)*g[:,i]
+    scales = guidance.scales(steps).tolist()
+    return _unmask(generator, ids, known, labels, plan, scales, draws=(codes, noise), callback=callback)

@@ -25,6 +25,7 @@ class ResBlock(nn.Module):
     def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         return self.skip(x)+self.body(x)
 
+# %% ../../nbs/layers/02_convolution.ipynb #d6db6f18
 class Down(nn.Conv2d):
     "Halve rows and columns"
     def __init__(self, i:int, o:int): super().__init__(i, o, 4, 2, 1)
@@ -34,22 +35,26 @@ class Up(nn.Sequential):
     def __init__(self, i:int, o:int):
         super().__init__(nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(i, o, 3, padding=1))
 
-# %% ../../nbs/layers/02_convolution.ipynb #c1731bff
+# %% ../../nbs/layers/02_convolution.ipynb #74b12067
 class DownFar(nn.Conv2d):
     "Halve rows and columns: a 3x3 convolution with zeros at the bottom and on the right only"
     def __init__(self, i:int, o:int): super().__init__(i, o, 3, 2)
     def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
         return super().forward(F.pad(x, (0,1,0,1)))
 
+# %% ../../nbs/layers/02_convolution.ipynb #c1731bff
 class MapAttention(nn.Module):
     "Single-head self-attention over all places of a map, around a skip"
     def __init__(self, dim:int): # channels
         super().__init__()
         self.norm = group_norm(dim)
-        self.q,self.k,self.v,self.proj_out = (nn.Conv2d(dim, dim, 1) for _ in range(4))
+        self.q = nn.Conv2d(dim, dim, 1)
+        self.k = nn.Conv2d(dim, dim, 1)
+        self.v = nn.Conv2d(dim, dim, 1)
+        self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x:Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         y = self.norm(x)
-        q,k,v = (f(y).flatten(2).mT[:,None] for f in (self.q, self.k, self.v))                  # (b 1 n d)
-        y = F.scaled_dot_product_attention(q, k, v)[:,0].mT.unflatten(2, x.shape[2:])           # (b d h w)
-        return x+self.proj_out(y)
+        def tokens(layer): return layer(y).flatten(2).mT[:,None]                                # (b 1 n d)
+        seen = F.scaled_dot_product_attention(tokens(self.q), tokens(self.k), tokens(self.v))[:,0]
+        return x+self.proj_out(seen.mT.unflatten(2, x.shape[2:]))                               # (b d h w)

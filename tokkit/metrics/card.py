@@ -14,25 +14,13 @@ from statistics import NormalDist
 from typing import Any, TypedDict
 
 import numpy as np
+from fastcore.basics import patch
 
 import tokkit
 from ..core import check_kind, to_plain
 from .statistics import differ
 
 # %% ../../nbs/metrics/06_card.ipynb #591696c9
-class _CardFile(TypedDict, total=False):
-    metric:str
-    value:float
-    se:float|None
-    n:int
-    extractor:str
-    reference:str
-    seed:int
-    settings:dict[str,Any]|None
-    replicates:list[float]
-    cells:dict[str,dict[str,Any]]|None
-    version:str
-
 @dataclass(frozen=True)
 class Card:
     "A measured number and all it depends on"
@@ -54,94 +42,143 @@ class Card:
         object.__setattr__(self, 'replicates', tuple(map(float, self.replicates)))
         if not self.version: object.__setattr__(self, 'version', tokkit.__version__)
 
-    @property
-    def label(self) -> str: return f"{self.metric}[{self.extractor}]" if self.extractor else self.metric
-
-    @property
-    def number(self) -> str:
-        "Value and error, rounded to what the error allows"
-        if self.se is None or not np.isfinite(self.se): return f"{self.value:.4g}"
-        digits = min(max(0, 1-math.floor(math.log10(self.se))), 6) if self.se > 0 else 3
-        return f"{self.value:.{digits}f} ± {self.se:.{digits}f}"
-
-    def interval(self,
-        level:float = .95,         # how often it is right
-        # of the expected value, or 'prediction' of another measurement: other images, other draws
-        kind:str = 'confidence',
-    ) -> tuple[float,float]:       # from, to
-        "Where the value of an endless repetition lies, or that of one more"
-        if kind not in ('confidence','prediction'):
-            raise ValueError(f"kind must be 'confidence' or 'prediction', got {kind!r}")
-        if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, got {level}")
-        if self.se is None:
-            raise ValueError(f"{self.label} has no error to make an interval of; measure it with bootstrap=50")
-        reach = NormalDist().inv_cdf((1+level)/2)*self.se*(2**.5 if kind == 'prediction' else 1)
-        return self.value-reach, self.value+reach
-
-    @property
-    def warnings(self) -> tuple[str,...]:
-        "What makes this number worth less than it looks; empty where nothing is known"
-        d = self.settings.get('dimension') or 0
-        sets = ('images', self.n),('reference images', self.settings.get('reference_n') or self.n)
-        few = [f'{m} {what}' for what,m in sets if m < 2*d]
-        return tuple(f"{f} for {d} dimensions: take {2*d} or more, or fd_infinity" for f in few)
-
-    def __str__(self):
-        caution = f"; {self.warnings[0]}" if self.warnings else ''
-        return f"{self.label} {self.number} (n={self.n}, {self.reference}, seed {self.seed}{caution})"
-    __repr__ = __str__
-
-    def _repr_html_(self):
-        rows = (dict(reference=self.reference, seed=self.seed)
-                | {f'warning {i}': w for i,w in enumerate(self.warnings, 1)})
-        rows |= self.settings | dict(tokkit=self.version)
-        more = ''.join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k,v in rows.items())
-        head = f"<b>{escape(self.label)}</b> {escape(self.number)} <small>n={self.n}</small>"
-        return f"{head}<details><summary>how</summary><table>{more}</table></details>"
-
-    def row(self) -> dict:
-        "The columns every results table has"
-        return dict(metric=self.metric, value=self.value, se=self.se, n=self.n, extractor=self.extractor,
-                    seed=self.seed)
-
-    def to_dict(self) -> dict:
-        "Plain data for JSON"
-        return to_plain(asdict(self))
-
     @classmethod
     def from_dict(cls, d:dict) -> 'Card':
         "A card from `to_dict`, or a one-line error about what is wrong with it"
-        if not isinstance(d, dict):
-            raise ValueError(f"not a card: expected its fields by name, got {type(d).__name__}")
-        names = {f.name for f in fields(cls)}
-        missing = {'metric','value','se','n','extractor','reference'}-set(d)
-        if missing: raise ValueError(f"not a card: it lacks {', '.join(sorted(missing))}")
-        if unknown := set(d)-names:
-            raise ValueError(f"not a card of this version: it has {', '.join(sorted(map(str, unknown)))}")
-        return cls(**check_kind(d, _CardFile, 'a card'))
+        return cls(**_fields(d))
 
-# %% ../../nbs/metrics/06_card.ipynb #be205353
-def _subtract(a:Card, b:Card) -> Card:
-    "The difference of two cards, with a paired error where both resampled the same images"
-    if not isinstance(b, Card): return NotImplemented
+# %% ../../nbs/metrics/06_card.ipynb #24e3093a
+@patch(as_prop=True)
+def label(self:Card) -> str:
+    "The metric, and whose features it is of"
+    return f"{self.metric}[{self.extractor}]" if self.extractor else self.metric
+
+@patch(as_prop=True)
+def number(self:Card) -> str:
+    "Value and error, rounded to what the error allows"
+    if self.se is None or not np.isfinite(self.se): return f"{self.value:.4g}"
+    if self.se == 0: digits = 3
+    else: digits = min(max(0, 1-math.floor(math.log10(self.se))), 6)
+    return f"{self.value:.{digits}f} ± {self.se:.{digits}f}"
+
+# %% ../../nbs/metrics/06_card.ipynb #df116aa5
+@patch(as_prop=True)
+def warnings(self:Card) -> tuple[str,...]:
+    "What makes this number worth less than it looks; empty where nothing is known"
+    d = self.settings.get('dimension') or 0
+    counts = {'images': self.n, 'reference images': self.settings.get('reference_n') or self.n}
+    return tuple(f"{count} {what} for {d} dimensions: take {2*d} or more, or fd_infinity"
+                 for what,count in counts.items() if count < 2*d)
+
+@patch
+def __str__(self:Card) -> str:
+    caution = f"; {self.warnings[0]}" if self.warnings else ''
+    return f"{self.label} {self.number} (n={self.n}, {self.reference}, seed {self.seed}{caution})"
+
+@patch
+def __repr__(self:Card) -> str: return str(self)
+
+# %% ../../nbs/metrics/06_card.ipynb #6b7a142a
+@patch
+def interval(self:Card,
+    level:float = .95,         # how often it is right
+    # of the expected value, or 'prediction' of another measurement: other images, other draws
+    kind:str = 'confidence',
+) -> tuple[float,float]:       # from, to
+    "Where the value of an endless repetition lies, or that of one more"
+    if kind not in ('confidence','prediction'):
+        raise ValueError(f"kind must be 'confidence' or 'prediction', got {kind!r}")
+    if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, got {level}")
+    if self.se is None:
+        raise ValueError(f"{self.label} has no error to make an interval of; measure it with bootstrap=50")
+    reach = NormalDist().inv_cdf((1+level)/2)*self.se*(2**.5 if kind == 'prediction' else 1)
+    return self.value-reach, self.value+reach
+
+# %% ../../nbs/metrics/06_card.ipynb #b69c1615
+@patch
+def _repr_html_(self:Card) -> str:
+    rows = dict(reference=self.reference, seed=self.seed)
+    rows |= {f'warning {i}': w for i,w in enumerate(self.warnings, 1)}
+    rows |= self.settings | dict(tokkit=self.version)
+    more = ''.join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k,v in rows.items())
+    head = f"<b>{escape(self.label)}</b> {escape(self.number)} <small>n={self.n}</small>"
+    return f"{head}<details><summary>how</summary><table>{more}</table></details>"
+
+@patch
+def row(self:Card) -> dict:
+    "The columns every results table has"
+    return dict(metric=self.metric, value=self.value, se=self.se, n=self.n, extractor=self.extractor,
+                seed=self.seed)
+
+# %% ../../nbs/metrics/06_card.ipynb #398b2e77
+class _CardFile(TypedDict, total=False):
+    metric:str
+    value:float
+    se:float|None
+    n:int
+    extractor:str
+    reference:str
+    seed:int
+    settings:dict[str,Any]|None
+    replicates:list[float]
+    cells:dict[str,dict[str,Any]]|None
+    version:str
+
+# %% ../../nbs/metrics/06_card.ipynb #be1c52e6
+@patch
+def to_dict(self:Card) -> dict:
+    "Plain data for JSON"
+    return to_plain(asdict(self))
+
+def _fields(d:dict) -> dict:
+    "What `to_dict` gave, checked; or a one-line error about what is wrong with it"
+    if not isinstance(d, dict):
+        raise ValueError(f"not a card: expected its fields by name, got {type(d).__name__}")
+    names = {f.name for f in fields(Card)}
+    missing = {'metric','value','se','n','extractor','reference'}-set(d)
+    if missing: raise ValueError(f"not a card: it lacks {', '.join(sorted(missing))}")
+    unknown = set(d)-names
+    if unknown:
+        raise ValueError(f"not a card of this version: it has {', '.join(sorted(map(str, unknown)))}")
+    return check_kind(d, _CardFile, 'a card')
+
+# %% ../../nbs/metrics/06_card.ipynb #cca05230
+def _check_alike(a:Card, b:Card):
+    "Refuse cards of different extractors or references"
     for what in ('extractor', 'reference'):
-        if getattr(a, what) != getattr(b, what):
-            raise ValueError(f"cards with different {what}s cannot be subtracted: {getattr(a, what)!r} and "
-                             f"{getattr(b, what)!r}")
-    if differ(*(prints := [c.settings.get('extractor_hash', '') for c in (a, b)])):
+        ours = getattr(a, what)
+        theirs = getattr(b, what)
+        if ours != theirs:
+            raise ValueError(f"cards with different {what}s cannot be subtracted: {ours!r} and {theirs!r}")
+    ours = a.settings.get('extractor_hash', '')
+    theirs = b.settings.get('extractor_hash', '')
+    if differ(ours, theirs):
         raise ValueError("cards with different extractors cannot be subtracted, although both are called "
-                         f"{a.extractor!r}: "
-                         f"fingerprints {prints[0]} and {prints[1]} (weights, layers, resizing)")
+                         f"{a.extractor!r}: fingerprints {ours} and {theirs} (weights, layers, resizing)")
     if a.settings.get('reference_hash') != b.settings.get('reference_hash'):
         raise ValueError("cards with different reference images cannot be subtracted, although both are "
                          f"called {a.reference!r}")
-    paired = len(a.replicates) > 1 and (a.n, a.seed, len(a.replicates)) == (b.n, b.seed, len(b.replicates))
-    replicates = tuple(np.subtract(a.replicates, b.replicates)) if paired else ()
-    known = a.se is not None and b.se is not None
-    se = float(np.std(replicates, ddof=1)) if paired else math.hypot(a.se, b.se) if known else None
-    settings = dict(error='paired bootstrap' if paired else 'independent', minuend=str(a), subtrahend=str(b))
-    metric = f'Δ{a.metric}' if a.metric == b.metric else f'{a.metric}-{b.metric}'
-    return Card(metric, a.value-b.value, se, min(a.n, b.n), a.extractor, a.reference, a.seed, settings,
-                replicates)
 
-Card.__sub__ = _subtract
+def _paired(a:Card, b:Card) -> bool:
+    "Both resampled the same images"
+    if len(a.replicates) < 2: return False
+    return (a.n, a.seed, len(a.replicates)) == (b.n, b.seed, len(b.replicates))
+
+# %% ../../nbs/metrics/06_card.ipynb #be205353
+@patch
+def __sub__(self:Card, other:Card) -> Card:
+    "The difference of two cards, with a paired error where both resampled the same images"
+    if not isinstance(other, Card): return NotImplemented
+    _check_alike(self, other)
+    replicates = ()
+    se = None
+    paired = _paired(self, other)
+    if paired:
+        replicates = tuple(np.subtract(self.replicates, other.replicates))
+        se = float(np.std(replicates, ddof=1))
+    elif self.se is not None and other.se is not None: se = math.hypot(self.se, other.se)
+    settings = dict(error='paired bootstrap' if paired else 'independent', minuend=str(self),
+                    subtrahend=str(other))
+    metric = f'Δ{self.metric}' if self.metric == other.metric else f'{self.metric}-{other.metric}'
+    return Card(metric, self.value-other.value, se=se, n=min(self.n, other.n), extractor=self.extractor,
+                reference=self.reference, seed=self.seed, settings=settings, replicates=replicates)

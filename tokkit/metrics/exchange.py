@@ -30,18 +30,22 @@ def save_stats(
     if spatial is not None: arrays |= dict(mu_s=spatial.mean, sigma_s=spatial.cov)
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
 
+# %% ../../nbs/metrics/03_exchange.ipynb #60e4cd83
 def _npz(path:str|Path, *names:str, also:tuple = ()) -> dict:
-    "These arrays of a file and those of `also` that are there (a reference file holds images, too, of gigabytes); or a one-line error"
+    "These arrays of a file, and no others: those of `also` where they are there; or a one-line error"
     try:
         with np.load(path, allow_pickle=False) as z:
             there = z.files
+            # only these: a reference file holds images, too, of gigabytes
             arrays = {k: z[k] for k in z.files if k in (*names, *also)}
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f"{path}: not a whole .npz file ({type(e).__name__})") from e
     if any(k not in arrays for k in names):
-        raise ValueError(f"{path}: expected the arrays {', '.join(names)}, found {', '.join(there) or 'none'}")
+        found = ', '.join(there) or 'none'
+        raise ValueError(f"{path}: expected the arrays {', '.join(names)}, found {found}")
     return arrays
 
+# %% ../../nbs/metrics/03_exchange.ipynb #967f9621
 def load_stats(
     path:str|Path,              # .npz file with `mu` and `sigma`
     n:int|None = None,          # of how many images; None: what the file says
@@ -60,11 +64,13 @@ def load_stats(
         raise ValueError(f"{path}: {mu} (d) and {sigma} (d d) do not fit: {mean.shape} and {cov.shape}")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"{path}: {mu} or {sigma} holds NaN or infinity")
-    if abs(cov-cov.T).max() > TOLERANCE*abs(cov).max(): raise ValueError(f"{path}: {sigma} is not symmetric")
-    who = (str(a.get(k, '')) if given is None else given for k,
-           given in (('extractor', extractor), ('fingerprint', fingerprint)))
-    return FeatureStats(n, mean, cov, *who)
+    if abs(cov-cov.T).max() > TOLERANCE*abs(cov).max():
+        raise ValueError(f"{path}: {sigma} is not symmetric")
+    if extractor is None: extractor = str(a.get('extractor', ''))
+    if fingerprint is None: fingerprint = str(a.get('fingerprint', ''))
+    return FeatureStats(n, mean, cov, extractor, fingerprint)
 
+# %% ../../nbs/metrics/03_exchange.ipynb #867fa6f8
 def save_samples(
     path:str|Path,                       # file, e.g. 'samples.npz'
     images:Float[Tensor, "n c h w"],     # in [-1,1]; grey ones are written in three equal channels
@@ -79,6 +85,7 @@ def save_samples(
     if labels is not None: arrays['arr_1'] = np.asarray(labels, dtype=np.int64)
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
 
+# %% ../../nbs/metrics/03_exchange.ipynb #616602e4
 def load_samples(
     path:str|Path,   # .npz file with bytes `arr_0` (n h w c), and maybe labels `arr_1`
 ) -> ImageSet:

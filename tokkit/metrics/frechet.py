@@ -47,10 +47,11 @@ def bootstrap_weights(
     i:int,        # which replicate, from 0
     seed:int = 0, # of all replicates
 ) -> Float64[np.ndarray, "n"]: # how often each image is drawn; sums to n
-    "How often each of n images is drawn in replicate i: the same for everything that is measured on n images"
-    return torch.randint(n, (n,),
-                         generator=make_rng(seed, 'bootstrap', n, i)).bincount(minlength=n).double().numpy()
+    "How often each image is drawn in replicate i: the same for all that is measured on n images"
+    drawn = torch.randint(n, (n,), generator=make_rng(seed, 'bootstrap', n, i))
+    return drawn.bincount(minlength=n).double().numpy()
 
+# %% ../../nbs/metrics/01_frechet.ipynb #5997abf0
 def _weighted(f:np.ndarray, centre:np.ndarray, w:np.ndarray, extractor:str = '') -> FeatureStats:
     "Statistics of weighted features from which `centre`, near their mean, has been subtracted"
     n = int(w.sum())
@@ -70,10 +71,10 @@ def weighted_stats(
     f = check_features(features, 'weighted_stats')
     if len(weights) != len(f) or not weights.sum() >= 1:
         raise ValueError(f"weighted_stats: expected a weight for each of {len(f)} vectors and a sum of 1 or "
-                         "more, "
-                         f"got {len(weights)} that sum to {weights.sum():.4g}")
+                         f"more, got {len(weights)} that sum to {weights.sum():.4g}")
     return _weighted(f-f.mean(0), f.mean(0), weights, extractor)
 
+# %% ../../nbs/metrics/01_frechet.ipynb #229b9904
 def bootstrap_frechet(
     features:Float[Tensor, "n d"]|np.ndarray,                 # of the images that are resampled
     # fixed statistics; or features, resampled as well; or i -> statistics
@@ -81,19 +82,20 @@ def bootstrap_frechet(
     replicates:int = 50,   # how many
     seed:int = 0,          # of the weights
 ) -> Float64[np.ndarray, "replicates"]:
-    "Fréchet distances of resampled images; their standard deviation is the standard error, their mean is biased upward"
+    "Fréchet distances of resampled images: their spread is the error, their mean is biased upward"
     def resampled(f):
         centre = f.mean(0)
         return lambda i, f=f-centre: _weighted(f, centre, bootstrap_weights(len(f), i, seed))
     own = resampled(check_features(features, 'bootstrap_frechet'))
     r = reference
-    other = ((lambda i: r) if isinstance(r, FeatureStats) else r if callable(r)
-             else resampled(check_features(r, 'bootstrap_frechet')))
+    if isinstance(r, FeatureStats): other = lambda i: r
+    elif callable(r): other = r
+    else: other = resampled(check_features(r, 'bootstrap_frechet'))
     # small matrices: threads would only wait for each other
     with threadpool_limits(1 if features.shape[1] <= 512 else None, 'blas'):
         return np.array([frechet_distance(own(i), other(i)) for i in range(replicates)])
 
-# %% ../../nbs/metrics/01_frechet.ipynb #4a15b7d0
+# %% ../../nbs/metrics/01_frechet.ipynb #0900cd8f
 def _within(w:np.ndarray, seed:int, *name) -> np.ndarray:
     "Weights of one part, drawn again within it where they leave fewer than two of its images"
     if np.count_nonzero(w) > 1: return w
@@ -103,6 +105,7 @@ def _within(w:np.ndarray, seed:int, *name) -> np.ndarray:
         w = torch.randint(n, (n,), generator=rng).bincount(minlength=n).double().numpy()
     return w
 
+# %% ../../nbs/metrics/01_frechet.ipynb #45e88cf0
 class FDInfinity(NamedTuple):
     "A Fréchet distance extrapolated to infinitely many images"
     value:float             # the intercept; may be slightly negative where the sets agree
@@ -111,6 +114,34 @@ class FDInfinity(NamedTuple):
     distances:tuple         # mean distance of parts of that size; the first is the plain distance
     replicates:tuple        # of the value
 
+def _divisions(parts, n:int, d:int) -> list[int]:
+    "Numbers of parts to divide n images of d features into, in order; or a one-line error"
+    if parts is None: parts = range(1, 1+max(2, min(5, n//(2*d))))
+    if len(set(parts)) < 2 or min(parts) < 1:
+        raise ValueError("fd_infinity: expected at least two different numbers of parts, e.g. (1, 2, 4), "
+                         f"got {parts}")
+    if n < 4*max(parts):
+        raise ValueError(f"fd_infinity: {n} images in {max(parts)} parts leave fewer than 4 for a part; "
+                         f"take {'fewer parts, or ' if max(parts) > 2 else ''}more images")
+    return sorted(set(parts))
+
+# %% ../../nbs/metrics/01_frechet.ipynb #09c841fa
+def _mean_distances(f, r, orders:list, k, i:int|None, seed:int) -> list:
+    "Mean distances for every number of parts, of replicate i; None is the data as they are"
+    weights = [np.ones(len(o)) if i is None else bootstrap_weights(len(o), i, seed) for o in orders]
+    def part(a, order, w, j, m):
+        "Statistics of the j-th of m parts"
+        if isinstance(a, FeatureStats): return a
+        some = order[j::m]
+        return weighted_stats(a[some], _within(w[some], seed, i, m, j))
+    means = []
+    for m in k:
+        distances = [frechet_distance(part(f, orders[0], weights[0], j, m),
+                                      part(r, orders[-1], weights[-1], j, m)) for j in range(m)]
+        means.append(np.mean(distances))
+    return means
+
+# %% ../../nbs/metrics/01_frechet.ipynb #4a15b7d0
 def fd_infinity(
     features:Float[Tensor, "n d"]|np.ndarray,               # of the images
     # fixed statistics; or features, divided alike: then both sets are extrapolated
@@ -125,28 +156,13 @@ def fd_infinity(
     fixed = isinstance(reference, FeatureStats)
     r = reference if fixed else check_features(reference, 'fd_infinity')
     n = len(f) if fixed else min(len(f), len(r))
-    if parts is None: parts = range(1, 1+max(2, min(5, n//(2*f.shape[1]))))
-    if len(set(parts)) < 2 or min(parts) < 1:
-        raise ValueError("fd_infinity: expected at least two different numbers of parts, e.g. (1, 2, 4), "
-                         f"got {parts}")
-    if n < 4*max(parts):
-        raise ValueError(f"fd_infinity: {n} images in {max(parts)} parts leave fewer than 4 for a part; "
-                         f"take {'fewer parts, or ' if max(parts) > 2 else ''}more images")
-    k = np.asarray(sorted(set(parts)))
+    k = np.asarray(_divisions(parts, n, f.shape[1]))
     # of equal size: divided and weighted alike
     sets = [f] if fixed else [f, r]
     orders = [torch.randperm(len(a), generator=make_rng(seed, 'fd_infinity', len(a))).numpy() for a in sets]
-    def at(i):
-        "Mean distances for every number of parts, of replicate i; None is the data as they are"
-        ws = [np.ones(len(o)) if i is None else bootstrap_weights(len(o), i, seed) for o in orders]
-        def part(a, o, w, j, m):
-            return (a if isinstance(a, FeatureStats)
-                    else weighted_stats(a[o[j::m]], _within(w[o[j::m]], seed, i, m, j)))
-        pairs = (f, orders[0], ws[0]),(r, orders[-1], ws[-1])
-        return [np.mean([frechet_distance(*(part(*a, j, m) for a in pairs)) for j in range(m)]) for m in k]
     line = np.linalg.pinv(np.stack([np.ones(len(k)), k], 1))[0]                # intercept = line @ distances
     with threadpool_limits(1 if f.shape[1] <= 512 else None, 'blas'):
-        distances = at(None)
-        replicates = [float(line@at(i)) for i in range(bootstrap)]
+        distances = _mean_distances(f, r, orders, k, None, seed)
+        replicates = [float(line@_mean_distances(f, r, orders, k, i, seed)) for i in range(bootstrap)]
     se = float(np.std(replicates, ddof=1)) if bootstrap > 1 else None
     return FDInfinity(float(line@distances), se, tuple(n//k), tuple(map(float, distances)), tuple(replicates))

@@ -9,9 +9,10 @@ __all__ = ['FIDELITY', 'GENERATOR_METRICS', 'TOKENIZER_METRICS', 'Sampler', 'eva
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
@@ -30,46 +31,86 @@ GENERATOR_METRICS = ('gFID', *FIDELITY)
 TOKENIZER_METRICS = ('rFID','pFID','iFID', *FIDELITY, 'PSNR','SSIM','LPIPS-style','usage','perplexity')
 
 def _wanted(metrics, known, impossible:dict) -> list[str]:
-    "Which to measure: those asked for, or all that are possible; a reason why each of the others is not"
+    "Which to measure: those asked for, or all that are possible; `impossible` says why the others are not"
     if metrics is None: return [m for m in known if m not in impossible]
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    if unknown := [m for m in metrics if m not in known]:
-        raise ValueError(f"no metric {unknown[0]!r}; there are {', '.join(known)}")
-    if no := [m for m in metrics if m in impossible]: raise ValueError(f"{no[0]} {impossible[no[0]]}")
+    unknown = [m for m in metrics if m not in known]
+    if unknown: raise ValueError(f"no metric {unknown[0]!r}; there are {', '.join(known)}")
+    no = [m for m in metrics if m in impossible]
+    if no: raise ValueError(f"{no[0]} {impossible[no[0]]}")
     return [m for m in known if m in metrics]
 
 def _impossible(reference, classifier) -> dict:
     "Of the fidelity metrics those that cannot be measured, and why"
-    fixed = (isinstance(reference, FeatureStats) or isinstance(reference, Reference)
-             and reference.features is None)
-    no = ({m: "needs features of the reference; it has statistics only" for m in FIDELITY[:-1]} if fixed
-          else {})
-    return (no | ({} if classifier is not None else dict(IS="needs a classifier whose features are class "
-                                                            "probabilities: classifier=...")))
+    no = {}
+    fixed = isinstance(reference, FeatureStats)
+    if isinstance(reference, Reference): fixed = reference.features is None
+    if fixed: no = {m: "needs features of the reference; it has statistics only" for m in FIDELITY[:-1]}
+    if classifier is None:
+        no['IS'] = "needs a classifier whose features are class probabilities: classifier=..."
+    return no
 
-def _fidelity(wanted, f, ref:Reference, probabilities, judge, how:dict, k:int, seed:int,
+# %% ../../nbs/metrics/10_generation.ipynb #e5588d43
+class _Row(NamedTuple):
+    "A number that becomes a card"
+    name:str
+    value:float
+    se:float|None
+    why:dict            # settings of its own
+
+def _binomial(v:float, n:int) -> float:
+    "Standard error of a fraction v of n"
+    return math.sqrt(v*(1-v)/n)
+
+def _kid_row(ref:Reference, f, paired:bool) -> _Row:
+    "KID over all pairs"
+    d = kid(ref.features, f, paired=paired)
+    pairs = 'all but those of an image and its reconstruction' if paired else 'all'
+    return _Row('KID', d.value, d.se, dict(kernel=d.kernel, pairs=pairs, error='jackknife of the images'))
+
+def _is_row(probabilities, seed:int) -> _Row:
+    "Inception score over ten parts"
+    s = inception_score(probabilities, rng=make_rng(seed, 'is'))
+    return _Row('IS', s.value, s.se, dict(splits=10, error='spread over 10 parts'))
+
+# %% ../../nbs/metrics/10_generation.ipynb #c74accee
+def _manifold_rows(ref:Reference, f, k:int) -> list[_Row]:
+    "Precision and recall"
+    precision,recall = precision_recall(ref.features, f, k)
+    why = dict(k=k, error='binomial, at fixed manifolds')
+    return [_Row('precision', precision, _binomial(precision, len(f)), why),
+            _Row('recall', recall, _binomial(recall, len(ref)), why)]
+
+def _density_rows(ref:Reference, f) -> list[_Row]:
+    "Density and coverage"
+    density,coverage = density_coverage(ref.features, f)
+    why = dict(k=5, error='binomial, at fixed manifolds')
+    return [_Row('density', density, None, why | dict(error='none')),
+            _Row('coverage', coverage, _binomial(coverage, len(ref)), why)]
+
+# %% ../../nbs/metrics/10_generation.ipynb #2138dd62
+def _fidelity(wanted, f, ref:Reference, probabilities, judge, how:dict, *, k:int, seed:int,
               paired:bool = False) -> list[Card]:
     "KID, precision, recall, density, coverage and IS, those of them that are wanted"
-    rows,(n,m) = [],(len(f), len(ref))
-    if 'KID' in wanted:
-        d = kid(ref.features, f, paired=paired)
-        pairs = 'all but those of an image and its reconstruction' if paired else 'all'
-        rows.append(('KID', d.value, d.se,
-                     dict(kernel=d.kernel, pairs=pairs, error='jackknife of the images')))
-    def binomial(v, n): return math.sqrt(v*(1-v)/n)
-    if {'precision','recall'} & set(wanted):
-        (p,r),why = precision_recall(ref.features, f, k),dict(k=k, error='binomial, at fixed manifolds')
-        rows += [('precision', p, binomial(p, n), why), ('recall', r, binomial(r, m), why)]
-    if {'density','coverage'} & set(wanted):
-        (density,c),why = density_coverage(ref.features, f),dict(k=5, error='binomial, at fixed manifolds')
-        rows += [('density', density, None, why | dict(error='none')), ('coverage', c, binomial(c, m), why)]
-    if 'IS' in wanted:
-        s = inception_score(probabilities, rng=make_rng(seed, 'is'))
-        rows.append(('IS', s.value, s.se, dict(splits=10, error='spread over 10 parts')))
+    rows = []
+    if 'KID' in wanted: rows.append(_kid_row(ref, f, paired))
+    if {'precision','recall'} & set(wanted): rows += _manifold_rows(ref, f, k)
+    if {'density','coverage'} & set(wanted): rows += _density_rows(ref, f)
+    if 'IS' in wanted: rows.append(_is_row(probabilities, seed))
     rest = {key:v for key,v in how.items() if key != 'dimension'}
-    def by(name): return how['classifier'] if name == 'IS' else judge.name
-    return [Card(name, float(v), se, n, by(name), ref.name, seed, rest | why) for name,v,se,why in rows
-            if name in wanted]
+    cards = []
+    for row in rows:
+        if row.name not in wanted: continue
+        by = how['classifier'] if row.name == 'IS' else judge.name
+        cards.append(Card(row.name, float(row.value), se=row.se, n=len(f), extractor=by, reference=ref.name,
+                          seed=seed, settings=rest | row.why))
+    return cards
+
+def _frechet_card(metric:str, f, ref:Reference, judge, how:dict, *, bootstrap:int, seed:int) -> Card:
+    "A Fréchet distance with its bootstrap error"
+    value,replicates = _frechet(f, ref, bootstrap, seed)
+    return Card(metric, value, se=_se(replicates), n=len(f), extractor=judge.name, reference=ref.name,
+                seed=seed, settings=how, replicates=replicates)
 
 # %% ../../nbs/metrics/10_generation.ipynb #37abf680
 @dataclass
@@ -83,42 +124,6 @@ class Sampler:
     seed:int = 0                        # of all draws
     batch:int = 256                     # drawn at once; changes nothing
 
-    def draw_labels(self,
-        n:int, # images
-    ) -> Int[Tensor, "n"]:
-        "The labels of n images"
-        if isinstance(self.labels, str):
-            if self.labels != 'balanced':
-                raise ValueError(f"labels must be 'balanced', a set of images, or labels; got {self.labels!r}")
-            return torch.arange(n)%self.generator.classes
-        given = torch.as_tensor(getattr(self.labels, 'labels', self.labels))
-        if n > len(given):
-            raise ValueError(f"there are labels for {len(given)} images, {n} are wanted; give "
-                             "labels='balanced', or fewer")
-        return (given[torch.randperm(len(given), generator=make_rng(self.seed, 'labels'))[:n].sort().values]
-                if n < len(given) else given)
-
-    def batches(self,
-        n:int, # images
-    ) -> Iterator[Float[Tensor, "b c h w"]]:
-        "That many images, always the same, some at a time"
-        rng = make_rng(self.seed, 'sample')
-        labels = self.draw_labels(n)
-        seeds = torch.stack([torch.randint(2**62, (), generator=rng) for _ in range(n)])
-        for y,s in zip(labels.split(self.batch), seeds.split(self.batch)):
-            with _measured(self.tok, None) as there, _measured(self.generator,
-                                                               None) as where, torch.no_grad():
-                z = self.generator.sample(y.to(where), rng=s, **self.asked)
-                x = torch.cat([self.tok.from_latents(part.to(there)).cpu() for part in z.split(CHUNK)])
-            # outside: a generator must not leave its mode behind
-            yield x
-
-    def __call__(self,
-        n:int, # images
-    ) -> Float[Tensor, "n c h w"]:
-        "That many images, always the same"
-        return torch.cat([*self.batches(n)])
-
     @property
     def settings(self) -> dict:
         "What the card says"
@@ -127,6 +132,48 @@ class Sampler:
                      sampling_seed=self.seed)
         return about | {k:str(v) for k,v in self.asked.items()}
 
+# %% ../../nbs/metrics/10_generation.ipynb #1d3d7263
+@patch
+def draw_labels(self:Sampler,
+    n:int, # images
+) -> Int[Tensor, "n"]:
+    "The labels of n images"
+    if isinstance(self.labels, str):
+        if self.labels != 'balanced':
+            raise ValueError(f"labels must be 'balanced', a set of images, or labels; got {self.labels!r}")
+        return torch.arange(n)%self.generator.classes
+    given = torch.as_tensor(getattr(self.labels, 'labels', self.labels))
+    if n > len(given):
+        raise ValueError(f"there are labels for {len(given)} images, {n} are wanted; give "
+                         "labels='balanced', or fewer")
+    if n == len(given): return given
+    order = torch.randperm(len(given), generator=make_rng(self.seed, 'labels'))
+    return given[order[:n].sort().values]
+
+# %% ../../nbs/metrics/10_generation.ipynb #a666d7db
+@patch
+def batches(self:Sampler,
+    n:int, # images
+) -> Iterator[Float[Tensor, "b c h w"]]:
+    "That many images, always the same, some at a time"
+    rng = make_rng(self.seed, 'sample')
+    labels = self.draw_labels(n)
+    seeds = torch.stack([torch.randint(2**62, (), generator=rng) for _ in range(n)])
+    for y,s in zip(labels.split(self.batch), seeds.split(self.batch)):
+        with _measured(self.tok, None) as there, _measured(self.generator, None) as where, torch.no_grad():
+            z = self.generator.sample(y.to(where), rng=s, **self.asked)
+            x = torch.cat([self.tok.from_latents(part.to(there)).cpu() for part in z.split(CHUNK)])
+        # outside: a generator must not leave its mode behind
+        yield x
+
+@patch
+def __call__(self:Sampler,
+    n:int, # images
+) -> Float[Tensor, "n c h w"]:
+    "That many images, always the same"
+    return torch.cat([*self.batches(n)])
+
+# %% ../../nbs/metrics/10_generation.ipynb #a838682a
 def _drawn(sampler:Callable, n:int) -> Iterator[Tensor]:
     "n images of a function, some at a time"
     have = 0
@@ -138,26 +185,31 @@ def _drawn(sampler:Callable, n:int) -> Iterator[Tensor]:
         yield x.detach().cpu()[:n-have]
         have += len(x)
 
+def _hashed(first:list[Tensor], parts:Iterator[Tensor], about:dict) -> Iterator[Tensor]:
+    "The parts as they pass; when all have passed, `about` gets their hash and their name"
+    hashes = []
+    x = first.pop()                                                     # nothing else holds it any longer
+    while x is not None:
+        hashes.append(tensors_hash(dict(x=x)))
+        yield x
+        x = next(parts, None)
+    key = stable_hash(hashes)
+    about.update(hash=key, name=f'samples {key[:6]}')
+
+# %% ../../nbs/metrics/10_generation.ipynb #0a85cfe6
 def _passing(samples, n:int|None, reference, seed:int) -> tuple[Iterator[Tensor],dict]:
-    "Samples chunk by chunk, and what `_about` says of them; hash and name of drawn ones are there when all have passed"
+    "Samples chunk by chunk, and what `_about` says of them"
     if not callable(samples) or hasattr(samples, 'hash'):
         images = draw_images(samples, n, seed)
         about = _about(images)
-        return chunks(images, CHUNK),about
+        return chunks(images, CHUNK), about
     if n is None: n = reference.n if isinstance(reference, FeatureStats) else len(reference)
     if n < 2: raise ValueError(f"n must be at least 2 samples, got {n}")
-    parts = chunks(samples.batches(n) if isinstance(samples, Sampler) else _drawn(samples, n), CHUNK)
+    made = samples.batches(n) if isinstance(samples, Sampler) else _drawn(samples, n)
+    parts = chunks(made, CHUNK)
     first = [next(parts)]
-    hashes = []
     about = dict(size=first[0].shape[-1], n=n, shape=tuple(first[0].shape[1:]))
-    def passing():
-        x = first.pop()                                                         # nothing holds it any longer
-        while x is not None:
-            hashes.append(tensors_hash(dict(x=x)))
-            yield x
-            x = next(parts, None)
-        about.update(hash=(key := stable_hash(hashes)), name=f'samples {key[:6]}')
-    return passing(),about
+    return _hashed(first, parts, about), about
 
 def _looked(parts:Iterator[Tensor], eyes:Sequence, device, total:int, desc:str) -> list[Float[Tensor, "n _"]]:
     "Features of images that pass by once, for each of several extractors"
@@ -192,19 +244,21 @@ def evaluate_generator(
     wanted = _wanted(metrics, GENERATOR_METRICS, _impossible(reference, classifier))
     told = (samples.settings if isinstance(samples, Sampler) else {}) | (settings or {})
     parts,about = _passing(samples, n, reference, seed)
-    # of a `Reference` or of statistics
-    named = getattr(reference, 'extractor', None) if extractor is None else extractor
-    judge = _judge(named or None, about['size'])
+    # a `Reference`, or statistics, name their extractor
+    if extractor is None: extractor = getattr(reference, 'extractor', None)
+    judge = _judge(extractor or None, about['size'])
     ref = _reference(reference, about, judge, device, bank)
-    f,*told_apart = _looked(parts, [judge, *([classifier] if 'IS' in wanted else [])], device, about['n'],
-                            'gFID')
+    eyes = [judge, classifier] if 'IS' in wanted else [judge]
+    features = _looked(parts, eyes, device, about['n'], 'gFID')
+    f = features[0]
+    probabilities = features[1] if 'IS' in wanted else None
     how = _settings(about, ref, judge, bootstrap, classifier=classifier.name if classifier else None, **told)
     cards = []
     if 'gFID' in wanted:
-        value,replicates = _frechet(f, ref, bootstrap, seed)
-        cards = [Card('gFID', value, _se(replicates), len(f), judge.name, ref.name, seed, how, replicates)]
-    return cards+_fidelity(wanted, f, ref, told_apart[0] if told_apart else None, judge, how, k, seed)
+        cards.append(_frechet_card('gFID', f, ref, judge, how, bootstrap=bootstrap, seed=seed))
+    return cards+_fidelity(wanted, f, ref, probabilities, judge, how, k=k, seed=seed)
 
+# %% ../../nbs/metrics/10_generation.ipynb #6a8d01de
 def gfid(
     samples,                       # as in `evaluate_generator`
     reference,                     # real images: set, tensor, `Reference`, or `FeatureStats`

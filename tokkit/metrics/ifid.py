@@ -32,13 +32,14 @@ def slerp(
     u = a.flatten(1).to(kind)
     v = b.flatten(1).to(kind)
     length = u.norm(dim=1)*v.norm(dim=1)
-    angle = torch.acos(((u*v).sum(1)/length.clamp(min=torch.finfo(kind).tiny)).clamp(-1, 1))
+    cosine = (u*v).sum(1)/length.clamp(min=torch.finfo(kind).tiny)
+    angle = torch.acos(cosine.clamp(-1, 1))
     sine = torch.where(length > 0, angle.sin(), 0.)
     flat = sine < 1e-6
     sine = sine.masked_fill(flat, 1)
-    wa,wb = (torch.where(flat, line, torch.sin(part*angle)/sine)[:,None] for line,
-             part in ((1.-t, 1-t), (float(t), t)))
-    return (wa*u+wb*v).view_as(a).to(a.dtype)
+    weight_a = torch.where(flat, 1.-t, torch.sin((1-t)*angle)/sine)
+    weight_b = torch.where(flat, float(t), torch.sin(t*angle)/sine)
+    return (weight_a[:,None]*u+weight_b[:,None]*v).view_as(a).to(a.dtype)
 
 # %% ../../nbs/metrics/09_ifid.ipynb #1e16aebb
 class Near(NamedTuple):
@@ -47,29 +48,40 @@ class Near(NamedTuple):
     cosine:Float[Tensor, "n k"]     # how near, -1..1
     distance:Float[Tensor, "n k"]   # mean squared difference
 
-def _nearest(q:Float[Tensor, "n d"], train, top_k:int, labels=None, train_labels=None) -> Near:
-    "The nearest of all that pass by, fewer than `top_k` where there are fewer; on the device of `q`"
-    best = Near(q.new_zeros(len(q), 0, dtype=torch.long), q[:,:0], q[:,:0])
+def _compare(q:Float[Tensor, "n d"], c:Float[Tensor, "m d"]) -> tuple[Tensor,Tensor]:
+    "Cosines and mean squared distances of all pairs of latents (n m)"
+    dot = q@c.T
     norm = q.norm(dim=1, keepdim=True)
+    length = c.norm(dim=1)
+    cosine = dot/(norm*length).clamp(min=1e-30)
+    distance = (norm**2+length**2-2*dot).clamp(min=0)/q.shape[1]
+    return cosine, distance
+
+def _nearer(a:Near, b:Near, top_k:int) -> Near:
+    "The `top_k` nearest of both; of equally near ones the first"
+    index = torch.cat([a.index, b.index], 1)
+    cosine = torch.cat([a.cosine, b.cosine], 1)
+    distance = torch.cat([a.distance, b.distance], 1)
+    order = cosine.argsort(dim=1, descending=True, stable=True)[:,:top_k]
+    return Near(index.gather(1, order), cosine.gather(1, order), distance.gather(1, order))
+
+# %% ../../nbs/metrics/09_ifid.ipynb #ba019bc9
+def _nearest(q:Float[Tensor, "n d"], train, top_k:int, labels=None, train_labels=None) -> Near:
+    "The nearest of all that pass by, or all where they are fewer; on the device of `q`"
+    best = Near(q.new_zeros(len(q), 0, dtype=torch.long), q[:,:0], q[:,:0])
     seen = 0
-    if train_labels is not None:
-        labels = labels[:,None].to(q.device)
-        train_labels = train_labels[None].to(q.device)
     for c in train:
         c = c.flatten(1).to(q)
-        dot = q@c.T
-        length = c.norm(dim=1)
-        cosine = dot/(norm*length).clamp(min=1e-30)
+        cosine,distance = _compare(q, c)
         if train_labels is not None:
-            cosine = cosine.masked_fill(labels != train_labels[:,seen:seen+len(c)], -torch.inf)
-        distance = (norm**2+length**2-2*dot).clamp(min=0)/q.shape[1]
+            theirs = train_labels[seen:seen+len(c)].to(q.device)
+            cosine = cosine.masked_fill(labels[:,None].to(q.device) != theirs, -torch.inf)
         index = torch.arange(seen, seen+len(c), device=q.device).expand(len(q), -1)
-        both = Near(*(torch.cat(p, 1) for p in zip(best, (index, cosine, distance))))
-        order = both.cosine.argsort(dim=1, descending=True, stable=True)[:,:top_k]
-        best = Near(*(p.gather(1, order) for p in both))
+        best = _nearer(best, Near(index, cosine, distance), top_k)
         seen = seen+len(c)
     return best
 
+# %% ../../nbs/metrics/09_ifid.ipynb #18b9afe1
 def nearest_latents(
     z:Float[Tensor, "n *s"],                # latents that ask; the search is made where they are
     train,                                  # chunks of training latents, in order
@@ -86,6 +98,7 @@ def nearest_latents(
                          "more of them, or a smaller top_k")
     return best
 
+# %% ../../nbs/metrics/09_ifid.ipynb #0d7fb7e7
 def draw_near(
     near:Near,                          # of `nearest_latents`
     rng:torch.Generator|None = None,    # which is drawn
@@ -95,28 +108,37 @@ def draw_near(
     drawn = torch.multinomial(p, 1, generator=rng)          # on the CPU: the same on every device
     return near.index.gather(1, drawn.to(near.index.device))[:,0]
 
-# %% ../../nbs/metrics/09_ifid.ipynb #310b90bf
+# %% ../../nbs/metrics/09_ifid.ipynb #7079e4e1
 def _latents(tok, images, device) -> Iterator[Tensor]:
     "Latents of images as the decoder takes them, chunk by chunk"
     return _through(lambda x: tok.quantize(tok.encode(x)).zq, images, device)
 
-def _at(images, i:Tensor) -> Tensor:
+def _bytes_at(images, i:Tensor) -> Tensor:
+    "Images at these places of a tensor or a set, as bytes"
     return to_uint8(images[i] if isinstance(images, Tensor) else images[i][0])
 
+def _equal_images(images, train, rows:Tensor, found:Tensor) -> list[tuple[int,int]]:
+    "Of the pairs (image, training image) those that are the same, byte for byte"
+    own = []
+    for i,j in zip(rows.split(CHUNK), found.split(CHUNK)):
+        same = (_bytes_at(images, i) == _bytes_at(train, j)).flatten(1).all(1)
+        own += zip(i[same].tolist(), j[same].tolist())
+    return own
+
+# %% ../../nbs/metrics/09_ifid.ipynb #457d0425
 def _refuse_own(images, train, z:Tensor, near:Near):
     "Refuse measured images that are training images, too: at distance zero, and the same image"
     zero = near.distance <= 1e-5*z.flatten(1).square().mean(1, keepdim=True)            # up to rounding
     rows = zero.nonzero()[:,0].cpu()
-    found = near.index[zero].cpu()
-    own = [(int(r), int(f)) for i,j in zip(rows.split(CHUNK), found.split(CHUNK))
-           for r,f,same in zip(i, j, (_at(images, i) == _at(train, j)).flatten(1).all(1)) if same]
-    if own:
-        raise ValueError(f"{len({r for r,_ in own})} of the measured images are among the training images "
-                         f"(first: image {own[0][0]} is "
-                         f"{own[0][1]} of train); each would be its own nearest neighbour: leave them out of "
-                         "train")
+    own = _equal_images(images, train, rows, near.index[zero].cpu())
+    if not own: return
+    many = len({image for image,_ in own})
+    image,other = own[0]
+    raise ValueError(f"{many} of the measured images are among the training images (first: image {image} is "
+                     f"{other} of train); each would be its own nearest neighbour: leave them out of train")
 
-def _partners(tok, images, train, z, top_k, same_class, seed, where) -> Float[Tensor, "n *s"]:
+# %% ../../nbs/metrics/09_ifid.ipynb #0574f438
+def _partners(tok, images, train, z, *, top_k, same_class, seed, where) -> Float[Tensor, "n *s"]:
     "For each image the latent of the training image that was drawn for it"
     labels = train_labels = None
     if same_class:
@@ -127,10 +149,34 @@ def _partners(tok, images, train, z, top_k, same_class, seed, where) -> Float[Te
     z = z.to(where)
     near = nearest_latents(z, _latents(tok, train, where), top_k, labels, train_labels)
     _refuse_own(images, train, z, near)
-    which,back = draw_near(near, make_rng(seed, 'ifid')).cpu().unique(return_inverse=True)
+    drawn = draw_near(near, make_rng(seed, 'ifid')).cpu()
+    which,back = drawn.unique(return_inverse=True)               # each is encoded once
     some = train[which] if isinstance(train, Tensor) else train.subset(which)
     return torch.cat([y.cpu() for y in _latents(tok, some, where)])[back]
 
+def _between(a:Tensor, b:Tensor, t:float, how:str) -> Iterator[Tensor]:
+    "Latents at `t` of the way from each a to its b, chunk by chunk"
+    go = slerp if how == 'slerp' else torch.lerp
+    for u,v in zip(a.split(CHUNK), b.split(CHUNK)): yield go(u, v, t)
+
+# %% ../../nbs/metrics/09_ifid.ipynb #4d15d660
+def _check(tok, top_k, t, how):
+    "Refuse what `ifid` cannot do"
+    missing = [k for k in ('encode','quantize','decode') if not hasattr(tok, k)]
+    if missing:
+        raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} "
+                         f"lacks {', '.join(missing)}")
+    if top_k < 1: raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not 0 <= t <= 1: raise ValueError(f"t must be in [0, 1], got {t}")
+    if how not in ('slerp','linear'): raise ValueError(f"how must be 'slerp' or 'linear', got {how!r}")
+
+def _check_apart(images, trained:dict):
+    "Refuse training images that are the measured ones"
+    if _about(images)['hash'] == trained['hash']:
+        raise ValueError("train holds the measured images themselves; every nearest neighbour would be the "
+                         "image: give others")
+
+# %% ../../nbs/metrics/09_ifid.ipynb #310b90bf
 def ifid(
     tok,                           # a tokenizer with encode, quantize and decode
     images,                        # set of images, or a tensor (n c h w) in [-1,1]
@@ -152,32 +198,21 @@ def ifid(
     _check(tok, top_k, t, how)
     check_bootstrap(bootstrap)
     trained = _about(train)
-    if _about(images)['hash'] == trained['hash']:
-        raise ValueError("train holds the measured images themselves; every nearest neighbour would be the "
-                         "image: give others")
+    _check_apart(images, trained)
     images = draw_images(images, n, seed)
     about = _about(images)
     judge = _judge(extractor, about['size'])
     with _measured(tok, device) as where, bar(total=len(images), desc='iFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
         z = _encode(tok, images, where, False)
-        pairs = zip(z.split(CHUNK),
-                    _partners(tok, images, train, z, top_k, same_class, seed, where).split(CHUNK))
-        between = ((slerp if how == 'slerp' else torch.lerp)(a, b, t) for a,b in pairs)
-        made = _through(tok.decode, between, where)
-        value,replicates = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
-    choices = dict(top_k=top_k, t=t, how=how, same_class=same_class, near='cosine of whole latents',
-                   weights='softmax(-mean squared distance)')
+        partners = _partners(tok, images, train, z, top_k=top_k, same_class=same_class, seed=seed,
+                             where=where)
+        made = _through(tok.decode, _between(z, partners, t, how), where)
+        value,replicates = _distance(made, about['shape'], judge, ref, bootstrap=bootstrap, seed=seed,
+                                     device=where, progress=progress)
     settings = _settings(about, ref, judge, bootstrap, tokenizer=_print(tok), train=trained['name'],
-                         train_hash=trained['hash'],
-                         train_n=trained['n'], **choices)
-    return Card('iFID', value, _se(replicates), len(images), judge.name, ref.name, seed, settings, replicates)
-
-def _check(tok, top_k, t, how):
-    missing = [k for k in ('encode','quantize','decode') if not hasattr(tok, k)]
-    if missing:
-        raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} "
-                         f"lacks {', '.join(missing)}")
-    if top_k < 1: raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if not 0 <= t <= 1: raise ValueError(f"t must be in [0, 1], got {t}")
-    if how not in ('slerp','linear'): raise ValueError(f"how must be 'slerp' or 'linear', got {how!r}")
+                         train_hash=trained['hash'], train_n=trained['n'], top_k=top_k, t=t, how=how,
+                         same_class=same_class, near='cosine of whole latents',
+                         weights='softmax(-mean squared distance)')
+    return Card('iFID', value, se=_se(replicates), n=len(images), extractor=judge.name, reference=ref.name,
+                seed=seed, settings=settings, replicates=replicates)

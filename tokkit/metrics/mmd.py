@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from ..core import make_rng
 from .statistics import check_features
 
 # %% ../../nbs/metrics/04_mmd.ipynb #da48e871
+KERNELS = 'linear', 'polynomial', 'gaussian'    # kinds
+
 @dataclass(frozen=True)
 class Kernel:
     "A kernel with a name: `linear`, `polynomial[degree]` or `gaussian[bandwidth,...]`"
@@ -28,50 +31,31 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        inside = ([f'{v:g}' for v in self.numbers]
-                  +['median' if m == 1 else f'median*{m:g}' for m in self.medians])
+        inside = [f'{v:g}' for v in self.numbers]
+        inside += ['median' if m == 1 else f'median*{m:g}' for m in self.medians]
         return f"{self.kind}[{','.join(inside)}]" if inside else self.kind
 
     def __repr__(self): return self.name
 
-    def fit(self,
-        *sets:Float[Tensor, "_ d"]|np.ndarray,  # the data; at most 1000 vectors of each are looked at
-    ) -> 'Kernel':
-        "The same with every `median` replaced by a number"
-        if not self.medians: return self
-        some = torch.cat([t[torch.linspace(0, len(t)-1, min(len(t), 1000)).long()]
-                          for t in map(_matrix, sets)])
-        median = float(torch.pdist(some).median()) if len(some) > 1 else 0.
-        if median <= 0:
-            raise ValueError(f"{self.name}: the median distance of the data is 0; most vectors are equal, so "
-                             "give bandwidths as numbers")
-        return replace(self, numbers=self.numbers+tuple(median*m for m in self.medians), medians=())
+# %% ../../nbs/metrics/04_mmd.ipynb #a71bc5a9
+def _multiple(s:str) -> float:
+    "'median' is 1, 'median*4' is 4, 'median/4' is a quarter; anything else is NaN"
+    rest = s.removeprefix('median')
+    if not rest: return 1.
+    if rest[0] == '*': return float(rest[1:])
+    if rest[0] == '/': return 1/float(rest[1:])
+    return float('nan')
 
-    def _of(self, dot:Tensor, square:Tensor|None, d:int) -> Tensor:
-        "Values from products x.y and squared distances"
-        if self.medians: raise ValueError(f"{self.name} has no bandwidth yet: kernel.fit(x, y) finds it")
-        if self.kind == 'linear': return dot/d
-        if self.kind == 'polynomial': return (dot/d+1)**int(self.numbers[0])
-        return sum((square/(-2*s*s)).exp() for s in self.numbers)/len(self.numbers)
+def _bandwidths(inside:str) -> tuple[tuple,tuple]|None:
+    "Numbers and multiples of the median in a name's brackets; None where one of them is wrong"
+    parts = [s.strip() for s in inside.split(',') if s.strip()]
+    try:
+        numbers = tuple(float(s) for s in parts if not s.startswith('median'))
+        medians = tuple(_multiple(s) for s in parts if s.startswith('median'))
+    except (ValueError, ZeroDivisionError): return None
+    return (numbers, medians) if all(0 < v < float('inf') for v in numbers+medians) else None
 
-    def __call__(self, x:Float[Tensor, "n d"], y:Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-        "Values of all pairs"
-        dot = x@y.T
-        square = ((x.square().sum(1)[:,None]+y.square().sum(1)-2*dot).clamp(min=0) if self.kind == 'gaussian'
-                  else None)
-        return self._of(dot, square, x.shape[1])
-
-    def pairs(self, x:Float[Tensor, "n d"], y:Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
-        "Values of x_i with y_i"
-        return self._of((x*y).sum(1), (x-y).square().sum(1), x.shape[1])
-
-KERNELS = 'linear', 'polynomial', 'gaussian'    # kinds
-
-def _matrix(x) -> Float[Tensor, "n d"]:
-    "In double precision, where it is; on the CPU where a device (MPS) has no doubles"
-    if not isinstance(x, Tensor): return torch.as_tensor(np.asarray(x), dtype=torch.float64)
-    return (x.detach().cpu() if x.device.type == 'mps' else x.detach()).double()
-
+# %% ../../nbs/metrics/04_mmd.ipynb #2c00c6b2
 def get_kernel(
     # 'linear', 'polynomial', 'polynomial[2]', 'gaussian', 'gaussian[1,2]', 'gaussian[median/2,median]'
     name:str|Kernel,
@@ -79,24 +63,64 @@ def get_kernel(
     "A kernel by its name"
     if isinstance(name, Kernel): return name
     kind,_,inside = name.removesuffix(']').partition('[')
-    def multiple(s):
-        rest = s.removeprefix('median')
-        return (1. if not rest else float(rest[1:]) if rest[0] == '*' else 1/float(rest[1:])
-                if rest[0] == '/' else float('nan'))
-    try:
-        parts = [s.strip() for s in inside.split(',') if s.strip()]
-        numbers = tuple(float(s) for s in parts if not s.startswith('median'))
-        medians = tuple(multiple(s) for s in parts if s.startswith('median'))
-        good = all(0 < v < float('inf') for v in numbers+medians)
-    except (ValueError, ZeroDivisionError): good = False
-    if good and kind == 'linear' and not parts: return Kernel(kind)
-    degree = good and not medians and len(numbers) < 2 and all(v == int(v) for v in numbers)
-    if degree and kind == 'polynomial': return Kernel(kind, numbers or (3.,))
-    if good and kind == 'gaussian': return Kernel(kind, numbers, medians if parts else (1.,))
+    found = _bandwidths(inside)
+    if found is not None:
+        numbers,medians = found
+        none = not (numbers or medians)
+        degree = not medians and len(numbers) < 2 and all(v == int(v) for v in numbers)
+        if kind == 'linear' and none: return Kernel(kind)
+        if kind == 'polynomial' and degree: return Kernel(kind, numbers or (3.,))
+        if kind == 'gaussian': return Kernel(kind, numbers, (1.,) if none else medians)
     raise ValueError("expected a kernel like 'linear', 'polynomial[3]', 'gaussian[1,2]' or "
                      f"'gaussian[median]', got {name!r}")
 
-# %% ../../nbs/metrics/04_mmd.ipynb #ed78a0f3
+# %% ../../nbs/metrics/04_mmd.ipynb #bf77d4d6
+def _matrix(x) -> Float[Tensor, "n d"]:
+    "In double precision, where it is; on the CPU where a device (MPS) has no doubles"
+    if not isinstance(x, Tensor): return torch.as_tensor(np.asarray(x), dtype=torch.float64)
+    return (x.detach().cpu() if x.device.type == 'mps' else x.detach()).double()
+
+def _thinned(x:Tensor) -> Tensor:
+    "At most 1000 vectors, evenly spaced"
+    return x[torch.linspace(0, len(x)-1, min(len(x), 1000)).long()]
+
+@patch
+def fit(self:Kernel,
+    *sets:Float[Tensor, "_ d"]|np.ndarray,  # the data; at most 1000 vectors of each are looked at
+) -> Kernel:
+    "The same with every `median` replaced by a number"
+    if not self.medians: return self
+    some = torch.cat([_thinned(_matrix(s)) for s in sets])
+    median = float(torch.pdist(some).median()) if len(some) > 1 else 0.
+    if median <= 0:
+        raise ValueError(f"{self.name}: the median distance of the data is 0; most vectors are equal, so "
+                         "give bandwidths as numbers")
+    return replace(self, numbers=self.numbers+tuple(median*m for m in self.medians), medians=())
+
+# %% ../../nbs/metrics/04_mmd.ipynb #baa88050
+@patch
+def _of(self:Kernel, dot:Tensor, square:Tensor|None, d:int) -> Tensor:
+    "Values from products x.y and squared distances"
+    if self.medians: raise ValueError(f"{self.name} has no bandwidth yet: kernel.fit(x, y) finds it")
+    if self.kind == 'linear': return dot/d
+    if self.kind == 'polynomial': return (dot/d+1)**int(self.numbers[0])
+    return sum((square/(-2*s*s)).exp() for s in self.numbers)/len(self.numbers)
+
+@patch
+def __call__(self:Kernel, x:Float[Tensor, "n d"], y:Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    "Values of all pairs"
+    dot = x@y.T
+    square = None
+    if self.kind == 'gaussian':
+        square = (x.square().sum(1)[:,None]+y.square().sum(1)-2*dot).clamp(min=0)
+    return self._of(dot, square, x.shape[1])
+
+@patch
+def pairs(self:Kernel, x:Float[Tensor, "n d"], y:Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
+    "Values of x_i with y_i"
+    return self._of((x*y).sum(1), (x-y).square().sum(1), x.shape[1])
+
+# %% ../../nbs/metrics/04_mmd.ipynb #a030ed50
 def jackknife(
     left_out:Sequence[float]|np.ndarray,    # the estimate without the first, without the second, ...
 ) -> float:                             # standard error
@@ -110,10 +134,11 @@ class MMD(NamedTuple):
     se:float        # standard error
     kernel:str      # its name, bandwidths included
 
+# %% ../../nbs/metrics/04_mmd.ipynb #1ed2321c
 STRIP = 4_000_000   # pairs held at once
 
 def _sums(kernel:Kernel, x:Tensor, y:Tensor) -> tuple[Float[Tensor, "n"],Float[Tensor, "m"]]:
-    "Sums of k(x_i, y_j) over j for every i, and over i for every j; never more than a strip of the table is there"
+    "Sums of k(x_i, y_j) over j for every i, and over i for every j; no more than a strip is there at once"
     step = max(1, STRIP//len(y))
     rows = []
     columns = 0
@@ -121,8 +146,9 @@ def _sums(kernel:Kernel, x:Tensor, y:Tensor) -> tuple[Float[Tensor, "n"],Float[T
         strip = kernel(x[i:i+step], y)
         rows.append(strip.sum(1))
         columns = columns+strip.sum(0)
-    return torch.cat(rows),columns
+    return torch.cat(rows), columns
 
+# %% ../../nbs/metrics/04_mmd.ipynb #7432f1c1
 def _both(x, y, kernel, what:str, least:int = 2) -> tuple[Tensor,Tensor,Kernel]:
     "Two sets in double precision and the kernel for them, or a one-line error"
     for s in (x, y): check_features(s, what)
@@ -134,8 +160,20 @@ def _both(x, y, kernel, what:str, least:int = 2) -> tuple[Tensor,Tensor,Kernel]:
     if min(len(x), len(y)) < least:
         raise ValueError(f"{what}: expected at least {least} vectors on either side, got {len(x)} and "
                          f"{len(y)}")
-    return x,y.to(x.device),get_kernel(kernel).fit(x, y)
+    return x, y.to(x.device), get_kernel(kernel).fit(x, y)
 
+def _own_rows(k:Kernel, s:Tensor, biased:bool) -> Float[Tensor, "n"]:
+    "For every vector of a set the sum over its pairs in the set, itself left out unless biased"
+    return _sums(k, s, s)[0]-(0 if biased else k.pairs(s, s))
+
+def _without(rows, diagonal, cross, total, other, *, m:int, biased:bool) -> np.ndarray:
+    "The value without each vector of one set in turn; `other` is the other set's own term, of m vectors"
+    n = len(rows)
+    own = 0 if biased else 1
+    pairs = rows.sum()-2*rows+(diagonal if biased else 0)
+    return (pairs/((n-1)*(n-1-own))+other-2*(total-cross)/((n-1)*m)).cpu().numpy()
+
+# %% ../../nbs/metrics/04_mmd.ipynb #ed78a0f3
 def mmd2(
     x:Float[Tensor, "n d"]|np.ndarray,  # one set
     y:Float[Tensor, "m d"]|np.ndarray,  # the other
@@ -149,24 +187,25 @@ def mmd2(
     n = len(x)
     m = len(y)
     own = 0 if biased else 1
-    xx,yy = (_sums(k, s, s)[0]-(0 if biased else k.pairs(s, s)) for s in (x, y))
+    xx = _own_rows(k, x, biased)
+    yy = _own_rows(k, y, biased)
     xy,yx = _sums(k, x, y)
     total = xy.sum()
-    value = xx.sum()/(n*(n-own))+yy.sum()/(m*(m-own))-2*total/(n*m)
-    def without(own_rows, other_rows, other_total, n, m):
-        "The value without each vector of one set in turn"
-        diagonal = k.pairs(x, x) if own_rows is xx else k.pairs(y, y)
-        pairs = own_rows.sum()-2*own_rows+(diagonal if biased else 0)
-        return (pairs/((n-1)*(n-1-own))+other_total-2*(total-other_rows)/((n-1)*m)).cpu().numpy()
-    errors = (jackknife(without(xx, xy, yy.sum()/(m*(m-own)), n, m)),
-              jackknife(without(yy, yx, xx.sum()/(n*(n-own)), m, n)))
-    return MMD(float(value), float(np.hypot(*errors)), k.name)
+    within_x = xx.sum()/(n*(n-own))
+    within_y = yy.sum()/(m*(m-own))
+    value = within_x+within_y-2*total/(n*m)
+    error_x = jackknife(_without(xx, k.pairs(x, x), xy, total, within_y, m=m, biased=biased))
+    error_y = jackknife(_without(yy, k.pairs(y, y), yx, total, within_x, m=n, biased=biased))
+    return MMD(float(value), float(np.hypot(error_x, error_y)), k.name)
 
+# %% ../../nbs/metrics/04_mmd.ipynb #09194a75
 def _of_pairs(x:Tensor, y:Tensor, k:Kernel, biased:bool) -> MMD:
-    "The same of vectors that belong together: no x_i is compared with its own y_i, and both are left out at once"
+    "MMD of vectors that belong together: no x_i meets its own y_i, and both are left out at once"
     if len(x) != len(y):
         raise ValueError(f"mmd2: expected pairs, as many vectors on either side, got {len(x)} and {len(y)}")
-    n,own,(xy,yx) = len(x),0 if biased else 1,_sums(k, x, y)
+    n = len(x)
+    own = 0 if biased else 1
+    xy,yx = _sums(k, x, y)
     alone = k.pairs(x, x)+k.pairs(y, y)-2*k.pairs(x, y)
     rows = _sums(k, x, x)[0]+_sums(k, y, y)[0]-xy-yx-own*alone
     left_out = (rows.sum()-2*rows+(1-own)*alone)/((n-1)*(n-1-own))
@@ -182,7 +221,9 @@ def mmd2_linear(
 ) -> MMD:                                 # with `value`, `se` and `kernel`
     "Squared maximum mean discrepancy from disjoint pairs, in linear time"
     x,y,k = _both(x, y, kernel, 'mmd2_linear', 4)
-    if rng is not None: x,y = (s[torch.randperm(len(s), generator=rng).to(s.device)] for s in (x, y))
+    if rng is not None:
+        x = x[torch.randperm(len(x), generator=rng).to(x.device)]
+        y = y[torch.randperm(len(y), generator=rng).to(y.device)]
     n = min(len(x), len(y))//2
     a = x[:2*n:2]
     b = x[1:2*n:2]
@@ -191,7 +232,7 @@ def mmd2_linear(
     h = k.pairs(a, b)+k.pairs(c, d)-k.pairs(a, d)-k.pairs(b, c)
     return MMD(float(h.mean()), float(h.std()/n**.5), k.name)
 
-# %% ../../nbs/metrics/04_mmd.ipynb #7281e7ca
+# %% ../../nbs/metrics/04_mmd.ipynb #e5440bd6
 class KID(NamedTuple):
     "A kernel distance: of all pairs, or the mean over subsets"
     value:float           # over all pairs; or the mean over the subsets
@@ -201,6 +242,13 @@ class KID(NamedTuple):
     subsets:int|None      # how many
     subset_size:int|None  # vectors in each
 
+def _subset(x:Tensor, y:Tensor, size:int, paired:bool, rng) -> tuple[Tensor,Tensor]:
+    "Some vectors of both sets; the same places of both where they are pairs"
+    i = torch.randperm(len(x), generator=rng)[:size]
+    j = i if paired else torch.randperm(len(y), generator=rng)[:size]
+    return x[i.to(x.device)], y[j.to(x.device)]
+
+# %% ../../nbs/metrics/04_mmd.ipynb #7281e7ca
 def kid(
     real:Float[Tensor, "n d"]|np.ndarray,  # features of real images
     fake:Float[Tensor, "m d"]|np.ndarray,  # features of made ones
@@ -219,11 +267,10 @@ def kid(
                          f"{subset_size}")
     size = min(subset_size, len(x), len(y))
     rng = make_rng(0, 'kid') if rng is None else rng
-    def some():
-        i = torch.randperm(len(x), generator=rng)[:size]
-        return (x[i.to(x.device)],
-                y[(i if paired else torch.randperm(len(y), generator=rng)[:size]).to(x.device)])
-    each = [mmd2(*some(), k, paired=paired) for _ in range(subsets)]
+    each = []
+    for _ in range(subsets):
+        a,b = _subset(x, y, size, paired, rng)
+        each.append(mmd2(a, b, k, paired=paired))
     values = np.array([e.value for e in each])
     se = float(np.hypot(whole.se, values.std(ddof=1)/subsets**.5)) if subsets > 1 else each[0].se
     return KID(float(values.mean()), se, float(values.std()), k.name, subsets, size)

@@ -7,7 +7,8 @@ __all__ = ['PFID_ALPHAS', 'PFID_DELTAS', 'rfid', 'pfid_deltas', 'pfid']
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #369eb37c
 import copy, math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from ..core import bar, check_count, check_range, make_rng
 from ..features import FeatureExtractor
 from .card import Card
 from .reference import (_about, _distance, _judge, _measured, _print, _reference, _se,
-                                      _settings, _through, check_bootstrap, draw_images, FeatureBank)
+                                      _settings, _through, check_bootstrap, draw_images, FeatureBank,
+                                      Reference)
 from ..perturbation import effective_rate, perturb_codes, perturb_latents
 from ..tokenizers import NeighbourTable, Quantizer
 
@@ -43,10 +45,12 @@ def rfid(
     judge = _judge(extractor, about['size'])
     with _measured(tok, device) as where, bar(total=n, desc='rFID', unit='image') as progress:
         ref = _reference(reference, images, judge, where, bank)
-        value,replicates = _distance(_through(tok.reconstruct, images, where), about['shape'], judge, ref,
-                                     bootstrap, seed, where, progress)
+        made = _through(tok.reconstruct, images, where)
+        value,replicates = _distance(made, about['shape'], judge, ref, bootstrap=bootstrap, seed=seed,
+                                     device=where, progress=progress)
     settings = _settings(images, ref, judge, bootstrap, tokenizer=_print(tok))
-    return Card('rFID', value, _se(replicates), n, judge.name, ref.name, seed, settings, replicates)
+    return Card('rFID', value, se=_se(replicates), n=n, extractor=judge.name, reference=ref.name, seed=seed,
+                settings=settings, replicates=replicates)
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #187c843b
 PFID_ALPHAS = (.9,.8,.7,.6,.5)      # fractions of an image's tokens redrawn
@@ -64,36 +68,53 @@ def pfid_deltas(
     return tuple(math.floor(d*codebook_size/16384+.5) for d in PFID_DELTAS[16384])
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #7c7fb550
-def _encode(tok, images, device, discrete:bool) -> Tensor:
-    "Ids (n t), or latents (n t d) as the decoder takes them"
-    f = tok.tokenize if discrete else lambda x: tok.quantize(tok.encode(x)).zq
-    return torch.cat([t.cpu() for t in _through(f, images, device)])
+def _latent_doses(kind, strengths) -> list[dict]:
+    "Doses for continuous latents: strengths of one kind of noise"
+    if kind is None or not strengths:
+        raise ValueError("pFID is defined for codes and this tokenizer has none; "
+                         "for its latents give kind='gaussian' and strengths=(...)")
+    for s in strengths: check_range('strength', s, 0, 1e6)
+    return [dict(strength=float(s)) for s in strengths]
 
-def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
-    "The cells: (alpha, delta) for codes, strengths for continuous latents"
-    if tok.codebook is None:
-        if kind is None or not strengths:
-            raise ValueError("pFID is defined for codes and this tokenizer has none; "
-                             "for its latents give kind='gaussian' and strengths=(...)")
-        for s in strengths: check_range('strength', s, 0, 1e6)
-        return [dict(strength=float(s)) for s in strengths]
-    if kind is not None or strengths:
-        raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give "
-                         "alphas and deltas")
+def _code_doses(k:int, alphas, deltas) -> list[dict]:
+    "Doses for a codebook of k codes: every alpha with every delta"
     for a in alphas: check_range('alpha', a, hint='it is the fraction of tokens that are redrawn')
-    k = tok.codebook.shape[-2]
     deltas = pfid_deltas(k) if deltas is None else deltas
     for d in deltas: check_count('delta', d, k, 'it is a number of neighbours')
     cells = [dict(alpha=float(a), delta=int(d)) for a in alphas for d in deltas]
     if not cells: raise ValueError("pFID needs at least one alpha and one delta, got none")
     return cells
 
-def _codes(tok) -> Tensor|Quantizer:
-    "Who knows the neighbours of codes, on the CPU where the ids are: the quantizer, or a foreign tokenizer's codebook"
+# %% ../../nbs/metrics/08_reconstruction.ipynb #af1a3dc0
+def _doses(tok, alphas, deltas, kind, strengths) -> list[dict]:
+    "The cells: (alpha, delta) for codes, strengths for continuous latents"
+    if tok.codebook is None: return _latent_doses(kind, strengths)
+    if kind is not None or strengths:
+        raise ValueError("kind and strengths are for continuous latents; this tokenizer has codes: give "
+                         "alphas and deltas")
+    return _code_doses(tok.codebook.shape[-2], alphas, deltas)
+
+# %% ../../nbs/metrics/08_reconstruction.ipynb #4e8e96d8
+def _encode(tok, images, device, discrete:bool) -> Tensor:
+    "Ids (n t), or latents (n t d) as the decoder takes them"
+    f = tok.tokenize if discrete else lambda x: tok.quantize(tok.encode(x)).zq
+    return torch.cat([t.cpu() for t in _through(f, images, device)])
+
+def _codes(tok) -> Tensor|Quantizer|None:
+    "Who knows the neighbours of codes, on the CPU: the quantizer, or a foreign tokenizer's codebook"
+    if tok.codebook is None: return None
     q = getattr(tok, 'quantizer', None)
     return copy.deepcopy(q).cpu() if isinstance(q, Quantizer) else tok.codebook.detach().cpu()
 
-def _perturbed(tok, codes, clean, dose, table, kind, seed, how) -> tuple[Tensor,float|None]:
+def _neighbours(codes, doses:list[dict], include_self:bool) -> NeighbourTable|None:
+    "Neighbours of all codes, found once for all cells; None on a lattice, where they are found fast"
+    if codes is None or getattr(codes, 'lattice', None): return None
+    table = NeighbourTable()
+    table(codes, max(d['delta'] for d in doses), include_self)
+    return table
+
+# %% ../../nbs/metrics/08_reconstruction.ipynb #1b33bff9
+def _perturbed(clean, dose:dict, *, codes, table, kind, seed, how) -> tuple[Tensor,float|None]:
     "Perturbed ids or latents of all images, and the rate at which tokens really changed"
     rng = make_rng(seed, 'pfid', *map(str, dose.values()))
     if codes is None:
@@ -101,17 +122,50 @@ def _perturbed(tok, codes, clean, dose, table, kind, seed, how) -> tuple[Tensor,
     ids = perturb_codes(clean, codes, dose['alpha'], dose['delta'], table=table, rng=rng, **how)
     return ids, effective_rate(clean, ids)
 
-def _choices(tok, codes, deltas, cells) -> dict:
+# %% ../../nbs/metrics/08_reconstruction.ipynb #3867e0c9
+def _cells(clean, doses:list[dict], perturb:Callable, measure:Callable) -> tuple[dict,list]:
+    "A row for every dose, by name, and the replicates of each"
+    cells = {}
+    replicates = []
+    for dose in doses:
+        moved,rate = perturb(clean, dose)
+        value,r = measure(moved)
+        name = ' '.join(f'{k}={v:g}' for k,v in dose.items())
+        cells[name] = dose | dict(value=value, se=_se(r), rate=rate)
+        replicates.append(r)
+    return cells, replicates
+
+# %% ../../nbs/metrics/08_reconstruction.ipynb #0a542254
+def _measure_cells(tok, images, judge, doses, perturb, *, reference, bootstrap, seed, device,
+                   bank) -> tuple[dict,list,Reference]:
+    "All cells of pFID, their replicates, and what they were compared with"
+    shape = _about(images)['shape']
+    discrete = tok.codebook is not None
+    total = len(doses)*len(images)
+    with _measured(tok, device) as where, bar(total=total, desc='pFID', unit='image') as progress:
+        ref = _reference(reference, images, judge, where, bank)
+        clean = _encode(tok, images, where, discrete)
+        def measure(moved):
+            made = _through(tok.detokenize if discrete else tok.decode, moved, where)
+            return _distance(made, shape, judge, ref, bootstrap=bootstrap, seed=seed, device=where,
+                             progress=progress)
+        cells,replicates = _cells(clean, doses, perturb, measure)
+    return cells, replicates, ref
+
+# %% ../../nbs/metrics/08_reconstruction.ipynb #a84d5562
+def _choices(tok, codes, deltas, rows) -> dict:
     "What the definition leaves open for codes, and what was done"
     k = tok.codebook.shape[-2]
-    levels = tok.codebook.ndim == 3
-    near = f"nearest in the codebook{' of the same level' if levels else ''}"
+    near = 'nearest in the codebook'
+    if tok.codebook.ndim == 3: near += ' of the same level'
     if getattr(codes, 'lattice', None): near = 'fewest steps on the lattice of codes'
-    source = 'given' if deltas else 'published' if k in PFID_DELTAS else '{200,280,360}*K/16384, rounded'
+    source = '{200,280,360}*K/16384, rounded'
+    if k in PFID_DELTAS: source = 'published'
+    if deltas: source = 'given'
     return dict(codebook_size=k, neighbour=f'{near}; of equally near ones the first',
-                deltas=sorted({c['delta'] for c in cells}),
-                deltas_from=source, alphas=sorted({c['alpha'] for c in cells}),
-                rate_measured=float(np.mean([c['rate'] for c in cells])))
+                deltas=sorted({row['delta'] for row in rows}), deltas_from=source,
+                alphas=sorted({row['alpha'] for row in rows}),
+                rate_measured=float(np.mean([row['rate'] for row in rows])))
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #39e42779
 def pfid(
@@ -136,33 +190,18 @@ def pfid(
     "Mean Fréchet distance of reconstructions from perturbed tokens, over a grid of doses"
     check_bootstrap(bootstrap)
     doses = _doses(tok, alphas, deltas, kind, strengths)
-    discrete = tok.codebook is not None
     images = draw_images(images, n, seed)
-    about = _about(images)
-    n = len(images)
-    judge = _judge(extractor, about['size'])
-    cells = {}
-    replicates = []
+    judge = _judge(extractor, _about(images)['size'])
     how = dict(rate=rate, neighbours='code', include_self=include_self)
-    table = NeighbourTable()
-    codes = _codes(tok) if discrete else None
-    if getattr(codes, 'lattice', None): table = None                              # found faster than kept
-    elif discrete: table(codes, max(d['delta'] for d in doses), include_self)     # once, for all cells
-    with _measured(tok, device) as where, bar(total=len(doses)*n, desc='pFID', unit='image') as progress:
-        ref = _reference(reference, images, judge, where, bank)
-        clean = _encode(tok, images, where, discrete)
-        for dose in doses:
-            moved,measured = _perturbed(tok, codes, clean, dose, table, kind, seed, how)
-            made = _through(tok.detokenize if discrete else tok.decode, moved, where)
-            value,r = _distance(made, about['shape'], judge, ref, bootstrap, seed, where, progress)
-            cells[' '.join(f'{k}={v:g}' for k,v in dose.items())] = (dose
-                                                                     | dict(value=value, se=_se(r),
-                                                                            rate=measured))
-            replicates.append(r)
+    codes = _codes(tok)
+    perturb = partial(_perturbed, codes=codes, table=_neighbours(codes, doses, include_self), kind=kind,
+                      seed=seed, how=how)
+    cells,replicates,ref = _measure_cells(tok, images, judge, doses, perturb, reference=reference,
+                                          bootstrap=bootstrap, seed=seed, device=device, bank=bank)
     mean = np.mean(replicates, 0)
     rows = list(cells.values())
-    how = how | _choices(tok, codes, deltas, rows) if discrete else dict(kind=kind)
+    how = dict(kind=kind) if codes is None else how | _choices(tok, codes, deltas, rows)
     how |= dict(tokenizer=_print(tok), beta=1., cells=f'mean of {len(rows)}, the same images in each')
-    settings = _settings(images, ref, judge, bootstrap, **how)
-    return Card('pFID', float(np.mean([c['value'] for c in rows])), _se(mean), n, judge.name, ref.name, seed,
-                settings, mean, cells)
+    return Card('pFID', float(np.mean([row['value'] for row in rows])), se=_se(mean), n=len(images),
+                extractor=judge.name, reference=ref.name, seed=seed, cells=cells, replicates=mean,
+                settings=_settings(images, ref, judge, bootstrap, **how))

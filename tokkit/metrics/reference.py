@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
@@ -25,9 +26,19 @@ from ..features import (check_images, CHUNK, chunks, default_extractor, extract,
 from .frechet import bootstrap_frechet, bootstrap_weights, frechet_distance, weighted_stats
 from .statistics import FeatureStats
 
+# %% ../../nbs/metrics/07_reference.ipynb #e2e65ab3
+def _made_by(features, extractor:str) -> str:
+    "Name of the extractor: as given, or as the statistics say"
+    made = features.extractor if isinstance(features, FeatureStats) else ''
+    if not (extractor or made):
+        raise ValueError("these statistics do not say whose features they are of; give extractor='...'")
+    if extractor and made and extractor != made:
+        raise ValueError(f"the reference features are by {made}, not by {extractor}")
+    return extractor or made
+
 # %% ../../nbs/metrics/07_reference.ipynb #67bfdf64
 class Reference:
-    "Features of one image set by one extractor, with their statistics and resampled statistics; or fixed statistics alone"
+    "Features of one image set by one extractor, with their statistics; or fixed statistics alone"
     def __init__(self,
         features:Float[Tensor, "n d"]|FeatureStats, # of the images; or statistics, which are not resampled
         extractor:str = '',            # name of who made them; '' is the one the statistics name
@@ -36,37 +47,57 @@ class Reference:
         shape:tuple|None = None,       # (c h w) of the images, where it is known
         fingerprint:str = '',          # of who made them, where it is known
     ):
-        fixed = isinstance(features, FeatureStats)
-        made = features.extractor if fixed else ''
-        if not (extractor or made):
-            raise ValueError("these statistics do not say whose features they are of; give extractor='...'")
-        if extractor and made and extractor != made:
-            raise ValueError(f"the reference features are by {made}, not by {extractor}")
-        self.extractor = extractor or made
+        self.extractor = _made_by(features, extractor)
         self.name = name
         self.shape = shape
-        self.features,self.fingerprint = ((None,features.fingerprint or fingerprint) if fixed
-                                          else (features,fingerprint))
-        self.stats = features if fixed else FeatureStats.from_features(features, self.extractor, fingerprint)
-        own = dict(mean=features.mean, cov=features.cov) if fixed else dict(f=features)
-        self.hash = key or tensors_hash({k: torch.as_tensor(v) for k,v in own.items()})
         self._resampled = {}
+        if isinstance(features, FeatureStats):
+            self.features = None
+            self.fingerprint = features.fingerprint or fingerprint
+            self.stats = features
+            own = dict(mean=features.mean, cov=features.cov)
+        else:
+            self.features = features
+            self.fingerprint = fingerprint
+            self.stats = FeatureStats.from_features(features, self.extractor, fingerprint)
+            own = dict(f=features)
+        self.hash = key or tensors_hash({k: torch.as_tensor(v) for k,v in own.items()})
 
     def __len__(self): return self.stats.n
     def __repr__(self):
-        return (f"Reference {self.name}: {len(self)} images by {self.extractor}"
-                +(', statistics only' if self.features is None else ''))
+        alone = ', statistics only' if self.features is None else ''
+        return f"Reference {self.name}: {len(self)} images by {self.extractor}{alone}"
 
-    def replicate(self,
-        i:int,        # which, from 0
-        seed:int = 0, # of the weights
-    ) -> FeatureStats:
-        "Statistics of replicate i; kept while they are small. Fixed statistics are the same in each"
-        if self.features is None: return self.stats
-        if (i, seed) in self._resampled: return self._resampled[i, seed]
-        s = weighted_stats(self.features, bootstrap_weights(len(self), i, seed), self.extractor)
-        if self.features.shape[1] <= 512: self._resampled[i, seed] = s
-        return s
+# %% ../../nbs/metrics/07_reference.ipynb #cfe716bc
+@patch
+def replicate(self:Reference,
+    i:int,        # which, from 0
+    seed:int = 0, # of the weights
+) -> FeatureStats:
+    "Statistics of replicate i; kept while they are small. Fixed statistics are the same in each"
+    if self.features is None: return self.stats
+    if (i, seed) in self._resampled: return self._resampled[i, seed]
+    weights = bootstrap_weights(len(self), i, seed)
+    s = weighted_stats(self.features, weights, self.extractor)
+    if self.features.shape[1] <= 512: self._resampled[i, seed] = s
+    return s
+
+# %% ../../nbs/metrics/07_reference.ipynb #ffa2818e
+def _about(images) -> dict:
+    "Name, hash, size, number and shape of a set of images; a dict of these comes back as it is"
+    if isinstance(images, dict): return images
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or not len(images):
+            raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
+        key = tensors_hash(dict(x=check_images(images)))
+        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images),
+                    shape=tuple(images.shape[1:]))
+    if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
+        raise ValueError("expected images as a tensor (n c h w) in [-1,1] or a set of images, got "
+                         f"{type(images).__name__}")
+    if not len(images): raise ValueError(f"expected at least one image, {images.name} has none")
+    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images),
+                shape=(images.channels, images.size, images.size))
 
 # %% ../../nbs/metrics/07_reference.ipynb #76e992f9
 class FeatureBank:
@@ -97,19 +128,10 @@ class FeatureBank:
                                         about['shape'], made)
         return self._kept[key]
 
-    def _stored(self, images, about, extractor, made:str, device) -> Float[Tensor, "n d"]:
-        "Features from the disk, or made and put there"
-        if not self.disk or isinstance(images, Tensor): return extract(extractor, images, device)
-        folder = data_home()/'features' if self.disk is True else Path(self.disk)
-        path = folder/f"{about['hash']}-{stable_hash([made, torch.__version__, device.type])}.npz"
-        if (f := _read_features(path, about['n'])) is not None: return f
-        f = extract(extractor, images, device)
-        try:
-            with atomic_path(path) as p, open(p, 'wb') as file:
-                np.savez(file, features=f.numpy(), hash=tensors_hash(dict(f=f), 64))
-        except OSError as e:
-            warnings.warn(f"the features cannot be kept in {folder} ({e.strerror})", stacklevel=4)
-        return f
+# %% ../../nbs/metrics/07_reference.ipynb #0358929c
+# what reading a damaged file may raise
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, RuntimeError,
+            zipfile.BadZipFile, zlib.error)
 
 def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
     "Features of n images from a file; None where there is none, or a damaged one"
@@ -119,55 +141,63 @@ def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
             told = str(z.get('hash'))  # None: of an earlier version
         if f.ndim == 2 and len(f) == n and tensors_hash(dict(f=f), 64) == told: return f
     except (FileNotFoundError, NotADirectoryError): return None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, RuntimeError,
-            zipfile.BadZipFile, zlib.error):
-        pass
+    except _DAMAGED: pass
     warnings.warn(f"the features in {path} were damaged; they are made again", stacklevel=4)
+
+# %% ../../nbs/metrics/07_reference.ipynb #426cdf81
+@patch
+def _stored(self:FeatureBank, images, about:dict, extractor, made:str, device) -> Float[Tensor, "n d"]:
+    "Features from the disk, or made and put there"
+    if not self.disk or isinstance(images, Tensor): return extract(extractor, images, device)
+    folder = data_home()/'features' if self.disk is True else Path(self.disk)
+    path = folder/f"{about['hash']}-{stable_hash([made, torch.__version__, device.type])}.npz"
+    f = _read_features(path, about['n'])
+    if f is not None: return f
+    f = extract(extractor, images, device)
+    try:
+        with atomic_path(path) as p, open(p, 'wb') as file:
+            np.savez(file, features=f.numpy(), hash=tensors_hash(dict(f=f), 64))
+    except OSError as e:
+        warnings.warn(f"the features cannot be kept in {folder} ({e.strerror})", stacklevel=4)
+    return f
 
 BANK = FeatureBank(disk=True)    # what all cards of this process share unless they are given another
 
-# %% ../../nbs/metrics/07_reference.ipynb #ffa2818e
-def _about(images) -> dict:
-    "Name, hash, size, number and shape of a set of images; what is said of it already"
-    if isinstance(images, dict): return images
-    if isinstance(images, Tensor):
-        if images.ndim != 4 or not len(images):
-            raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
-        key = tensors_hash(dict(x=check_images(images)))
-        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images),
-                    shape=tuple(images.shape[1:]))
-    if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
-        raise ValueError("expected images as a tensor (n c h w) in [-1,1] or a set of images, got "
-                         f"{type(images).__name__}")
-    if not len(images): raise ValueError(f"expected at least one image, {images.name} has none")
-    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images),
-                shape=(images.channels, images.size, images.size))
-
+# %% ../../nbs/metrics/07_reference.ipynb #a402a8cf
 def _judge(extractor, size:int) -> FeatureExtractor:
     "An extractor from itself, its name, or the images' size"
-    return (default_extractor(size) if extractor is None else get_extractor(extractor, size)
-            if isinstance(extractor, str) else extractor)
+    if extractor is None: return default_extractor(size)
+    if isinstance(extractor, str): return get_extractor(extractor, size)
+    return extractor
 
+def _check_judge(ref:Reference, extractor:FeatureExtractor):
+    "Refuse a reference by another extractor, or by one of the same name with other weights"
+    if ref.extractor != extractor.name:
+        raise ValueError(f"the reference features are by {ref.extractor}, the card is by {extractor.name}; "
+                         "use one extractor")
+    if not ref.fingerprint: return
+    made = extractor.fingerprint
+    if ref.fingerprint != made:
+        raise ValueError(f"the reference features are by another extractor of the name {ref.extractor} than "
+                         f"the card: fingerprints {ref.fingerprint} and {made} (weights, layers, resizing); "
+                         "use one extractor")
+
+# %% ../../nbs/metrics/07_reference.ipynb #c3e140c1
 def _reference(reference, images, extractor, device, bank) -> Reference:
     "Whatever was given as reference, as features of this extractor; None is the images themselves"
     if isinstance(reference, FeatureStats):
         reference = Reference(reference, reference.extractor or extractor.name, 'statistics')
-    ref = (reference if isinstance(reference, Reference)
-           else (bank or BANK)(images if reference is None else reference, extractor, device))
-    if ref.extractor != extractor.name:
-        raise ValueError(f"the reference features are by {ref.extractor}, the card is by {extractor.name}; "
-                         "use one extractor")
-    if ref.fingerprint and ref.fingerprint != (made := extractor.fingerprint):
-        raise ValueError(f"the reference features are by another extractor of the name {ref.extractor} than "
-                         "the card: "
-                         f"fingerprints {ref.fingerprint} and {made} (weights, layers, resizing); use one "
-                         "extractor")
-    if ref.shape and reference is not None and ref.shape != (shape := _about(images)['shape']):
+    if isinstance(reference, Reference): ref = reference
+    else: ref = (bank or BANK)(images if reference is None else reference, extractor, device)
+    _check_judge(ref, extractor)
+    if reference is None or not ref.shape: return ref
+    shape = _about(images)['shape']
+    if ref.shape != shape:
         raise ValueError(f"images are {shape}, those of the reference {ref.name} are {ref.shape}; make them "
                          "alike first")
     return ref
 
-# %% ../../nbs/metrics/07_reference.ipynb #9320cfb8
+# %% ../../nbs/metrics/07_reference.ipynb #573e8529
 def check_bootstrap(
     replicates:int, # what arrived
 ):
@@ -184,13 +214,11 @@ def draw_images(
     if n is None or n == len(images): return images
     if not isinstance(n, Integral) or not 2 <= n <= len(images):
         raise ValueError(f"n must be in 2..{len(images)}, as many images as there are, got {n}")
-    i = torch.randperm(len(images), generator=make_rng(seed, 'images')).narrow(0, 0, n).sort().values
+    order = torch.randperm(len(images), generator=make_rng(seed, 'images'))
+    i = order.narrow(0, 0, n).sort().values
     return images[i] if isinstance(images, Tensor) else images.subset(i)
 
-def _print(tok) -> str:
-    "A tokenizer's fingerprint, when it has one"
-    return getattr(tok, 'fingerprint', 'unnamed')
-
+# %% ../../nbs/metrics/07_reference.ipynb #6f424dc1
 @contextmanager
 def _measured(tok, device) -> Iterator[torch.device]:
     "Tokenizer in evaluation mode on the device where it is measured"
@@ -206,6 +234,7 @@ def _measured(tok, device) -> Iterator[torch.device]:
     finally:
         for m,mode in modes.items(): m.training = mode
 
+# %% ../../nbs/metrics/07_reference.ipynb #9320cfb8
 def _through(f:Callable, items, device) -> Iterator[Tensor]:
     "`f` of items (images, ids or latents), chunk by chunk"
     for x in chunks(items, CHUNK):
@@ -216,27 +245,36 @@ def _through(f:Callable, items, device) -> Iterator[Tensor]:
 def _alike(made:Iterator[Tensor], shape:tuple) -> Iterator[Tensor]:
     "Images as they are made, if they have the shape of the originals"
     for x in made:
-        if (got := tuple(x.shape[1:])) != shape:
+        got = tuple(x.shape[1:])
+        if got != shape:
             raise ValueError(f"the tokenizer made images {got} of images {shape}; both must be alike")
         yield x
 
+# %% ../../nbs/metrics/07_reference.ipynb #fe855869
 def _frechet(f, ref:Reference, bootstrap:int, seed:int) -> tuple[float,np.ndarray]:
     "Value and bootstrap replicates of one distance"
     value = frechet_distance(FeatureStats.from_features(f, ref.extractor), ref.stats)
     return value, bootstrap_frechet(f, lambda i: ref.replicate(i, seed), bootstrap, seed)
 
-def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, bootstrap, seed, device,
+def _distance(made:Iterator[Tensor], shape:tuple, judge, ref:Reference, *, bootstrap, seed, device,
               progress) -> tuple[float,np.ndarray]:
-    "The same of images that are made while we look; without replicates no features are kept"
+    "Value and replicates for images that are made while we look"
     def counted():
         for f in stream(judge, _alike(made, shape), device):
             progress.update(len(f))
             yield f
     if bootstrap: return _frechet(torch.cat([*counted()]), ref, bootstrap, seed)
-    return (frechet_distance(FeatureStats.stream(counted(), ref.extractor, ref.fingerprint), ref.stats),
-            np.zeros(0))
+    stats = FeatureStats.stream(counted(), ref.extractor, ref.fingerprint)
+    return frechet_distance(stats, ref.stats), np.zeros(0)
 
-def _se(replicates) -> float|None: return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None
+# %% ../../nbs/metrics/07_reference.ipynb #63a7717b
+def _print(tok) -> str:
+    "A tokenizer's fingerprint, when it has one"
+    return getattr(tok, 'fingerprint', 'unnamed')
+
+def _se(replicates) -> float|None:
+    "Standard error from replicates; None where there are fewer than two"
+    return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None
 
 def _settings(images, ref, judge, bootstrap, **more) -> dict:
     "What every Fréchet distance depends on"
@@ -244,8 +282,8 @@ def _settings(images, ref, judge, bootstrap, **more) -> dict:
     p = judge.prepare
     what = 'the images' if ref.features is not None else 'the images, reference fixed'
     return dict(images=about['name'], images_hash=about['hash'], shape=about['shape'],
-                reference_hash=ref.hash, reference_n=len(ref),
-                rounding='uint8', resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none',
+                reference_hash=ref.hash, reference_n=len(ref), rounding='uint8',
+                resize=f'{p.resize}, antialiased, to {p.size}' if p.size else 'none',
                 extractor_hash=ref.fingerprint or judge.fingerprint, dimension=len(ref.stats.mean),
                 covariance='n-1',
                 error=f'bootstrap of {what}, {bootstrap} replicates' if bootstrap > 1 else 'none') | more

@@ -8,6 +8,7 @@ __all__ = ['DECIBELS', 'FeatureDistance', 'evaluate_tokenizer']
 # %% ../../nbs/metrics/11_scorecard.ipynb #6add80bf
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,12 +18,12 @@ from ..data import from_uint8, to_uint8
 from ..features import efficientnet_taps, FeatureExtractor, stream
 from .card import Card
 from .frechet import bootstrap_weights
-from .generation import _fidelity, _impossible, _wanted, TOKENIZER_METRICS
+from .generation import _fidelity, _frechet_card, _impossible, _wanted, TOKENIZER_METRICS
 from .ifid import ifid
 from .pixel import psnr, ssim
 from .reconstruction import _encode, pfid
-from .reference import (_about, _alike, _frechet, _judge, _measured, _print, _reference, _se,
-                                      _settings, _through, check_bootstrap, draw_images, FeatureBank)
+from .reference import (_about, _alike, _judge, _measured, _print, _reference, _se, _settings,
+                                      _through, check_bootstrap, draw_images, FeatureBank, Reference)
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #a0c3d955
 class FeatureDistance(nn.Module):
@@ -40,33 +41,117 @@ class FeatureDistance(nn.Module):
     ) -> Float[Tensor, "b"]:
         "Distance of each pair"
         unit = partial(nn.functional.normalize, dim=1, eps=1e-10)
-        return sum((unit(a)-unit(b)).square().sum(1).mean((1,2)) for a,
-                   b in zip(self.taps(x), self.taps(xh.clamp(-1, 1))))
+        pairs = zip(self.taps(x), self.taps(xh.clamp(-1, 1)))
+        return sum((unit(a)-unit(b)).square().sum(1).mean((1,2)) for a,b in pairs)
 
+# %% ../../nbs/metrics/11_scorecard.ipynb #8df2e08e
 DECIBELS = 100.    # PSNR of a copy without error
 
-def _mean_card(metric, values, by, about:dict, how, bootstrap, seed) -> Card:
+def _mean_card(metric:str, values:Tensor, by:str, about:dict, how:dict, *, bootstrap:int, seed:int) -> Card:
     "Mean of a number an image, with the same resampling as the distances"
     values = values.double()
-    most = dict(most=f'{DECIBELS:g} dB an image') if metric == 'PSNR' else {}
-    values = (values.clamp(max=DECIBELS) if most else values).numpy()
-    replicates = [float(values@bootstrap_weights(len(values), i, seed)/len(values)) for i in range(bootstrap)]
-    return Card(metric, float(values.mean()), _se(replicates), len(values), by, about['name'], seed, how
-                | most, replicates)
+    if metric == 'PSNR':
+        values = values.clamp(max=DECIBELS)
+        how = how | dict(most=f'{DECIBELS:g} dB an image')
+    values = values.numpy()
+    n = len(values)
+    replicates = [float(values@bootstrap_weights(n, i, seed)/n) for i in range(bootstrap)]
+    return Card(metric, float(values.mean()), se=_se(replicates), n=n, extractor=by, reference=about['name'],
+                seed=seed, settings=how, replicates=replicates)
+
+# %% ../../nbs/metrics/11_scorecard.ipynb #5d537de6
+def _plain(how:dict) -> dict:
+    "The settings of numbers that no extractor sees"
+    return {key: how[key] for key in ('tokenizer','images','images_hash','error')}
 
 def _hits(ids:Tensor, codebook:Tensor) -> Float[Tensor, "l k"]:
     "How often each code of each level was chosen"
-    each = ids.flatten(0, 1).unbind(-1) if codebook.ndim == 3 else (ids.flatten(),)
-    return torch.stack([i.bincount(minlength=codebook.shape[-2]) for i in each]).double()
+    levels = ids.flatten(0, 1).unbind(-1) if codebook.ndim == 3 else (ids.flatten(),)
+    return torch.stack([i.bincount(minlength=codebook.shape[-2]) for i in levels]).double()
 
-def _code_cards(wanted, ids, tok, about, how, seed) -> list[Card]:
+def _code_cards(wanted, ids:Tensor|None, tok, about:dict, how:dict, seed:int) -> list[Card]:
     "Usage and perplexity, means over the levels"
+    if ids is None: return []
     hits = _hits(ids, tok.codebook)
     p = hits/hits.sum(1, keepdim=True)
     found = dict(usage=(hits > 0).double().mean(), perplexity=torch.special.entr(p).sum(1).exp().mean())
-    return [Card(m, float(v), None, about['n'], '', about['name'], seed, how) for m,v in found.items()
-            if m in wanted]
+    how = _plain(how) | dict(error='none')
+    return [Card(metric, float(value), se=None, n=about['n'], extractor='', reference=about['name'],
+                 seed=seed, settings=how)
+            for metric,value in found.items() if metric in wanted]
 
+# %% ../../nbs/metrics/11_scorecard.ipynb #ddc8bbb5
+class _Seen(NamedTuple):
+    "What one pass of all images through a tokenizer gives"
+    features:Tensor         # of the reconstructions
+    each:dict[str,Tensor]   # metric -> a number for each image; for IS its probabilities
+    ids:Tensor|None         # codes of the images, where they are counted
+    ref:Reference           # what the features are compared with
+    look:str                # name of the perceptual distance
+
+def _measures(wanted, look, classifier) -> dict[str,Callable]:
+    "What is measured of a reconstruction and its image"
+    measures = {'PSNR': psnr, 'SSIM': ssim, 'IS': lambda xh, x: classifier(xh),
+                'LPIPS-style': lambda xh, x: look(x, xh)}
+    return {m:f for m,f in measures.items() if m in wanted}
+
+def _saved(x:Tensor) -> Tensor:
+    "Images as they would come back from a file: rounded to bytes"
+    return from_uint8(to_uint8(x))
+
+# %% ../../nbs/metrics/11_scorecard.ipynb #cb4519a8
+def _reconstruct(tok, images, judge, measures:dict, shape:tuple, where) -> tuple[Tensor,dict[str,Tensor]]:
+    "Features of all reconstructions, and what is measured of each"
+    parts = {m: [] for m in measures}
+    def rebuilt(x):
+        xh, = _alike(iter([tok.reconstruct(x)]), shape)
+        for m,f in measures.items(): parts[m].append(f(_saved(xh), _saved(x)).cpu())
+        return xh
+    features = torch.cat([*stream(judge, _through(rebuilt, images, where), where)])
+    return features, {m: torch.cat(p) for m,p in parts.items()}
+
+def _look(tok, images, wanted, perceptual, classifier, same:dict) -> _Seen:
+    "All images through the tokenizer and past the judge, once"
+    with _measured(tok, same['device']) as where:
+        look = perceptual or (FeatureDistance().to(where) if 'LPIPS-style' in wanted else None)
+        if classifier is not None: classifier = classifier.to(where)
+        measures = _measures(wanted, look, classifier)
+        features,each = _reconstruct(tok, images, same['extractor'], measures, _about(images)['shape'], where)
+        ref = _reference(same['reference'], images, same['extractor'], where, same['bank'])
+        ids = _encode(tok, images, where, True) if {'usage','perplexity'} & set(wanted) else None
+    return _Seen(features, each, ids, ref, getattr(look, 'name', 'given'))
+
+# %% ../../nbs/metrics/11_scorecard.ipynb #c3fc55c6
+def _not_possible(tok, size:int, reference, classifier, train, doses:dict) -> dict:
+    "Metrics that cannot be measured of this tokenizer, and why"
+    no = _impossible(reference, classifier)
+    if tok.codebook is None:
+        no |= {m: 'is of codes, and this tokenizer has none' for m in ('usage','perplexity')}
+        if not doses:
+            no['pFID'] = "is defined for codes; for these latents give kind='gaussian' and strengths=(...)"
+    if train is None: no['iFID'] = 'needs images for the neighbours: train=...'
+    if size < 11: no['SSIM'] = f"has a window of 11 pixels, the images are {size} wide"
+    return no
+
+def _distance_cards(wanted, tok, images, seen:_Seen, how:dict, train, doses:dict, same:dict) -> list[Card]:
+    "rFID, pFID and iFID, those of them that are wanted"
+    cards = []
+    if 'rFID' in wanted:
+        cards.append(_frechet_card('rFID', seen.features, seen.ref, same['extractor'], how,
+                                   bootstrap=same['bootstrap'], seed=same['seed']))
+    if 'pFID' in wanted: cards.append(pfid(tok, images, **same, **doses))
+    if 'iFID' in wanted: cards.append(ifid(tok, images, train=train, **same))
+    return cards
+
+# %% ../../nbs/metrics/11_scorecard.ipynb #cdf40e15
+def _image_cards(seen:_Seen, about:dict, how:dict, *, bootstrap:int, seed:int) -> list[Card]:
+    "PSNR, SSIM and LPIPS-style, those of them that were measured"
+    how = _plain(how) | dict(reference_hash=about['hash'], rounding='uint8')
+    by = {'LPIPS-style': seen.look}
+    return [_mean_card(metric, values, by.get(metric, ''), about, how, bootstrap=bootstrap, seed=seed)
+            for metric,values in seen.each.items() if metric != 'IS']
+
+# %% ../../nbs/metrics/11_scorecard.ipynb #2b506a72
 def evaluate_tokenizer(
     tok,                           # a tokenizer
     images,                        # set of images, or a tensor (n c h w) in [-1,1]
@@ -86,52 +171,20 @@ def evaluate_tokenizer(
     bank:FeatureBank|None = None,  # keeps reference features
     **doses,                       # alphas, deltas, kind, strengths, ... of `pfid`
 ) -> list[Card]:                   # in the order of `TOKENIZER_METRICS`
-    "All that can be said about a tokenizer; no pFID for continuous latents without kind and strengths, no iFID without `train`"
+    "All that can be said about a tokenizer, as cards that share their images and their extractor"
     check_bootstrap(bootstrap)
     images = draw_images(images, n, seed)
     about = _about(images)
-    discrete = tok.codebook is not None
-    no = _impossible(reference, classifier)
-    if not discrete: no |= {m: 'is of codes, and this tokenizer has none' for m in ('usage','perplexity')}
-    if not (discrete or doses):
-        no['pFID'] = "is defined for codes; for these latents give kind='gaussian' and strengths=(...)"
-    if train is None: no['iFID'] = 'needs images for the neighbours: train=...'
-    if about['size'] < 11: no['SSIM'] = f"has a window of 11 pixels, the images are {about['size']} wide"
+    no = _not_possible(tok, about['size'], reference, classifier, train, doses)
     wanted = _wanted(metrics, TOKENIZER_METRICS, no)
     judge = _judge(extractor, about['size'])
     same = dict(extractor=judge, bootstrap=bootstrap, seed=seed, reference=reference, device=device,
                 bank=bank)
-    cards = []
-    with _measured(tok, device) as where:
-        look = perceptual or (FeatureDistance().to(where) if 'LPIPS-style' in wanted else None)
-        tell = classifier.to(where) if classifier is not None else None
-        measures = {'PSNR': psnr, 'SSIM': ssim, 'IS': lambda xh, x: tell(xh), 'LPIPS-style': lambda xh,
-                    x: look(x, xh)}
-        measures = {m:f for m,f in measures.items() if m in wanted}
-        parts = {m: [] for m in measures}
-        def rebuilt(x):
-            xh = next(_alike(iter([tok.reconstruct(x)]), about['shape']))
-            saved = [from_uint8(to_uint8(v)) for v in (xh, x)] if measures else []
-            for m,f in measures.items(): parts[m].append(f(*saved).cpu())
-            return xh
-        f = torch.cat([*stream(judge, _through(rebuilt, images, where), where)])
-        ref = _reference(reference, images, judge, where, bank)
-        ids = _encode(tok, images, where, True) if {'usage','perplexity'} & set(wanted) else None
-    how = _settings(about, ref, judge, bootstrap, tokenizer=_print(tok), classifier=tell.name if tell
-                    else None)
-    if 'rFID' in wanted:
-        value,replicates = _frechet(f, ref, bootstrap, seed)
-        cards.append(Card('rFID', value, _se(replicates), len(f), judge.name, ref.name, seed, how,
-                          replicates))
-    if 'pFID' in wanted: cards.append(pfid(tok, images, **same, **doses))
-    if 'iFID' in wanted: cards.append(ifid(tok, images, train=train, **same))
-    measured = {m: torch.cat(p) for m,p in parts.items()}
-    cards += _fidelity(wanted, f, ref, measured.pop('IS', None), judge, how, k, seed,
-                       paired=ref.hash == about['hash'])
-    plain = {key: how[key] for key in ('tokenizer','images','images_hash','error')}
-    own = plain | dict(reference_hash=about['hash'], rounding='uint8')
-    by = {'LPIPS-style': getattr(look, 'name', 'given')}
-    cards += [_mean_card(m, v, by.get(m, ''), about, own, bootstrap, seed) for m,v in measured.items()]
-    return (cards
-            +(_code_cards(wanted, ids, tok, about, plain | dict(error='none'), seed) if ids is not None
-              else []))
+    seen = _look(tok, images, wanted, perceptual, classifier, same)
+    how = _settings(about, seen.ref, judge, bootstrap, tokenizer=_print(tok),
+                    classifier=None if classifier is None else classifier.name)
+    cards = _distance_cards(wanted, tok, images, seen, how, train, doses, same)
+    cards += _fidelity(wanted, seen.features, seen.ref, seen.each.get('IS'), judge, how, k=k, seed=seed,
+                       paired=seen.ref.hash == about['hash'])
+    cards += _image_cards(seen, about, how, bootstrap=bootstrap, seed=seed)
+    return cards+_code_cards(wanted, seen.ids, tok, about, how, seed)

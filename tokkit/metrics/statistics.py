@@ -34,6 +34,7 @@ def check_features(
                          "images they were made of")
     return f
 
+# %% ../../nbs/metrics/00_statistics.ipynb #d9feeff4
 def _blocks(batches:Iterable, what:str) -> Iterator[np.ndarray]:
     "The same vectors in blocks of one size; the last may be smaller"
     held = []
@@ -121,6 +122,7 @@ class FeatureStats:
         return (f"FeatureStats of {self.n} vectors with {len(self.mean)} dimensions"
                 +(f" by {self.extractor}" if self.extractor else ''))
 
+# %% ../../nbs/metrics/00_statistics.ipynb #1273f9e3
 def differ(
     a:str,  # a name or fingerprint; '' is not known
     b:str,  # another
@@ -138,9 +140,8 @@ def check_comparable(
                          "extractor for both")
     if differ(p.fingerprint, q.fingerprint):
         raise ValueError(f"features by two extractors of the name {p.extractor or q.extractor or 'unknown'} "
-                         "cannot be compared: "
-                         f"fingerprints {p.fingerprint} and {q.fingerprint} (weights, layers, resizing); use "
-                         "one extractor for both")
+                         f"cannot be compared: fingerprints {p.fingerprint} and {q.fingerprint} (weights, "
+                         "layers, resizing); use one extractor for both")
     if p.mean.shape != q.mean.shape:
         raise ValueError(f"features of {len(p.mean)} and of {len(q.mean)} dimensions cannot be compared; use "
                          "one extractor for both")
@@ -181,7 +182,8 @@ def across_processes(
         if len({k[i] for k in known}) > 1:
             raise ValueError(f"across_processes: processes have features of different {what}: "
                              f"{sorted({k[i] for k in known})}")
-    n,d,*who = sum(k[0] for k in known),*known[0][1:]
+    n = sum(k[0] for k in known)
+    _,d,extractor,fingerprint = known[0]
     def total(a):
         t = torch.as_tensor(a, dtype=torch.float64, device=device).clone()
         dist.all_reduce(t)
@@ -189,4 +191,4 @@ def across_processes(
     mean = total(np.zeros(d) if stats is None else stats.n/n*stats.mean)
     scatter = total(np.zeros((d,d)) if stats is None else (stats.n-1)*stats.cov
                     +stats.n*np.outer(stats.mean-mean, stats.mean-mean))
-    return FeatureStats(n, mean, scatter/max(n-1, 1), *who)
+    return FeatureStats(n, mean, scatter/max(n-1, 1), extractor, fingerprint)

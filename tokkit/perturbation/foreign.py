@@ -8,6 +8,7 @@ __all__ = ['to_tokens', 'from_tokens', 'Foreign', 'Reading', 'swap', 'find_quant
 # %% ../../nbs/perturbation/04_foreign.ipynb #3d8120eb
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,7 @@ class Foreign(Quantizer):
         dim:int,                            # channels of what leaves the module
         inner:Callable|None = None,         # ids -> their vectors; None: the codes, side by side
         lattice:tuple[int,...]|None = None, # levels of each channel, where neighbours are counted in steps
-        # what enters the module -> the form in which it is compared with codes; None: as it is
-        compare:Callable|None = None,
+        compare:Callable|None = None,       # entering latents -> as compared with codes; None: as they are
         behind:nn.Module|None = None,       # a linear layer between those vectors and what leaves the module
     ):
         book = codebook()
@@ -60,16 +60,21 @@ class Foreign(Quantizer):
     def codebook(self) -> Tensor: return self._codebook().detach()
     def grids(self, n): return [self.grid] if self.grid and len(self.grid) == 2 else super().grids(n)
     def project(self, z): return self._compare(z) if self._compare else z
+
     def codes(self, ids):
         c = self._inner(ids) if self._inner else self._side_by_side(ids)
         return self._behind()(c) if self._behind() else c
+
     def _side_by_side(self, ids):
         book = self.codebook
-        return book[ids] if book.ndim == 2 else torch.cat([e[i] for e,i in zip(book, ids.unbind(-1))], -1)
+        if book.ndim == 2: return book[ids]
+        return torch.cat([e[i] for e,i in zip(book, ids.unbind(-1))], -1)
+
     def back(self, gradient):
         "A gradient by what leaves the module, as one by the codes"
         return gradient@self._behind().weight.detach() if self._behind() else gradient
 
+# %% ../../nbs/perturbation/04_foreign.ipynb #32f784cd
 def _is(module, package, *names) -> bool:
     "Whether a module is of one of these classes of a package, without importing the package"
     return any(c.__module__.startswith(package) and c.__name__ in names for c in type(module).__mro__)
@@ -82,8 +87,11 @@ class Reading(NamedTuple):
     # leaving latents -> whether the second axis holds their channels
     channels_first:Callable = lambda zq: False
 
-def _pair(entering, output): return output[0],output[1]
+def _pair(entering, output):
+    "Latents and ids, where they are the first two of the output"
+    return output[0],output[1]
 
+# %% ../../nbs/perturbation/04_foreign.ipynb #94cd695d
 def swap(
     output,     # tensor, tuple, list, named tuple or dict that holds `old`
     old:Tensor, # what to take out
@@ -105,68 +113,92 @@ def _read_vq(m) -> Reading:
     if m._codebook.affine_param or getattr(m._codebook, 'vq_bridge', None) is not None:
         raise ValueError('VectorQuantize with affine_param or vq_bridge has no codebook that could be looked '
                          'up; switch them off')
-    book = lambda: m.codebook if m.heads == 1 or m.codebook.ndim == 3 else m.codebook.expand(m.heads, -1, -1)
-    heads = lambda z: rearrange(z, 'b n (h d) -> h b n d', h=m.heads)
-    compare = lambda z: rearrange(m._codebook.transform_input(heads(m.project_in(z))), 'h b n d -> b n (h d)')
+    def book():
+        shared = m.heads > 1 and m.codebook.ndim == 2
+        return m.codebook.expand(m.heads, -1, -1) if shared else m.codebook
+    def compare(z):
+        heads = rearrange(m.project_in(z), 'b n (h d) -> h b n d', h=m.heads)
+        return rearrange(m._codebook.transform_input(heads), 'h b n d -> b n (h d)')
     codes = Foreign(book, m.dim, compare=compare, behind=m.project_out)
     return Reading(codes, _pair, lambda zq: m.accept_image_fmap or m.accept_3d_fmap or not m.channel_last)
 
+# %% ../../nbs/perturbation/04_foreign.ipynb #24312569
 def _read_residual(m) -> Reading:
     "ResidualVQ: levels that add up; a level that was dropped has id -1"
     if m.implicit_neural_codebook or not m.uniform_codebook_size:
         raise ValueError('ResidualVQ with implicit codebooks, or of several sizes, cannot be read; attach to '
                          'one of its layers')
-    parts = lambda ids: [e[i.clamp_min(0)]*(i >= 0)[...,None] for e,
-                         i in zip(m.codebooks.detach(), ids.unbind(-1))]
-    codes = Foreign(lambda: m.codebooks, m.project_out(m.codebooks[0,:1]).shape[-1],
-                    lambda ids: sum(parts(ids)),
-                    compare=lambda z: m.project_in(z), behind=m.project_out)
+    def inner(ids):
+        levels = zip(m.codebooks.detach(), ids.unbind(-1))
+        return sum(e[i.clamp_min(0)]*(i >= 0)[...,None] for e,i in levels)
+    dim = m.project_out(m.codebooks[0,:1]).shape[-1]
+    codes = Foreign(lambda: m.codebooks, dim, inner, compare=lambda z: m.project_in(z), behind=m.project_out)
     return Reading(codes, _pair, lambda zq: m.accept_image_fmap)
 
+# %% ../../nbs/perturbation/04_foreign.ipynb #a95cbd64
 def _read_signs(m) -> Reading:
     "FSQ and LFQ: codes on a lattice"
     name = type(m).__name__
     fsq = hasattr(m, 'implicit_codebook')
     if m.num_codebooks > 1 or m.orthogonal_rotation:
         raise ValueError(f'{name} with several codebooks or a rotation cannot be read')
-    book = lambda: m.implicit_codebook if fsq else m.maybe_l2norm(m.codebook)
-    codes = Foreign(book, m.dim, None, tuple(m._levels.tolist()) if fsq else (2,)*m.codebook_dim,
-                    lambda z: m.quantize(m.project_in(z)) if fsq else m.maybe_l2norm(m.project_in(z)),
-                    m.project_out)
+    if fsq:
+        book = lambda: m.implicit_codebook
+        compare = lambda z: m.quantize(m.project_in(z))
+        lattice = tuple(m._levels.tolist())
+    else:
+        book = lambda: m.maybe_l2norm(m.codebook)
+        compare = lambda z: m.maybe_l2norm(m.project_in(z))
+        lattice = (2,)*m.codebook_dim
+    codes = Foreign(book, m.dim, lattice=lattice, compare=compare, behind=m.project_out)
     return Reading(codes, _pair, lambda zq: zq.ndim >= 4 or bool(m.channel_first))
 
 # %% ../../nbs/perturbation/04_foreign.ipynb #52ff45ea
 def _book(m) -> Callable|None:
     "Looks up the codebook of a module that shows one"
+    def look_up(name):
+        book = getattr(m, name, None)
+        return book.weight if isinstance(book, nn.Module) and hasattr(book, 'weight') else book
     for name in ('codebook', 'embedding', 'embed'):
-        at = lambda n=name: w.weight if isinstance(w := getattr(m, n, None), nn.Module) and hasattr(w,
-                                                                                                    'weight') else w
-        if isinstance(at(), Tensor) and at().ndim == 2: return at
+        book = look_up(name)
+        if isinstance(book, Tensor) and book.ndim == 2: return partial(look_up, name)
 
 def _tensors(output) -> list[Tensor]:
     "All tensors of an output, in order"
     if isinstance(output, Tensor): return [output]
     if isinstance(output, dict): output = list(output.values())
-    return [t for o in output for t in _tensors(o)] if isinstance(output, (tuple, list)) else []
+    if not isinstance(output, (tuple, list)): return []
+    return [t for o in output for t in _tensors(o)]
 
+# %% ../../nbs/perturbation/04_foreign.ipynb #30ffb3ba
 def _read_rows(m) -> Reading|None:
     "A module whose output is made of rows of a codebook it shows"
     book = _book(m)
     if book is None: return None
     k,d = book().shape
+    codes = Foreign(book, d)
     first = lambda zq: zq.shape[1] == d and (zq.ndim > 3 or zq.shape[-1] != d)
     def read(entering, output):
-        zq = next((t for t in _tensors(output) if t.is_floating_point() and t.ndim >= 3
-                   and d in (t.shape[1], t.shape[-1])), None)
+        zq = _find_latents(output, d)
         if zq is None:
             raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has")
         rows = to_tokens(zq, first(zq)).detach()
-        whole = (t for t in _tensors(output) if not t.is_floating_point() and t.dtype != torch.bool)
-        ids = next((t for t in whole if t.numel() == rows[...,0].numel()), None)
+        ids = _find_ids(output, rows[...,0].numel())
         return zq,(_rows(m, rows, codes) if ids is None else ids.reshape(rows.shape[:2]))
-    codes = Foreign(book, d)
     return Reading(codes, read, first)
 
+def _find_latents(output, d):
+    "The first tensor of real numbers with an axis of d channels, or None"
+    for t in _tensors(output):
+        if t.is_floating_point() and t.ndim >= 3 and d in (t.shape[1], t.shape[-1]): return t
+
+def _find_ids(output, count):
+    "The first tensor of that many whole numbers, or None"
+    for t in _tensors(output):
+        whole = not t.is_floating_point() and t.dtype != torch.bool
+        if whole and t.numel() == count: return t
+
+# %% ../../nbs/perturbation/04_foreign.ipynb #724571fc
 def _rows(m, rows, codes):
     "Ids of latents that are rows of a codebook"
     near = [(e, nearest_codes(rows, e)[...,0]) for e in (codes.codebook, F.normalize(codes.codebook, dim=-1))]
@@ -178,31 +210,35 @@ def _rows(m, rows, codes):
 
 # %% ../../nbs/perturbation/04_foreign.ipynb #4f5e496d
 def _known(m) -> bool:
-    return (isinstance(m, Quantizer)
-            or _is(m, 'vector_quantize_pytorch', 'VectorQuantize', 'ResidualVQ', 'FSQ', 'LFQ'))
+    "Whether the class of the module says how to read it"
+    if isinstance(m, Quantizer): return True
+    return _is(m, 'vector_quantize_pytorch', 'VectorQuantize', 'ResidualVQ', 'FSQ', 'LFQ')
 
 def _reading(m) -> Reading|None:
     "How to read a module, if it can be read"
     if isinstance(m, Quantizer): return Reading(m, _pair)
     if not _known(m): return _read_rows(m)
-    return (_read_residual if hasattr(m, 'layers') else _read_signs if hasattr(m, 'num_codebooks')
-            else _read_vq)(m)
+    if hasattr(m, 'layers'): return _read_residual(m)
+    if hasattr(m, 'num_codebooks'): return _read_signs(m)
+    return _read_vq(m)
 
+def _outermost(found):
+    "Of named modules those that lie in no other one of them"
+    inside = lambda n,o: o != n and (not o or n.startswith(f'{o}.'))
+    return [(n, m) for n,m in found if not any(inside(n, o) for o,_ in found)]
+
+# %% ../../nbs/perturbation/04_foreign.ipynb #7d8bfa26
 def find_quantizer(
     model:nn.Module, # a quantizer, or a model that holds one
 ) -> tuple[nn.Module, Reading]:
     "The one quantizer in a model, and how it is read"
     for readable in (_known, lambda m: _book(m) is not None):
-        found = [(n, m) for n,m in model.named_modules() if readable(m)]
-        # outermost ones
-        found = [(n, m) for n,m in found
-                 if not any(n.startswith(f'{o}.') or not o for o,_ in found if o != n)]
-        names = ', '.join(n for n,_ in found)
+        found = _outermost([(n, m) for n,m in model.named_modules() if readable(m)])
         if len(found) > 1:
+            names = ', '.join(n for n,_ in found)
             raise ValueError(f"{type(model).__name__} holds {len(found)} quantizers ({names}): attach to one "
                              "of them")
         if found: return found[0][1],_reading(found[0][1])
     raise ValueError(f"{type(model).__name__} holds no quantizer that can be read: expected one of tokkit or "
-                     "vector_quantize_pytorch, "
-                     "or a module with a codebook or embedding (k d); for continuous latents attach to what "
-                     "they enter, with latents=True")
+                     "vector_quantize_pytorch, or a module with a codebook or embedding (k d); for "
+                     "continuous latents attach to what they enter, with latents=True")

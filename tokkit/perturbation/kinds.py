@@ -11,12 +11,13 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import check_range
-from .masks import (_share, _uniform, choose_blocks, choose_images, choose_tokens,
-                                       multi_scale, split_levels)
+from .masks import (_share, _uniform, _whole_batch, choose_blocks, choose_images,
+                                       choose_tokens, multi_scale, split_levels)
 from ..tokenizers import (check_delta, check_ids, nearest_codes, NeighbourTable, Quantizer,
                                straight_through)
 
@@ -27,22 +28,27 @@ def nth_nearest(
     rank:Int[Tensor, "m"],          # which neighbour of each, 0 = nearest, < K
     chunk:int = 2**20,              # most distances held at once
 ) -> Int[Tensor, "m"]:
-    "The code at `rank` among all codes by distance: `nearest_codes(v, codebook, K)[rank]` without the sorting"
+    "The code at `rank` among all codes by distance, found without sorting them"
     v = v.detach().float()
     codebook = codebook.detach().float()
     if v.device.type != 'cpu':
-        return nearest_codes(v, codebook, int(rank.max())+1).gather(1, rank[:,None])[:,0]
-    order = rank.argsort(stable=True)
-    groups = order.split(rank[order].unique_consecutive(return_counts=True)[1].tolist())
+        near = nearest_codes(v, codebook, int(rank.max())+1)
+        return near.gather(1, rank[:,None])[:,0]
     half = codebook.square().sum(1)/2
     out = torch.empty_like(rank)
-    few = max(1, chunk//len(codebook))
-    for rows in (r for g in groups for r in g.split(few)):
+    for rows in _equal_ranks(rank, max(1, chunk//len(codebook))):
         out[rows] = _at_rank(v[rows], codebook, half, int(rank[rows[0]]))
     return out
 
+# %% ../../nbs/perturbation/01_kinds.ipynb #6e4bc566
+def _equal_ranks(rank, most):
+    "Row numbers in groups of one rank, at most `most` in a group"
+    order = rank.argsort(stable=True)
+    _,counts = rank[order].unique_consecutive(return_counts=True)
+    return [part for group in order.split(counts.tolist()) for part in group.split(most)]
+
 def _at_rank(v, codebook, half, n):
-    "The n-th nearest code of each; equally near ones by id"
+    "The n-th nearest code of each vector; equally near ones by id"
     far = torch.addmm(half, v, codebook.T, alpha=-1).numpy()
     equal = far == np.partition(far, n, axis=1)[:,n,None]
     ids = torch.from_numpy(equal.argmax(1))
@@ -53,74 +59,48 @@ def _at_rank(v, codebook, half, n):
 
 # %% ../../nbs/perturbation/01_kinds.ipynb #84fb0e88
 CODE_KINDS = ('nearest', 'uniform', 'frequency', 'adversarial')
+_NEAR_KINDS = ('nearest', 'adversarial')    # those that look among the neighbours
 
 def _by_weight(ids, u, weight, include_self):
     "Codes drawn in proportion to `weight` from uniform numbers u; all weights 0 count as equal"
-    weight = (weight if weight.sum() > 0 else torch.ones_like(weight)).to(ids.device, torch.double)
+    if not weight.sum() > 0: weight = torch.ones_like(weight)
+    weight = weight.to(ids.device, torch.double)
+    u = u.to(ids.device)
     upto = weight.cumsum(0)
-    total = upto[-1]
-    own = weight[ids]
-    if include_self: at = u.to(ids.device)*total
-    # leave out the stretch that belongs to the code itself
-    else:
-        at = u.to(ids.device)*(total-own)
-        at = torch.where(at >= upto[ids]-own, at+own, at)
-        if (own >= total).any(): at = torch.where(own >= total, upto[ids]-own/2, at)
-    return torch.searchsorted(upto, at, right=True).clamp(max=int(weight.nonzero().max()))
+    at = u*upto[-1] if include_self else _skip_own(ids, u, weight, upto)
+    last = int(weight.nonzero().max())
+    return torch.searchsorted(upto, at, right=True).clamp(max=last)
 
+def _skip_own(ids, u, weight, upto):
+    "Where u points on the line of weights from which the token's own stretch is cut out"
+    own = weight[ids]
+    start = upto[ids]-own
+    at = u*(upto[-1]-own)
+    at = torch.where(at >= start, at+own, at)
+    # a code with all the weight can only stay
+    return torch.where(own >= upto[-1], upto[ids]-own/2, at)
+
+# %% ../../nbs/perturbation/01_kinds.ipynb #f5c6cb84
 def _worst(near, gradient, vectors):
     "Of each row of candidates the one furthest along the gradient"
-    return torch.cat([n.gather(1, (g.to(vectors)@vectors.T).gather(1, n).argmax(1, keepdim=True))[:,0]
-                      for n,g in zip(near.split(1024), gradient.split(1024))])
+    worst = []
+    for n,g in zip(near.split(1024), gradient.split(1024)):
+        gain = (g.to(vectors)@vectors.T).gather(1, n)
+        worst.append(n.gather(1, gain.argmax(1, keepdim=True))[:,0])
+    return torch.cat(worst)
 
-# %% ../../nbs/perturbation/01_kinds.ipynb #f2db8b3a
-def perturb_codes(
-    ids:Int[Tensor, "b *n"],        # clean code ids, of one or several levels
-    codes:Tensor|Quantizer,         # code vectors as compared (k d), or a quantizer
-    alpha:float,                    # fraction of an image's ids that are redrawn, 0..1
-    # redraw among this many nearest codes, 1..K (1..K-1 without self); 'nearest' and 'adversarial' only
-    delta:int,
-    beta:float = 1.,                # fraction of the images perturbed, 0..1
-    *,
-    kind:str = 'nearest',           # 'nearest' | 'uniform' | 'frequency' | 'adversarial' (needs `gradient`)
-    where:str = 'tokens',           # scattered 'tokens', or one block on each grid: 'blocks' (always exact)
-    rate:str = 'exact',             # 'exact' | 'bernoulli'
-    neighbours:str = 'code',        # 'code' | 'latent' (needs `z`)
-    include_self:bool = True,       # a redraw may give the token's own code back
-    select:str = 'random',          # 'random' | 'first': which images
-    # latents, for `neighbours='latent'`: as a quantizer takes them, or a bare codebook compares them
-    z:Float[Tensor, "b n e"]|None = None,
-    gradient:Float[Tensor, "b n d"]|None = None, # of the reconstruction loss by zq
-    table:NeighbourTable|None = None,     # keeps neighbours between calls on the same codes
-    rng:torch.Generator|None = None,      # who and where to
-    # (rank, world): `ids` are this rank's part of a batch of all; draws are those of the whole batch
-    shard:tuple[int,int] = (0, 1),
-) -> Int[Tensor, "b *n"]:
-    "Redraw a fraction `alpha` of the tokens of a fraction `beta` of the images"
+# %% ../../nbs/perturbation/01_kinds.ipynb #bdeb89b2
+_SCALES = ("a code of one scale reaches the latents resized and mixed: take neighbours='code' and a kind "
+           "other than 'adversarial'")
+
+def _check_codes(ids, codes, kind, delta, include_self):
+    "Raise where there is no such kind, or these codes have no such neighbours or ids"
     if kind not in CODE_KINDS: raise ValueError(f"kind must be one of {', '.join(CODE_KINDS)}, got {kind!r}")
-    if isinstance(codes, Quantizer) and codes.codebook_size is None: codes.codes(ids)           # says why not
-    near = kind in ('nearest', 'adversarial')
     k = codes.codebook_size if isinstance(codes, Quantizer) else len(codes)
-    if near: check_delta(delta, k, include_self)
+    if k is None: codes.codes(ids)      # raises, and says why
+    if kind in _NEAR_KINDS: check_delta(delta, k, include_self)
     check_ids(ids, k)
-    _check_needs(codes, kind, neighbours, z, gradient)
-    hit,draw = _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard)
-    levels,clean,hit,draw = zip(*split_levels(codes, ids, hit, draw, vectors=near and neighbours == 'latent'
-                                              or kind == 'adversarial'))
-    around = _around(z, clean, levels, codes) if near and neighbours == 'latent' else None
-    gradients = _share(gradient, levels) if kind == 'adversarial' else None
-    rows = table(codes, delta, include_self) if near and neighbours == 'code' and table is not None else None
-    if rows is None or rows.ndim == 2: rows = [rows]*len(levels)
-    new = []
-    for i,(level,k,h,u) in enumerate(zip(levels, clean, hit, draw)):
-        if kind in ('uniform', 'frequency'): moved = _by_weight(k[h], u[h], level.weight(kind), include_self)
-        elif h.any():
-            moved = _redraw(k[h], u[h], level, delta, include_self, rows[i],
-                            *(t and t[i][h] for t in (around, gradients)))
-        new.append(k.masked_scatter(h, moved) if h.any() else k)
-    return new[0] if isinstance(codes, Tensor) else codes.join_levels(new)
 
-# %% ../../nbs/perturbation/01_kinds.ipynb #60cbadb4
 def _check_needs(codes, kind, neighbours, z, gradient):
     "Raise where an argument that this kind needs is missing, or cannot be had for these codes"
     if neighbours not in ('code', 'latent'):
@@ -131,48 +111,114 @@ def _check_needs(codes, kind, neighbours, z, gradient):
         raise ValueError("kind='adversarial' follows the loss: pass its gradient by zq")
     if multi_scale(codes) and (neighbours == 'latent' or kind == 'adversarial'): raise ValueError(_SCALES)
 
-_SCALES = ("a code of one scale reaches the latents resized and mixed: take neighbours='code' and a kind "
-           "other than 'adversarial'")
+# %% ../../nbs/perturbation/01_kinds.ipynb #9697e1bd
+def _choose_positions(b, shape, codes, alpha, where, rate, rng):
+    "Mask (b m) of the ids to redraw in `b` images of ids of this shape"
+    if where == 'tokens': return choose_tokens((b, math.prod(shape)), alpha, rate, rng)
+    if where != 'blocks': raise ValueError(f"where must be 'tokens' or 'blocks', got {where!r}")
+    n,*levels = shape
+    grids = Quantizer.grids(None, n) if isinstance(codes, Tensor) else codes.grids(n)
+    hit = choose_blocks(b, grids, alpha, rng)
+    return hit.repeat_interleave(math.prod(levels), 1)     # all levels of a position share its fate
 
-def _draw(ids, codes, alpha, delta, beta, kind, where, rate, select, rng, shard):
-    "Who is hit, and a number that says where to; drawn for the whole batch, this rank's rows returned"
-    rank,world = shard
-    b = len(ids)*world
-    m = math.prod(ids.shape[1:])
-    if where == 'tokens': hit = choose_tokens((b, m), alpha, rate, rng)                          # (b m)
-    # all levels of a position share its fate
-    elif where == 'blocks':
-        grids = (Quantizer.grids(None, ids.shape[1]) if isinstance(codes, Tensor)
-                 else codes.grids(ids.shape[1]))
-        hit = choose_blocks(b, grids, alpha, rng).repeat_interleave(math.prod(ids.shape[2:]), 1)
-    else: raise ValueError(f"where must be 'tokens' or 'blocks', got {where!r}")
+# %% ../../nbs/perturbation/01_kinds.ipynb #5754ce3b
+def _draw_places(shape, kind, delta, rng):
+    "One number an id: its rank among the neighbours, or a place on the line of weights"
+    if kind == 'adversarial': return torch.zeros(shape)
     if kind == 'nearest':
-        draw = torch.randint(delta, (b, m), generator=rng, device=rng.device if rng else None)
-    elif kind == 'adversarial': draw = torch.zeros(b, m)
-    else: draw = _uniform((b, m), rng, dtype=torch.double)
-    hit = hit & choose_images(b, beta, select, rng)[:,None]
-    return tuple(t[len(ids)*rank:len(ids)*(rank+1)].view(ids.shape).to(ids.device) for t in (hit, draw))
+        return torch.randint(delta, shape, generator=rng, device=rng.device if rng else None)
+    return _uniform(shape, rng, dtype=torch.double)
 
+def _draw(ids, codes, alpha, delta, beta, *, kind, where, rate, select, rng, shard):
+    "Who is hit, and a number that says where to, in the shape of `ids`"
+    whole,mine = _whole_batch(len(ids), shard)
+    hit = _choose_positions(whole, ids.shape[1:], codes, alpha, where, rate, rng)
+    places = _draw_places(hit.shape, kind, delta, rng)
+    hit = hit & choose_images(whole, beta, select, rng)[:,None]
+    hit = hit[mine].view(ids.shape).to(ids.device)
+    places = places[mine].view(ids.shape).to(ids.device)
+    return hit,places
+
+# %% ../../nbs/perturbation/01_kinds.ipynb #60cbadb4
 def _around(z, ids, levels, codes):
     "The vectors (b n d) around which each level looks for neighbours"
     v = (z if isinstance(codes, Tensor) else codes.project(z)).detach()
     if len(levels) == 1 or levels[0].vectors.shape[-1] < v.shape[-1]: return _share(v, levels)
     left = []
-    for level,k in zip(levels, ids):  # what the levels before left over
+    for level,k in zip(levels, ids):
         left.append(v)
         v = v-level.vectors[k]
     return left
 
-def _redraw(ids, rank, level, delta, include_self, rows, v, gradient):
+def _among_neighbours(level, k, rank, delta, include_self, *, rows, around, gradient):
+    "New codes in place of k: those at this rank among the neighbours, or the worst of these"
     own = 0 if include_self else 1
-    if gradient is None and v is not None: return nth_nearest(v, level.vectors, rank+own)
-    if v is not None:
-        return _worst(nearest_codes(v, level.vectors, min(delta+own, len(level.vectors)))[:,own:], gradient,
-                      level.vectors)
-    around,back = ids.unique(return_inverse=True)
-    near = level.neighbours(around, delta, include_self) if rows is None else rows[around]
-    return near[back, rank] if gradient is None else _worst(near[back], gradient, level.vectors)
+    if around is None:
+        centres,back = k.unique(return_inverse=True)
+        near = level.neighbours(centres, delta, include_self) if rows is None else rows[centres]
+        return near[back, rank] if gradient is None else _worst(near[back], gradient, level.vectors)
+    if gradient is None: return nth_nearest(around, level.vectors, rank+own)
+    near = nearest_codes(around, level.vectors, min(delta+own, len(level.vectors)))
+    return _worst(near[:,own:], gradient, level.vectors)
 
+# %% ../../nbs/perturbation/01_kinds.ipynb #ec45233e
+def _redraw(level, ids, hit, places, kind, delta, include_self, *, rows, around, gradient):
+    "The ids of one level, redrawn where `hit`"
+    if not hit.any(): return ids
+    k = ids[hit]
+    if kind not in _NEAR_KINDS: new = _by_weight(k, places[hit], level.weight(kind), include_self)
+    else:
+        around = None if around is None else around[hit]
+        gradient = None if gradient is None else gradient[hit]
+        new = _among_neighbours(level, k, places[hit], delta, include_self, rows=rows, around=around,
+                                gradient=gradient)
+    return ids.masked_scatter(hit, new)
+
+def _rows_by_level(rows, levels):
+    "Rows of a `NeighbourTable` for each level; levels that share one table get it all"
+    return [rows]*levels if rows.ndim == 2 else rows
+
+# %% ../../nbs/perturbation/01_kinds.ipynb #f2db8b3a
+def perturb_codes(
+    ids:Int[Tensor, "b *n"],        # clean code ids, of one or several levels
+    codes:Tensor|Quantizer,         # code vectors as compared (k d), or a quantizer
+    alpha:float,                    # fraction of an image's ids that are redrawn, 0..1
+    delta:int,                      # of 'nearest' and 'adversarial': neighbours, 1..K (1..K-1 without self)
+    beta:float = 1.,                # fraction of the images perturbed, 0..1
+    *,
+    kind:str = 'nearest',           # 'nearest' | 'uniform' | 'frequency' | 'adversarial' (needs `gradient`)
+    where:str = 'tokens',           # scattered 'tokens', or one block on each grid: 'blocks' (always exact)
+    rate:str = 'exact',             # 'exact' | 'bernoulli'
+    neighbours:str = 'code',        # 'code' | 'latent' (needs `z`)
+    include_self:bool = True,       # a redraw may give the token's own code back
+    select:str = 'random',          # 'random' | 'first': which images
+    z:Float[Tensor, "b n e"]|None = None,         # latents as a quantizer takes, or a codebook compares them
+    gradient:Float[Tensor, "b n d"]|None = None,  # of the reconstruction loss by zq
+    table:NeighbourTable|None = None,             # keeps neighbours between calls on the same codes
+    rng:torch.Generator|None = None,              # who and where to
+    shard:tuple[int,int] = (0, 1),                # (rank, world): `ids` are one rank's part of a batch
+) -> Int[Tensor, "b *n"]:
+    "Redraw a fraction `alpha` of the tokens of a fraction `beta` of the images"
+    _check_codes(ids, codes, kind, delta, include_self)
+    _check_needs(codes, kind, neighbours, z, gradient)
+    hit,places = _draw(ids, codes, alpha, delta, beta, kind=kind, where=where, rate=rate, select=select,
+                       rng=rng, shard=shard)
+    by_neighbours = kind in _NEAR_KINDS
+    by_latent = by_neighbours and neighbours == 'latent'
+    vectors = by_latent or kind == 'adversarial'
+    levels,clean,hit,places = zip(*split_levels(codes, ids, hit, places, vectors=vectors))
+    none = [None]*len(levels)
+    around = _around(z, clean, levels, codes) if by_latent else none
+    gradients = _share(gradient, levels) if kind == 'adversarial' else none
+    rows = none
+    if by_neighbours and not by_latent and table is not None:
+        rows = _rows_by_level(table(codes, delta, include_self), len(levels))
+    parts = zip(levels, clean, hit, places, rows, around, gradients)
+    new = [_redraw(level, k, h, u, kind, delta, include_self, rows=r, around=v, gradient=g)
+           for level,k,h,u,r,v,g in parts]
+    return new[0] if isinstance(codes, Tensor) else codes.join_levels(new)
+
+# %% ../../nbs/perturbation/01_kinds.ipynb #7933d439
 def effective_rate(
     ids:Int[Tensor, "b *n"],    # clean ids
     moved:Int[Tensor, "b *n"],  # perturbed ids
@@ -182,9 +228,19 @@ def effective_rate(
 
 OFFICIAL = dict(rate='bernoulli', neighbours='latent', include_self=True, select='first')
 
-# %% ../../nbs/perturbation/01_kinds.ipynb #28d52ca2
+# %% ../../nbs/perturbation/01_kinds.ipynb #d00dee68
 LATENT_KINDS = ('gaussian', 'interpolate', 'adversarial')
 
+def _check_noise(strength, kind, draw, gradient):
+    "Raise where there is no such noise"
+    if kind not in LATENT_KINDS:
+        raise ValueError(f"kind must be 'gaussian', 'interpolate' or 'adversarial', got {kind!r}")
+    if draw not in ('fixed', 'uniform'): raise ValueError(f"draw must be 'fixed' or 'uniform', got {draw!r}")
+    check_range('strength', strength, 0, 1 if kind == 'interpolate' else 1e6)
+    if kind == 'adversarial' and gradient is None:
+        raise ValueError("kind='adversarial' follows the loss; pass its gradient as gradient")
+
+# %% ../../nbs/perturbation/01_kinds.ipynb #28d52ca2
 def perturb_latents(
     z:Float[Tensor, "b n d"],   # clean latents
     strength:float,             # >= 0, in standard deviations; interpolate: 0..1
@@ -200,22 +256,18 @@ def perturb_latents(
     shard:tuple[int,int] = (0, 1),   # (rank, world), as in `perturb_codes`
 ) -> Float[Tensor, "b n d"]:
     "Add noise to latents, mix them with it, or step up the loss"
-    if kind not in LATENT_KINDS:
-        raise ValueError(f"kind must be 'gaussian', 'interpolate' or 'adversarial', got {kind!r}")
-    if draw not in ('fixed', 'uniform'): raise ValueError(f"draw must be 'fixed' or 'uniform', got {draw!r}")
-    check_range('strength', strength, 0, 1 if kind == 'interpolate' else 1e6)
-    b = len(z)*shard[1]
-    rows = slice(len(z)*shard[0], len(z)*(shard[0]+1))
-    if kind == 'adversarial':
-        if gradient is None:
-            raise ValueError("kind='adversarial' follows the loss; pass its gradient as gradient")
-        noise = std*z.shape[-1]**.5*torch.nn.functional.normalize(gradient, dim=-1).to(z)
+    _check_noise(strength, kind, draw, gradient)
+    whole,mine = _whole_batch(len(z), shard)
+    if kind == 'adversarial': noise = std*z.shape[-1]**.5*F.normalize(gradient, dim=-1).to(z)
     else:
-        noise = (gamma*std*torch.randn((b, *z.shape[1:]), generator=rng, device=rng.device if rng
-                                       else None)[rows].to(z))
-    hit = choose_images(b, beta, select, rng)[rows].to(z.device)[:,None,None]
-    s = strength if draw == 'fixed' else strength*_uniform((b, 1, 1), rng)[rows].to(z)
-    return torch.where(hit, (1-s)*z+s*noise if kind == 'interpolate' else z+s*noise, z)
+        device = rng.device if rng else None
+        noise = torch.randn((whole, *z.shape[1:]), generator=rng, device=device)[mine].to(z)
+        noise = gamma*std*noise
+    hit = choose_images(whole, beta, select, rng)[mine].to(z.device)[:,None,None]
+    s = strength
+    if draw == 'uniform': s = strength*_uniform((whole, 1, 1), rng)[mine].to(z)
+    kept = (1-s)*z if kind == 'interpolate' else z
+    return torch.where(hit, kept+s*noise, z)
 
 # %% ../../nbs/perturbation/01_kinds.ipynb #650ed97b
 def drop_tokens(
@@ -232,28 +284,26 @@ def drop_tokens(
     shard:tuple[int,int] = (0, 1),  # (rank, world), as in `perturb_codes`
 ) -> Float[Tensor, "b n d"]:
     "Put `value` in place of a fraction of the tokens; the gradient passes as if nothing had happened"
-    b = len(z)*shard[1]
-    n = z.shape[1]
     if where not in ('tokens', 'blocks'):
         raise ValueError(f"where must be 'tokens' or 'blocks', got {where!r}")
+    whole,mine = _whole_batch(len(z), shard)
+    n = z.shape[1]
     grids = [grid] if grid else Quantizer.grids(None, n)
-    hit = (choose_tokens((b, n), alpha, rate, rng) if where == 'tokens'
-           else choose_blocks(b, grids, alpha, rng))
-    hit = (hit & choose_images(b, beta, select, rng)[:,None])[len(z)*shard[0]:len(z)*(shard[0]
-                                                                                      +1)].to(z.device)[...,
-                                                                                                        None]
-    return torch.where(hit,
-                       straight_through(z,
-                                        torch.as_tensor(value, device=z.device, dtype=z.dtype).expand_as(z)),
-                       z)
+    if where == 'tokens': hit = choose_tokens((whole, n), alpha, rate, rng)
+    else: hit = choose_blocks(whole, grids, alpha, rng)
+    hit = hit & choose_images(whole, beta, select, rng)[:,None]
+    hit = hit[mine].to(z.device)[...,None]
+    value = torch.as_tensor(value, device=z.device, dtype=z.dtype).expand_as(z)
+    return torch.where(hit, straight_through(z, value), z)
 
+# %% ../../nbs/perturbation/01_kinds.ipynb #5e2221bb
 def mean_code(
     codes:Tensor|Quantizer|None, # codebook, quantizer, or None for continuous latents
 ) -> Float[Tensor, "d"]|float:
     "The mean of all codes as the decoder meets them; 0 where no code belongs to a position"
-    if codes is None or multi_scale(codes) or isinstance(codes, Quantizer) and codes.codebook_size is None:
-        return 0.
+    if codes is None or multi_scale(codes): return 0.
     if isinstance(codes, Tensor): return codes.detach().mean(0)
-    every = torch.arange(codes.codebook_size, device=codes.codebook.device)
-    return codes.codes((every if codes.levels == 1
-                        else every[:,None].expand(-1, codes.levels))[None])[0].detach().mean(0)
+    if codes.codebook_size is None: return 0.
+    ids = torch.arange(codes.codebook_size, device=codes.codebook.device)
+    if codes.levels > 1: ids = ids[:,None].expand(-1, codes.levels)
+    return codes.codes(ids[None])[0].detach().mean(0)

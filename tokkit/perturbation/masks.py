@@ -19,6 +19,12 @@ from ..tokenizers import code_neighbours, lattice_neighbours, Quantizer
 def _uniform(shape, rng, **kw):
     return torch.rand(shape, generator=rng, device=rng.device if rng else None, **kw).cpu()
 
+def _whole_batch(b, shard):
+    "Images of all ranks together, and which of them are this rank's"
+    rank,world = shard
+    return b*world, slice(b*rank, b*(rank+1))
+
+# %% ../../nbs/perturbation/00_masks.ipynb #8a3fd9c6
 def choose_images(
     b:int,                  # images in the batch
     beta:float,             # fraction perturbed, 0..1
@@ -33,6 +39,7 @@ def choose_images(
     count = int(b*beta) + int(draw[b] < b*beta-int(b*beta))
     return draw[:b].argsort().argsort() < count
 
+# %% ../../nbs/perturbation/00_masks.ipynb #a3630b98
 def choose_tokens(
     shape:tuple[int,int],  # (images, tokens)
     alpha:float,           # fraction of tokens redrawn, 0..1
@@ -57,21 +64,31 @@ def choose_blocks(
 ) -> Bool[Tensor, "b m"]:
     "Mask of one connected block of tokens an image and grid"
     check_range('alpha', alpha, hint="it is the fraction of an image's tokens that are redrawn")
-    return torch.cat([_block(_uniform((3, b), rng), rows, columns, round(alpha*rows*columns)) for rows,
-                      columns in grids], 1)
+    blocks = []
+    for rows,columns in grids:
+        count = round(alpha*rows*columns)
+        blocks.append(_block(_uniform((3, b), rng), rows, columns, count))
+    return torch.cat(blocks, 1)
 
+# %% ../../nbs/perturbation/00_masks.ipynb #56909ca6
 def _block(u, rows, columns, count):
     "Blocks of `count` cells: u (3 b) decides shape, top and left"
     if not count: return torch.zeros(u.shape[1], rows*columns, dtype=torch.bool)
-    tall = (count*4**(u[0]-.5)).sqrt().round().long().clamp(-(-count//columns), min(rows, count))
-    width = (count+tall-1)//tall
-    tall = (count+width-1)//width
-    top,left = ((v*(most-size+1)).long().minimum(most-size) for v,most,
-                size in ((u[1], rows, tall), (u[2], columns, width)))
+    tall = (count*4**(u[0]-.5)).sqrt().round().long().clamp(_ceil_div(count, columns), min(rows, count))
+    width = _ceil_div(count, tall)
+    tall = _ceil_div(count, width)      # no taller than this width needs
+    top = _offset(u[1], rows, tall)
+    left = _offset(u[2], columns, width)
     r = torch.arange(rows)[None,:,None]-top[:,None,None]
     c = torch.arange(columns)[None,None]-left[:,None,None]
     width = width[:,None,None]
     return ((r >= 0)&(c >= 0)&(c < width)&(r*width+c < count)).flatten(1)
+
+def _ceil_div(a, b): return (a+b-1)//b
+
+def _offset(u, most, size):
+    "Where a stretch of `size` begins among `most` cells, for uniform numbers u"
+    return (u*(most-size+1)).long().minimum(most-size)
 
 # %% ../../nbs/perturbation/00_masks.ipynb #b9162fe8
 class Level(NamedTuple):
@@ -90,6 +107,7 @@ class Level(NamedTuple):
         "In proportion to what a code is drawn: its use, or 1"
         return self.usage if kind == 'frequency' and self.usage is not None else torch.ones(self.size)
 
+# %% ../../nbs/perturbation/00_masks.ipynb #6afefd19
 def split_levels(
     codes:Tensor|Quantizer, # codebook (k d), or a quantizer
     *parts:Tensor,          # tensors in the shape of ids
@@ -99,16 +117,22 @@ def split_levels(
     if isinstance(codes, Tensor): return [(Level(len(codes), codes.detach(), None, None), *parts)]
     k = codes.codebook_size
     book = codes.codebook.detach() if vectors or not codes.lattice else None
-    at = codes.split_levels(torch.arange(parts[0][:1].numel(),
-                                         device=parts[0].device).view(parts[0][:1].shape))
-    books = book if book is not None and book.ndim == 3 else [book]*len(at)
-    return [(Level(k, e, codes.lattice, u), *(t.flatten(1)[:,i[0]] for t in parts)) for e,u,
-            i in zip(books, codes.usage.view(-1, k), at)]
+    # split the numbers of one image's ids, to see which ids each level has
+    one = parts[0][:1]
+    places = codes.split_levels(torch.arange(one.numel(), device=one.device).view(one.shape))
+    books = book if book is not None and book.ndim == 3 else [book]*len(places)
+    levels = []
+    for vectors,usage,place in zip(books, codes.usage.view(-1, k), places):
+        shares = [t.flatten(1)[:,place[0]] for t in parts]
+        levels.append((Level(k, vectors, codes.lattice, usage), *shares))
+    return levels
 
+# %% ../../nbs/perturbation/00_masks.ipynb #d3297ed3
 def multi_scale(codes) -> bool:
     "Whether ids lie on several grids, so that no id belongs to one position"
     return isinstance(codes, Quantizer) and len(codes.grids(1)) > 1
 
 def _share(t, levels):
-    "What a vector a position (b n d) is to each level: its channels where levels share them out, else all of it"
-    return list(t.chunk(len(levels), -1)) if levels[0].vectors.shape[-1] < t.shape[-1] else [t]*len(levels)
+    "Vectors (b n d) for each level: its own channels where levels share them out, else all of them"
+    if levels[0].vectors.shape[-1] < t.shape[-1]: return list(t.chunk(len(levels), -1))
+    return [t]*len(levels)

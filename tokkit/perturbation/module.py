@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class Perturbed(NamedTuple):
     ids:Int[Tensor, "b *n"]|None
     rate:float                      # fraction of ids (dropped tokens; images under noise) that really changed
 
+# %% ../../nbs/perturbation/03_module.ipynb #71e8a6b6
 KINDS = (*CODE_KINDS, 'drop', 'gaussian', 'interpolate')
 
 @dataclass(frozen=True)
@@ -36,14 +38,12 @@ class LatentPerturbation:
     alpha:float = 1.                    # rate at full strength
     beta:float = .1                     # proportion of images, never annealed
     delta:int = 100                     # strength at full strength
-    # epoch -> what is left of alpha, delta and strength, 0..1; None: constant
-    annealing:Callable|None = None
+    annealing:Callable|None = None      # epoch -> what is left of the strengths, 0..1; None: constant
     rate:str = 'exact'                  # as in `perturb_codes`
     neighbours:str = 'code'             # as in `perturb_codes`
     include_self:bool = True            # as in `perturb_codes`
     select:str = 'random'               # as in `perturb_codes`
-    # one of `KINDS`; None: 'nearest', or 'gaussian' for continuous latents
-    kind:str|None = None
+    kind:str|None = None                # one of `KINDS`; None: 'nearest', 'gaussian' for continuous latents
     strength:float = .5                 # of noise and of adversarial steps, annealed, as in `perturb_latents`
     where:str = 'tokens'                # as in `perturb_codes`
     gamma:float = 1.                    # as in `perturb_latents`
@@ -61,74 +61,93 @@ class LatentPerturbation:
             raise ValueError("annealing must be a function of the epoch, such as annealing('half', epochs), "
                              f"got {self.annealing!r}")
 
-    @property
-    def needs_gradient(self) -> bool:
-        "Whether it must be told the gradient of the reconstruction loss"
-        return self.kind == 'adversarial'
+# %% ../../nbs/perturbation/03_module.ipynb #53603882
+@patch
+def at(self:LatentPerturbation, epoch:float) -> LatentPerturbation:
+    "The same perturbation with the strength it has at `epoch`"
+    left = self.annealing(epoch) if self.annealing else 1.
+    check_range('annealing', left, hint=f'so it is at epoch {epoch:g}')
+    delta = max(1, int(self.delta*left))
+    return replace(self, alpha=self.alpha*left, delta=delta, strength=self.strength*left, annealing=None)
 
-    def at(self, epoch:float) -> 'LatentPerturbation':
-        "The same perturbation with the strength it has at `epoch`"
-        r = self.annealing(epoch) if self.annealing else 1.
-        check_range('annealing', r, hint=f'so it is at epoch {epoch:g}')
-        return replace(self, alpha=self.alpha*r, delta=max(1, int(self.delta*r)), strength=self.strength*r,
-                       annealing=None)
+# %% ../../nbs/perturbation/03_module.ipynb #1fced738
+@patch(as_prop=True)
+def needs_gradient(self:LatentPerturbation) -> bool:
+    "Whether it must be told the gradient of the reconstruction loss"
+    return self.kind == 'adversarial'
 
-    def why_not(self, codes:Tensor|Quantizer|None) -> str|None:
-        "Why it cannot treat these codes, in one line; None where it can"
-        continuous = codes is None or isinstance(codes, Quantizer) and codes.codebook_size is None
-        if continuous and self.kind in ('nearest', 'uniform', 'frequency'):
-            return (f"{self.kind!r} redraws codes, and continuous latents have none: take drop, gaussian, "
-                    "interpolate or adversarial")
-        seeks = self.kind == 'adversarial' or self.kind in (None, 'nearest') and self.neighbours == 'latent'
-        return _SCALES if multi_scale(codes) and seeks else None
+@patch
+def why_not(self:LatentPerturbation, codes:Tensor|Quantizer|None) -> str|None:
+    "Why it cannot treat these codes, in one line; None where it can"
+    continuous = codes is None or isinstance(codes, Quantizer) and codes.codebook_size is None
+    if continuous and self.kind in ('nearest', 'uniform', 'frequency'):
+        return (f"{self.kind!r} redraws codes, and continuous latents have none: take drop, gaussian, "
+                "interpolate or adversarial")
+    by_latent = self.neighbours == 'latent' and self.kind in (None, 'nearest')
+    needs_place = by_latent or self.kind == 'adversarial'
+    return _SCALES if needs_place and multi_scale(codes) else None
 
-    def __call__(self,
-        # latents as a quantizer takes them, or a bare codebook compares them
-        z:Float[Tensor, "b n e"],
-        quantized:Quantized,                       # what the quantizer made of them
-        # the quantizer; or its code vectors (k d), None for continuous latents
-        quantizer:Tensor|Quantizer|None,
-        epoch:float = 0,                           # for the annealing
-        rng:torch.Generator|None = None,           # all draws
-        # of the reconstruction loss by zq, where `needs_gradient`
-        gradient:Float[Tensor, "b n d"]|None = None,
-        shard:tuple[int,int] = (0, 1),             # (rank, world), as in `perturb_codes`
-    ) -> Perturbed:
-        why = self.why_not(quantizer)
-        if why: raise ValueError(why)
-        now = self.at(epoch)
-        codes = quantizer
-        kind = now.kind or ('gaussian' if quantized.ids is None else 'nearest')
-        how = dict(beta=now.beta, select=now.select, rng=rng, shard=shard)
-        if kind == 'drop': return now._drop(quantized, codes, how)
-        if quantized.ids is None or kind not in CODE_KINDS: return now._noise(quantized, kind, gradient, how)
-        ids = perturb_codes(quantized.ids, codes, now.alpha, now.delta, kind=kind, where=now.where,
-                            rate=now.rate,
-                            neighbours=now.neighbours, include_self=now.include_self, z=z, gradient=gradient,
-                            **how)
-        return Perturbed(_with_codes(z, quantized, codes, ids), ids, effective_rate(quantized.ids, ids))
-
-    def _noise(self, q, kind, gradient, how):
-        std = q.zq.detach().std().item() if self.std is None else self.std
-        moved = perturb_latents(q.zq, self.strength, kind, std=std, gamma=self.gamma, draw=self.draw,
-                                gradient=gradient, **how)
-        return Perturbed(moved, q.ids, (moved != q.zq).any(2).any(1).double().mean().item())
-
-    def _drop(self, q, codes, how):
-        moved = drop_tokens(q.zq, self.alpha, mean_code(codes), where=self.where, rate=self.rate, **how)
-        gone = (moved != q.zq).any(2)
-        ids = (q.ids if q.ids is None or multi_scale(codes)
-               else q.ids.masked_fill(gone.view(*gone.shape, *[1]*(q.ids.ndim-2)), -1))
-        return Perturbed(moved, ids, gone.double().mean().item())
-
+# %% ../../nbs/perturbation/03_module.ipynb #f8bbe938
 def _with_codes(z, q, codes, ids):
     "Latents of new ids: their codes, with the gradient of z; where nothing changed, what the quantizer gave"
     same = ids == q.ids
     if multi_scale(codes): same = same.all(1, keepdim=True).expand(-1, q.zq.shape[1])
     elif same.ndim == 3: same = same.all(2)
-    through,new = (z, codes[ids]) if isinstance(codes, Tensor) else (codes.project(z), codes.codes(ids))
+    if isinstance(codes, Tensor):
+        through = z
+        new = codes[ids]
+    else:
+        through = codes.project(z)
+        new = codes.codes(ids)
     if through.shape != q.zq.shape: through = q.zq
-    return torch.where(same[...,None], q.zq, straight_through(through, new.detach()).to(q.zq.dtype))
+    new = straight_through(through, new.detach()).to(q.zq.dtype)
+    return torch.where(same[...,None], q.zq, new)
+
+# %% ../../nbs/perturbation/03_module.ipynb #5dc2383b
+@patch
+def _noise(self:LatentPerturbation, q, kind, gradient, how):
+    "Latents of a batch with noise, at the strength of this object"
+    std = q.zq.detach().std().item() if self.std is None else self.std
+    moved = perturb_latents(q.zq, self.strength, kind, std=std, gamma=self.gamma, draw=self.draw,
+                            gradient=gradient, **how)
+    hit = (moved != q.zq).any(2).any(1)
+    return Perturbed(moved, q.ids, hit.double().mean().item())
+
+@patch
+def _drop(self:LatentPerturbation, q, codes, how):
+    "Latents of a batch without some of its tokens, at the rate of this object"
+    moved = drop_tokens(q.zq, self.alpha, mean_code(codes), where=self.where, rate=self.rate, **how)
+    gone = (moved != q.zq).any(2)
+    ids = q.ids
+    if ids is not None and not multi_scale(codes):
+        all_levels = gone.view(*gone.shape, *[1]*(ids.ndim-2))
+        ids = ids.masked_fill(all_levels, -1)
+    return Perturbed(moved, ids, gone.double().mean().item())
+
+# %% ../../nbs/perturbation/03_module.ipynb #32e24e7f
+@patch
+def __call__(self:LatentPerturbation,
+    z:Float[Tensor, "b n e"],                  # latents as a quantizer takes or a codebook compares them
+    quantized:Quantized,                       # what the quantizer made of them
+    quantizer:Tensor|Quantizer|None,           # or its code vectors (k d); None for continuous latents
+    epoch:float = 0,                           # for the annealing
+    rng:torch.Generator|None = None,           # all draws
+    gradient:Float[Tensor, "b n d"]|None = None, # of the reconstruction loss by zq, where `needs_gradient`
+    shard:tuple[int,int] = (0, 1),             # (rank, world), as in `perturb_codes`
+) -> Perturbed:
+    "Perturb what the quantizer made, at the strength of this epoch"
+    why = self.why_not(quantizer)
+    if why: raise ValueError(why)
+    now = self.at(epoch)
+    clean = quantized.ids
+    kind = now.kind or ('gaussian' if clean is None else 'nearest')
+    how = dict(beta=now.beta, select=now.select, rng=rng, shard=shard)
+    if kind == 'drop': return now._drop(quantized, quantizer, how)
+    if clean is None or kind not in CODE_KINDS: return now._noise(quantized, kind, gradient, how)
+    ids = perturb_codes(clean, quantizer, now.alpha, now.delta, kind=kind, where=now.where, rate=now.rate,
+                        neighbours=now.neighbours, include_self=now.include_self, z=z, gradient=gradient,
+                        **how)
+    return Perturbed(_with_codes(z, quantized, quantizer, ids), ids, effective_rate(clean, ids))
 
 # %% ../../nbs/perturbation/03_module.ipynb #ae092dae
 @dataclass(frozen=True)
@@ -138,23 +157,37 @@ class Perturbation:
     source:str             # where it comes from
     settings:dict = field(default_factory=dict) # of its `LatentPerturbation`
 
+# %% ../../nbs/perturbation/03_module.ipynb #49714844
 PERTURBATIONS = dict(
     nearest=Perturbation('a token becomes one of the codes nearest to its own', 'arXiv 2509.12474 §4.2',
                          dict(kind='nearest')),
-    official=Perturbation("the same, as released: around the latent, coin per token, the batch's first images", 'its released code',
-                          dict(kind='nearest', **OFFICIAL)),
-    uniform=Perturbation('a token becomes any code', 'control: how much does nearness matter?', dict(kind='uniform')),
-    frequency=Perturbation('a token becomes a code drawn by how often each is used', 'control: common codes', dict(kind='frequency')),
-    adversarial=Perturbation('a token becomes the neighbour that raises the loss most; continuous: a step up the gradient',
-                             'first-order worst case, as in arXiv 1412.6572', dict(kind='adversarial')),
-    blocks=Perturbation('nearest, all in one block', 'errors come in clusters', dict(kind='nearest', where='blocks', alpha=.25, beta=.5)),
-    drop=Perturbation('a token becomes the mean code, or zero', 'masking, as in arXiv 2111.06377', dict(kind='drop', alpha=.25, beta=.5)),
-    gaussian=Perturbation('noise of one strength is added', 'arXiv 2510.11690 at a fixed strength', dict(kind='gaussian', beta=1.)),
-    interpolate=Perturbation('latents are mixed with noise, up to nothing but noise', 'arXiv 2507.15856',
-                             dict(kind='interpolate', strength=1., gamma=3., draw='uniform', beta=1.)),
-    rae=Perturbation('noise, its strength by image', 'arXiv 2510.11690', dict(kind='gaussian', strength=.8, draw='uniform', beta=1.)),
+    official=Perturbation(
+        "the same, as released: around the latent, coin per token, the batch's first images",
+        'its released code', dict(kind='nearest', **OFFICIAL)),
+    uniform=Perturbation('a token becomes any code', 'control: how much does nearness matter?',
+                         dict(kind='uniform')),
+    frequency=Perturbation('a token becomes a code drawn by how often each is used', 'control: common codes',
+                           dict(kind='frequency')),
+    adversarial=Perturbation(
+        'a token becomes the neighbour that raises the loss most; continuous: a step up the gradient',
+        'first-order worst case, as in arXiv 1412.6572', dict(kind='adversarial')),
+    blocks=Perturbation('nearest, all in one block', 'errors come in clusters',
+                        dict(kind='nearest', where='blocks', alpha=.25, beta=.5)),
 )
 
+# %% ../../nbs/perturbation/03_module.ipynb #b4aa7976
+PERTURBATIONS |= dict(
+    drop=Perturbation('a token becomes the mean code, or zero', 'masking, as in arXiv 2111.06377',
+                      dict(kind='drop', alpha=.25, beta=.5)),
+    gaussian=Perturbation('noise of one strength is added', 'arXiv 2510.11690 at a fixed strength',
+                          dict(kind='gaussian', beta=1.)),
+    interpolate=Perturbation('latents are mixed with noise, up to nothing but noise', 'arXiv 2507.15856',
+                             dict(kind='interpolate', strength=1., gamma=3., draw='uniform', beta=1.)),
+    rae=Perturbation('noise, its strength by image', 'arXiv 2510.11690',
+                     dict(kind='gaussian', strength=.8, draw='uniform', beta=1.)),
+)
+
+# %% ../../nbs/perturbation/03_module.ipynb #cd863b19
 def perturbation(
     name:str,     # a row of `PERTURBATIONS`
     **settings,   # fields of `LatentPerturbation` in place of the row's

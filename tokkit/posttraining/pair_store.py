@@ -24,81 +24,6 @@ from .pairs import _check_known, _made, _merged, _recipe, _seeds, LatentPairs
 from ..tokenizers import Tokenizer
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #9c55079d
-def _dtype(tok, latents) -> torch.dtype:
-    if tok.spec.codebook_size is None: return dict(float32=torch.float32, bfloat16=torch.bfloat16)[latents]
-    return torch.uint16 if tok.spec.codebook_size <= 2**16 else torch.int32
-
-def _part(folder, i) -> Path: return Path(folder)/f'part-{i:05d}.safetensors'
-
-def write_pairs(
-    folder:str|Path,                 # made, or gone on with where the recipe is the same
-    generator:LatentGenerator|None,  # of this tokenizer's latents, in eval mode; None: clean pairs
-    tok:Tokenizer,                   # in eval mode
-    images:ImageSet,                 # real images with labels
-    sigma:float|Iterable[float]|Mapping[float,float] = .9, # preservation ratio, or a mixture
-    source:str = 'reencode',         # 'reencode' (paper) or 'tokens'
-    seed:int = 0,                    # of all draws
-    *,
-    clean:float = 0.,                # share of pairs that are the image's own latents
-    known:Tensor|None = None,        # latents of the images, where `encode_all` has made them; None: encode
-    part:int = 1000,                 # pairs a file
-    shard:tuple[int,int] = (0, 1),   # which of how many workers this is; each makes its share of the files
-    latents:str = 'float32',         # how continuous latents are kept: 'float32' | 'bfloat16'
-    **sampling,                      # further arguments of `sample`
-) -> int:                            # files still missing, of any worker
-    "Make pairs and keep them in a folder, file by file"
-    which,of = shard
-    if not 0 <= which < of:
-        raise ValueError(f"shard must be (which, of how many) with which from 0, got {shard}")
-    check_range('part', part, 1, 1e9, 'it is a number of pairs')
-    if latents not in ('float32','bfloat16'):
-        raise ValueError(f"latents must be kept as 'float32' or 'bfloat16', got {latents!r}")
-    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling)
-    _check_known(tok, images, known)
-    folder = Path(folder)
-    n = len(images)
-    made_by = dict(images=images.hash, tokenizer=tok.fingerprint, generator=generator.fingerprint
-                   if generator else None)
-    recipe = to_plain(made_by|dict(about=about, n=n, part=part, latents=latents))
-    new = _begin(folder, recipe)
-    seeds = _seeds(seed, n)
-    files = range(-(-n//part))
-    for i in files[which::of]: _keep_part(_part(folder, i), min(part, n-i*part), _mine(recipe, i))
-    for i in bar([f for f in files[which::of] if not _part(folder, f).exists()], 'making pairs'):
-        rows = range(i*part, min(n, (i+1)*part))
-        at = slice(rows.start, rows.stop)
-        try: made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
-        # a wrong option: a corrected call may come here
-        except (TypeError, ValueError):
-            if new and not any(_part(folder, f).exists() for f in files):
-                (folder/'pairs.json').unlink(missing_ok=True)
-            raise
-        made = made.to(_dtype(tok, latents)).contiguous()
-        try:
-            about_it = differ|dict(hash=tensors_hash(dict(latents=made)), part=_mine(recipe, i))
-            with atomic_path(_part(folder, i)) as p:
-                # one entry: several would have no order
-                save_file(dict(latents=made), p, dict(about=json.dumps(about_it)))
-        except (OSError, SafetensorError) as e:
-            whole = sum(_part(folder, f).exists() for f in files)
-            raise OSError(f"cannot write part {i} of {folder} ({str(e)[:80]}); {whole} of {len(files)} parts "
-                          "are whole and stay: "
-                          "make room and call again") from None
-    return sum(not _part(folder, f).exists() for f in files)
-
-def _begin(folder, recipe) -> bool:
-    "Write the recipe, or compare it with the one that is there; whether it was written"
-    if not (folder/'pairs.json').exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder/'pairs.json', recipe|dict(hash=stable_hash(recipe, 64)))
-        return True
-    there = _read_recipe(folder)
-    if wrong := [k for k in recipe if there.get(k) != recipe[k]]:
-        k = wrong[0]
-        raise ValueError(f"{folder} holds pairs with {k} {there.get(k)}, asked for is {recipe[k]}; choose "
-                         "another folder, or delete it")
-    return False
-
 class _Recipe(TypedDict):
     images:str             # hash of the real ones
     tokenizer:str          # fingerprint
@@ -120,9 +45,62 @@ def _read_recipe(folder) -> dict:
         raise ValueError(f"{folder/'pairs.json'} says {r['n']} pairs in files of {r['part']}; {again}")
     return r
 
+# %% ../../nbs/posttraining/02_pair_store.ipynb #4ca9ce51
+def _begin(folder, recipe) -> bool:
+    "Write the recipe, or compare it with the one that is there; whether it was written"
+    if not (folder/'pairs.json').exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder/'pairs.json', recipe|dict(hash=stable_hash(recipe, 64)))
+        return True
+    there = _read_recipe(folder)
+    if wrong := [k for k in recipe if there.get(k) != recipe[k]]:
+        k = wrong[0]
+        raise ValueError(f"{folder} holds pairs with {k} {there.get(k)}, asked for is {recipe[k]}; choose "
+                         "another folder, or delete it")
+    return False
+
+# %% ../../nbs/posttraining/02_pair_store.ipynb #00bef268
+def _dtype(tok, latents) -> torch.dtype:
+    if tok.spec.codebook_size is None: return dict(float32=torch.float32, bfloat16=torch.bfloat16)[latents]
+    return torch.uint16 if tok.spec.codebook_size <= 2**16 else torch.int32
+
+def _part(folder, i) -> Path: return Path(folder)/f'part-{i:05d}.safetensors'
+
 def _mine(recipe, i) -> str:
     "What marks the i-th file of a recipe: no file of another place or of other pairs has it"
     return stable_hash([recipe, i])
+
+def _write_part(files, i, latents, differ, mine):
+    "Keep the latents of one file, whole or not at all"
+    try:
+        told = differ|dict(hash=tensors_hash(dict(latents=latents)), part=mine)
+        with atomic_path(files[i]) as p:
+            # one entry: several would have no order
+            save_file(dict(latents=latents), p, dict(about=json.dumps(told)))
+    except (OSError, SafetensorError) as e:
+        whole = sum(f.exists() for f in files)
+        raise OSError(f"cannot write part {i} of {files[i].parent} ({str(e)[:80]}); {whole} of {len(files)} "
+                      "parts are whole and stay: make room and call again") from None
+
+# %% ../../nbs/posttraining/02_pair_store.ipynb #899eec7f
+def _read_part(path, rows, mine, verify=True) -> tuple[Tensor,dict]:
+    "The latents of a file and how they differ from the real ones, or one line about what is wrong with it"
+    again = "call write_pairs again, it makes that part anew"
+    try:
+        with safe_open(path, 'pt') as f:
+            latents = f.get_tensor('latents')
+            meta = json.loads((f.metadata() or {})['about'])
+        told = meta['hash']
+        which = meta['part']
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path} does not say what it holds, so it is of another version or damaged; "
+                         f"{again}") from None
+    except SafetensorError as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
+    if which != mine: raise ValueError(f"{path} is a file of another place or of other pairs; {again}")
+    if len(latents) != rows: raise ValueError(f"{path} has {len(latents)} pairs instead of {rows}; {again}")
+    if verify and tensors_hash(dict(latents=latents)) != told:
+        raise ValueError(f"{path} is damaged: its checksum changed; {again}")
+    return latents,{k:v for k,v in meta.items() if k not in ('hash', 'part')}
 
 def _keep_part(path, rows, mine):
     "Put a part that is not what was written aside, and say so; it is made again"
@@ -131,6 +109,78 @@ def _keep_part(path, rows, mine):
     except ValueError as e:
         warnings.warn(f"{str(e).split(';')[0]}; it is made again, and kept as {set_aside(path).name}",
                       stacklevel=3)
+
+# %% ../../nbs/posttraining/02_pair_store.ipynb #70ef3311
+def _check_store(shard, part, latents):
+    "Raise one line about how the pairs shall be kept"
+    which,of = shard
+    if not 0 <= which < of:
+        raise ValueError(f"shard must be (which, of how many) with which from 0, got {shard}")
+    check_range('part', part, 1, 1e9, 'it is a number of pairs')
+    if latents not in ('float32','bfloat16'):
+        raise ValueError(f"latents must be kept as 'float32' or 'bfloat16', got {latents!r}")
+
+def _store_recipe(generator, tok, images, about, part, latents) -> dict:
+    "All that the files of a store depend on"
+    made_by = dict(images=images.hash, tokenizer=tok.fingerprint,
+                   generator=generator.fingerprint if generator else None)
+    return to_plain(made_by|dict(about=about, n=len(images), part=part, latents=latents))
+
+# %% ../../nbs/posttraining/02_pair_store.ipynb #d9391cde
+def write_pairs(
+    folder:str|Path,                 # made, or gone on with where the recipe is the same
+    generator:LatentGenerator|None,  # of this tokenizer's latents, in eval mode; None: clean pairs
+    tok:Tokenizer,                   # in eval mode
+    images:ImageSet,                 # real images with labels
+    sigma:float|Iterable[float]|Mapping[float,float] = .9, # preservation ratio, or a mixture
+    source:str = 'reencode',         # 'reencode' (paper) or 'tokens'
+    seed:int = 0,                    # of all draws
+    *,
+    clean:float = 0.,                # share of pairs that are the image's own latents
+    known:Tensor|None = None,        # latents of the images, where `encode_all` has made them; None: encode
+    part:int = 1000,                 # pairs a file
+    shard:tuple[int,int] = (0, 1),   # which of how many workers this is; each makes its share of the files
+    latents:str = 'float32',         # how continuous latents are kept: 'float32' | 'bfloat16'
+    **sampling,                      # further arguments of `sample`
+) -> int:                            # files still missing, of any worker
+    "Make pairs and keep them in a folder, file by file"
+    _check_store(shard, part, latents)
+    about,sigmas = _recipe(generator, tok, images, sigma, source, clean, seed, sampling)
+    _check_known(tok, images, known)
+    recipe = _store_recipe(generator, tok, images, about, part, latents)
+    new = _begin(Path(folder), recipe)
+    n = len(images)
+    seeds = _seeds(seed, n)
+    files = [_part(folder, i) for i in range(-(-n//part))]
+    which,of = shard
+    share = range(len(files))[which::of]
+    for i in share: _keep_part(files[i], min(part, n-i*part), _mine(recipe, i))
+    for i in bar([i for i in share if not files[i].exists()], 'making pairs'):
+        rows = range(i*part, min(n, (i+1)*part))
+        at = slice(rows.start, rows.stop)
+        try: made,differ = _made(generator, tok, images, rows, sigmas[at], source, seeds[at], sampling, known)
+        except (TypeError, ValueError):
+            if new: _forget(files)
+            raise
+        _write_part(files, i, made.to(_dtype(tok, latents)).contiguous(), differ, _mine(recipe, i))
+    return sum(not f.exists() for f in files)
+
+def _forget(files):
+    "After a wrong option: take the recipe away where no file is made, so that a corrected call may come here"
+    if not any(f.exists() for f in files): (files[0].parent/'pairs.json').unlink(missing_ok=True)
+
+# %% ../../nbs/posttraining/02_pair_store.ipynb #5d1aae12
+def _check_owners(folder, recipe, images, tok, generator):
+    "Raise one line unless these made the pairs; None stands for anyone"
+    given = dict(images=images.hash, tokenizer=tok and tok.fingerprint,
+                 generator=generator and generator.fingerprint)
+    for what,mine in given.items():
+        if mine and recipe[what] != mine:
+            raise ValueError(f"{folder} was made with {what} {recipe[what]}, not with {mine}; give that one, "
+                             "or make pairs of this one")
+    if recipe['n'] != len(images):
+        raise ValueError(f"{folder} holds {recipe['n']} pairs for {len(images)} images; give the images they "
+                         "were made of")
 
 def open_pairs(
     folder:str|Path,                         # written by `write_pairs`
@@ -143,40 +193,18 @@ def open_pairs(
     folder = Path(folder)
     if not (folder/'pairs.json').is_file():
         raise FileNotFoundError(f"no pairs in {folder}; make them with write_pairs")
-    r = _read_recipe(folder)
-    for what,mine in (('images', images.hash), ('tokenizer', tok and tok.fingerprint),
-                      ('generator', generator and generator.fingerprint)):
-        if mine and r[what] != mine:
-            raise ValueError(f"{folder} was made with {what} {r[what]}, not with {mine}; give that one, or "
-                             "make pairs of this one")
-    if r['n'] != len(images):
-        raise ValueError(f"{folder} holds {r['n']} pairs for {len(images)} images; give the images they were "
-                         "made of")
-    files = [_part(folder, i) for i in range(-(-r['n']//r['part']))]
+    recipe = _read_recipe(folder)
+    _check_owners(folder, recipe, images, tok, generator)
+    n = recipe['n']
+    part = recipe['part']
+    files = [_part(folder, i) for i in range(-(-n//part))]
     if missing := [f.name for f in files if not f.exists()]:
         lacks = f"{len(missing)} of {len(files)} parts are missing, first {missing[0]}"
         raise FileNotFoundError(f"{folder} is not whole: {lacks}; call write_pairs again, it goes on")
-    parts,differs = zip(*[_read_part(f, min(r['part'], r['n']-i*r['part']), _mine(r, i), verify) for i,
-                          f in enumerate(files)])
-    return LatentPairs(parts, images, r['about']|_merged(differs))
-
-def _read_part(path, rows, mine, verify=True) -> tuple[Tensor,dict]:
-    "The latents of a file and how they differ from the real ones, or one line about what is wrong with it"
-    again = "call write_pairs again, it makes that part anew"
-    try:
-        with safe_open(path, 'pt') as f:
-            latents = f.get_tensor('latents')
-            meta = json.loads((f.metadata() or {})['about'])
-        told = meta['hash']
-        which = meta['part']
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path} does not say what it holds, so it is of another version or damaged; {again}") from None
-    except SafetensorError as e: raise ValueError(f"{path} is damaged ({str(e)[:60]}); {again}") from None
-    if which != mine: raise ValueError(f"{path} is a file of another place or of other pairs; {again}")
-    if len(latents) != rows: raise ValueError(f"{path} has {len(latents)} pairs instead of {rows}; {again}")
-    if verify and tensors_hash(dict(latents=latents)) != told:
-        raise ValueError(f"{path} is damaged: its checksum changed; {again}")
-    return latents,{k:v for k,v in meta.items() if k not in ('hash', 'part')}
+    read = [_read_part(f, min(part, n-i*part), _mine(recipe, i), verify) for i,f in enumerate(files)]
+    parts = [latents for latents,_ in read]
+    differs = [differ for _,differ in read]
+    return LatentPairs(parts, images, recipe['about']|_merged(differs))
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #e56ab497
 def latent_pairs(

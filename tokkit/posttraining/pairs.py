@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -42,55 +43,63 @@ class LatentPairs(Dataset):
     @property
     def hash(self) -> str:
         return stable_hash([self.images.hash, *(tensors_hash(dict(latents=p)) for p in self.parts)])
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i):
-        i = range(len(self))[i]
-        return _wide(self._rows(torch.tensor([i])))[0],self.images[i][0]
-    def __getitems__(self, i): return _wide(self._rows(torch.as_tensor(i))),self.images[i][0]
-
-    def _rows(self, i) -> Tensor:
-        "Rows in the order asked for, each from its own part"
-        if len(self.parts) == 1: return self.parts[0][i]
-        size = len(self.parts[0])
-        kind = self.parts[0].dtype
-        part = i//size
-        row = i%size
-        # torch cannot assign rows of uint16
-        bits = {torch.uint16:torch.int16}.get(kind, kind)
-        out = torch.empty(len(i), *self.parts[0].shape[1:], dtype=bits)
-        for p in part.unique().tolist(): out[part == p] = self.parts[p].view(bits)[row[part == p]]
-        return out.view(kind)
-
-    def __repr__(self):
-        return (f"LatentPairs: {len(self)} of {self.images.name}, "
-                + ', '.join(f'{k}={v}' for k,v in self.about.items()))
 
 def _wide(latents) -> Tensor:
     "As the tokenizer takes them, whatever they are stored as"
     return latents.float() if latents.is_floating_point() else latents.long()
 
-def _change(latents, real) -> float:
-    "Fraction of ids that differ, or root mean square difference over the standard deviation"
-    if not latents.is_floating_point(): return (latents != real).double().mean().item()
-    return ((latents-real).double().square().mean().sqrt()/real.double().std()).item()
+# %% ../../nbs/posttraining/01_pairs.ipynb #8dcc5a96
+@patch
+def _rows(self:LatentPairs, i) -> Tensor:
+    "Rows in the order asked for, each from its own part"
+    if len(self.parts) == 1: return self.parts[0][i]
+    size = len(self.parts[0])
+    kind = self.parts[0].dtype
+    part = i//size
+    row = i%size
+    # torch cannot assign rows of uint16
+    bits = {torch.uint16:torch.int16}.get(kind, kind)
+    out = torch.empty(len(i), *self.parts[0].shape[1:], dtype=bits)
+    for p in part.unique().tolist(): out[part == p] = self.parts[p].view(bits)[row[part == p]]
+    return out.view(kind)
 
-def _made(generator, tok, images, rows, sigmas, source, seeds, sampling, known) -> tuple[Tensor,dict]:
-    "Latents of some of the images, and how far from the real ones they are"
-    some = images.subset(rows)
-    real = encode_all(tok, some) if known is None else known[rows.start:rows.stop].cpu()
-    made = real.clone()
-    drawn = (~sigmas.isnan()).nonzero()[:,0]
-    for s in sigmas[drawn].unique().tolist():
-        i = (sigmas == s).nonzero()[:,0]
-        keep = real[i],_plain_sigma(s)
-        made[i] = sample_batches(generator, some.labels[i], seed=seeds[i], keep=keep, desc=f'pairs, σ {s:g}',
-                                 **sampling)[0]
-    if not len(drawn): return made,{}
-    differ = dict(drawn_differ=_change(made[drawn], real[drawn]))
-    if source == 'reencode':
-        made[drawn] = reencode(tok, made[drawn])
-        differ['given_differ'] = _change(made[drawn], real[drawn])
-    return made,differ|dict(drawn=len(drawn))
+# %% ../../nbs/posttraining/01_pairs.ipynb #8d967333
+@patch
+def __len__(self:LatentPairs): return len(self.images)
+@patch
+def __getitem__(self:LatentPairs, i):
+    i = range(len(self))[i]
+    return _wide(self._rows(torch.tensor([i])))[0],self.images[i][0]
+@patch
+def __getitems__(self:LatentPairs, i):
+    return _wide(self._rows(torch.as_tensor(i))),self.images[i][0]
+
+@patch
+def __repr__(self:LatentPairs):
+    about = ', '.join(f'{k}={v}' for k,v in self.about.items())
+    return f"LatentPairs: {len(self)} of {self.images.name}, {about}"
+
+# %% ../../nbs/posttraining/01_pairs.ipynb #1525f618
+def clean_pairs(
+    tok:Tokenizer,    # in eval mode
+    images:ImageSet,  # real images
+) -> LatentPairs:
+    "The control: the images' own latents"
+    return LatentPairs(encode_all(tok, images), images, dict(source='clean'))
+
+# %% ../../nbs/posttraining/01_pairs.ipynb #672d482f
+def _recipe(generator, tok, images, sigma, source, clean, seed, sampling) -> tuple[dict,Tensor]:
+    "Everything that decides the pairs, in plain words; and the sigma of every row"
+    if source not in SOURCES: raise ValueError(f"source must be 'reencode' or 'tokens', got {source!r}")
+    if generator is None: return dict(source='clean'),torch.full((len(images),), math.nan)
+    check_fit(generator, tok)
+    sigma = _plain_sigma(sigma)  # once: an iterator tells its values one time
+    about = dict(sigma=sigma, source=source, seed=seed)
+    if clean: about['clean'] = clean
+    return about|to_plain(sampling),row_sigmas(len(images), sigma, clean, seed)
+
+# the same whichever part a row is made in
+def _seeds(seed, n): return row_seeds(make_rng(seed, 'sample'), n)
 
 def _check_known(tok, images, known):
     "Latents said to be those of the images: as many, and the first few are"
@@ -104,28 +113,38 @@ def _check_known(tok, images, known):
         raise ValueError("the known latents are not this tokenizer's latents of these images; take "
                          "encode_all(tok, images), or none")
 
-def _recipe(generator, tok, images, sigma, source, clean, seed, sampling) -> tuple[dict,Tensor]:
-    "Everything that decides the pairs, in plain words; and the sigma of every row"
-    if source not in SOURCES: raise ValueError(f"source must be 'reencode' or 'tokens', got {source!r}")
-    if generator is None: return dict(source='clean'),torch.full((len(images),), math.nan)
-    check_fit(generator, tok)
-    # once: an iterator tells its values one time
-    sigma = _plain_sigma(sigma)
-    about = dict(sigma=sigma, source=source, seed=seed)|(dict(clean=clean) if clean else {})
-    return about|to_plain(sampling),row_sigmas(len(images), sigma, clean, seed)
+# %% ../../nbs/posttraining/01_pairs.ipynb #2560b98e
+def _change(latents, real) -> float:
+    "Fraction of ids that differ, or root mean square difference over the standard deviation"
+    if not latents.is_floating_point(): return (latents != real).double().mean().item()
+    return ((latents-real).double().square().mean().sqrt()/real.double().std()).item()
+
+def _draw(generator, real, labels, sigmas, seeds, sampling) -> Tensor:
+    "The real latents, of which the generator keeps a fraction and draws the rest; clean rows stay"
+    made = real.clone()
+    for s in sigmas[~sigmas.isnan()].unique().tolist():
+        i = (sigmas == s).nonzero()[:,0]
+        keep = real[i],_plain_sigma(s)
+        made[i],_ = sample_batches(generator, labels[i], seed=seeds[i], keep=keep, desc=f'pairs, σ {s:g}',
+                                   **sampling)
+    return made
+
+# %% ../../nbs/posttraining/01_pairs.ipynb #d05928bc
+def _made(generator, tok, images, rows, sigmas, source, seeds, sampling, known) -> tuple[Tensor,dict]:
+    "Latents of some of the images, and how far from the real ones they are"
+    some = images.subset(rows)
+    real = encode_all(tok, some) if known is None else known[rows.start:rows.stop].cpu()
+    made = _draw(generator, real, some.labels, sigmas, seeds, sampling)
+    drawn = (~sigmas.isnan()).nonzero()[:,0]
+    if not len(drawn): return made,{}
+    differ = dict(drawn_differ=_change(made[drawn], real[drawn]))
+    if source == 'reencode':
+        made[drawn] = reencode(tok, made[drawn])
+        differ['given_differ'] = _change(made[drawn], real[drawn])
+    return made,differ|dict(drawn=len(drawn))
 
 def _merged(differs) -> dict:
     "How far from the real latents all parts together are"
     n = sum(d.get('drawn', 0) for d in differs)
     keys = [k for k in ('drawn_differ','given_differ') if any(k in d for d in differs)]
     return {k:round(sum(d[k]*d['drawn'] for d in differs if k in d)/n, 4) for k in keys}
-
-# the same whichever part a row is made in
-def _seeds(seed, n): return row_seeds(make_rng(seed, 'sample'), n)
-
-def clean_pairs(
-    tok:Tokenizer,    # in eval mode
-    images:ImageSet,  # real images
-) -> LatentPairs:
-    "The control: the images' own latents"
-    return LatentPairs(encode_all(tok, images), images, dict(source='clean'))

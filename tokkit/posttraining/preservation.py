@@ -25,7 +25,8 @@ def _kind(shape, k) -> str:
 def _decodes(tok) -> str:
     "The latents a tokenizer takes, in words"
     s = tok.spec
-    return _kind((s.ids_shape or s.shape[:1]) if s.codebook_size else s.shape, s.codebook_size)
+    if not s.codebook_size: return _kind(s.shape, s.codebook_size)
+    return _kind(s.ids_shape or s.shape[:1], s.codebook_size)
 
 def check_fit(
     generator:LatentGenerator,  # whose latents
@@ -40,12 +41,21 @@ def check_fit(
                          "this tokenizer's latents")
     # other people's generators need no cfg
     scale = getattr(getattr(generator, 'cfg', None), 'std', None)
-    if s.codebook_size is None and scale and not math.isclose(scale, s.std, rel_tol=.2) and s.std != 1.:
+    scaled = s.codebook_size is None and scale and s.std != 1.
+    if scaled and not math.isclose(scale, s.std, rel_tol=.2):
         raise ValueError(f"the generator's latents have a standard deviation of {scale:.3g}, the tokenizer's "
-                         f"{s.std:.3g}; "
-                         "take a generator trained on this tokenizer's latents")
+                         f"{s.std:.3g}; take a generator trained on this tokenizer's latents")
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #70159333
+def _check_kind(tok, latents):
+    "Raise one line unless these are ids, or continuous latents, of the shape that the tokenizer decodes"
+    k = tok.spec.codebook_size
+    def got(k): return _kind(latents.shape[1:], None if latents.is_floating_point() else k)
+    no_ids = latents.is_floating_point() or latents.dtype == torch.bool
+    if no_ids == bool(k) or got(k) != _decodes(tok):
+        raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this "
+                         "tokenizer")
+
 def check_latents(
     tok:Tokenizer,                    # whose decoder
     latents:Tensor|Sequence[Tensor],  # what it shall decode, one row an image; or parts of it
@@ -57,12 +67,8 @@ def check_latents(
         raise ValueError(f"expected latents as a tensor, got {type(parts[0]).__name__}")
     if not any(p.numel() for p in parts):
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got no latents at all; give some")
-    first = parts[0]
+    _check_kind(tok, parts[0])
     k = tok.spec.codebook_size
-    def got(k): return _kind(first.shape[1:], None if first.is_floating_point() else k)
-    if (first.is_floating_point() or first.dtype == torch.bool) == bool(k) or got(k) != _decodes(tok):
-        raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this "
-                         "tokenizer")
     for p in parts:
         if k: check_ids(p, k)
         elif p.numel(): check_finite('latents of image', p, 'look at the generator')
@@ -72,11 +78,12 @@ def check_latents(
         raise ValueError(f"the tokenizer makes images {mine}, got images {theirs}; give images of its size "
                          "and channels")
 
+# %% ../../nbs/posttraining/00_preservation.ipynb #2fabf6d6
 def check_same(
     tok:Tokenizer,   # as it was
     other:Tokenizer, # the same but for its decoder
 ):
-    "Fails unless the two tokenizers differ in nothing but their decoders: else latents of one mean nothing to the other"
+    "Fails unless the two differ in nothing but their decoders: else their latents mean different things"
     mine = tok.state_dict()
     theirs = other.state_dict()
     def same(k):
@@ -85,8 +92,8 @@ def check_same(
     wrong += [k for k in ('quantizer','quantizer_options') if getattr(tok.cfg, k) != getattr(other.cfg, k)]
     if wrong:
         raise ValueError(f"the two tokenizers differ beyond their decoders, first in {wrong[0]}: their "
-                         "latents would not mean the "
-                               "same; give a tokenizer and what post-training made of it")
+                         "latents would not mean the same; give a tokenizer and what post-training "
+                         "made of it")
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #77976443
 def _plain_sigma(sigma) -> float|list[float]|dict[float,float]:
@@ -97,34 +104,39 @@ def _plain_sigma(sigma) -> float|list[float]|dict[float,float]:
     many = [plain(s) for s in sigma]
     if len(set(many)) < len(many):
         raise ValueError(f"each sigma once, got {many}; give the shares of a mixture as {{sigma: share}}")
-    return dict(sorted(zip(many, map(float, sigma.values())))) if isinstance(sigma, Mapping) else many
+    if not isinstance(sigma, Mapping): return many
+    return dict(sorted(zip(many, map(float, sigma.values()))))
 
-def row_sigmas(
-    n:int,                                        # pairs
-    # fraction kept; several with equal shares, or each with its share
-    sigma:float|Iterable[float]|Mapping[float,float],
-    clean:float = 0.,                             # share of pairs that are the image's own latents, 0..1
-    seed:int = 0,                                 # which rows get which
-) -> Float[Tensor, "n"]: # NaN for clean rows
-    "The preservation ratio of each pair, shares exact to a pair"
-    sigma = _plain_sigma(sigma)
-    shares = (sigma if isinstance(sigma, dict)
-              else dict.fromkeys(sigma if isinstance(sigma, list) else [sigma], 1.))
+def _check_shares(shares, clean):
+    "Raise one line unless every sigma is a fraction above 0, and the shares add up to something"
     if not shares: raise ValueError("sigma must name at least one fraction of real latents to keep, got none")
     for s,w in shares.items():
         check_range('sigma', s, hint='it is the fraction of the real latents that is kept')
         if s == 0:
             raise ValueError("sigma 0 keeps nothing of the image, so that nothing ties the two of a pair "
-                             "together; "
-                             "take sigma > 0, or heal without pairs")
+                             "together; take sigma > 0, or heal without pairs")
         check_range('the share of a sigma', w, 0, math.inf)
     check_range('clean', clean, hint='it is the share of pairs with clean latents')
     if not sum(shares.values()) > 0: raise ValueError(f"the shares of sigma must not all be 0, got {shares}")
+
+# %% ../../nbs/posttraining/00_preservation.ipynb #b157f13a
+def row_sigmas(
+    n:int,             # pairs
+    # fraction kept; several with equal shares, or each with its share
+    sigma:float|Iterable[float]|Mapping[float,float],
+    clean:float = 0.,  # share of pairs that are the image's own latents, 0..1
+    seed:int = 0,      # which rows get which
+) -> Float[Tensor, "n"]: # NaN for clean rows
+    "The preservation ratio of each pair, shares exact to a pair"
+    sigma = _plain_sigma(sigma)
+    many = sigma if isinstance(sigma, (dict,list)) else [sigma]
+    shares = many if isinstance(many, dict) else dict.fromkeys(many, 1.)
+    _check_shares(shares, clean)
     total = sum(shares.values())
-    ends = (torch.tensor([w*(1-clean)/total for w in shares.values()],
-                         dtype=torch.float64).cumsum(0)*n).round().long().tolist()
+    parts = torch.tensor([w*(1-clean)/total for w in shares.values()], dtype=torch.float64)
+    ends = (parts.cumsum(0)*n).round().long().tolist()
+    mixed = len(shares) > 1 or clean
+    order = torch.randperm(n, generator=make_rng(seed, 'sigma')) if mixed else torch.arange(n)
     out = torch.full((n,), math.nan)
-    order = (torch.randperm(n, generator=make_rng(seed, 'sigma')) if len(shares) > 1 or clean
-             else torch.arange(n))
     for s,a,b in zip(shares, [0, *ends], ends): out[order[a:b]] = s
     return out

@@ -35,13 +35,14 @@ def sigma_evidence(
     source:str = 'reencode',    # as in `latent_pairs`
     seed:int = 0,               # of all draws
     **sampling,                 # further arguments of `sample`
-) -> pd.DataFrame:              # a row a sigma: MMD² to free samples with its error, mean squared error of the pair, fraction that differs
+) -> pd.DataFrame:              # a row a sigma: MMD² to free samples, se, squared error, part that differs
     "What pairs at each sigma look like: how near to free samples, how far from their image"
     some = images.subset(min(n, len(images)))
     where = next(tok.parameters()).device
     free,_ = sample_batches(generator, some.labels, seed=seed+1, **sampling)
     def vectors(latents):
-        return (latents if tok.spec.codebook_size is None else tok.codes(latents.to(where)).cpu()).flatten(1)
+        if tok.spec.codebook_size is not None: latents = tok.codes(latents.to(where)).cpu()
+        return latents.flatten(1)
     def row(s):
         pairs = latent_pairs(generator, tok, some, s, source, seed, **sampling)
         near = mmd2(vectors(free), vectors(pairs.latents))
@@ -66,9 +67,11 @@ class SigmaRace:
         def error(se): return '' if pd.isna(se) else f' ± {se:.2g}'
         said = ', '.join(f'{s:g}: {r.value:.4g}{error(r.se)}' for s,r in last.iterrows())
         control = last.loc[1.]
-        note = 'clean tokens win, so pairs of this generator do not pay' if self.sigma == 1 else \
-               f'{control.gap:.3g}{error(control.gap_se)} ahead of clean tokens, to be confirmed at full length'
-        return f"SigmaRace: sigma {self.sigma:g} at {100*self.cost:.0f}% of the sweep's cost ({said}); {note}"
+        lead = f'{control.gap:.3g}{error(control.gap_se)}'
+        ahead = f'{lead} ahead of clean tokens, to be confirmed at full length'
+        note = 'clean tokens win, so pairs of this generator do not pay' if self.sigma == 1 else ahead
+        cost = f"{100*self.cost:.0f}% of the sweep's cost"
+        return f"SigmaRace: sigma {self.sigma:g} at {cost} ({said}); {note}"
 
 def race_plan(
     racers:int,          # sigmas in the first round, the control not counted
@@ -116,17 +119,18 @@ def choose_sigma(
         some = images.subset(n)
         cards = {}
         for s in bar([*racers, 1.], f'round {number+1} of {len(plan)}'):
-            pairs = (clean_pairs(tok, some) if s == 1
-                     else latent_pairs(generator, tok, some, s, source, seed, **(sampling or {})))
+            if s == 1: pairs = clean_pairs(tok, some)
+            else: pairs = latent_pairs(generator, tok, some, s, source, seed, **(sampling or {}))
             how = replace(cfg, batch=min(cfg.batch, n))
-            cards[s] = probe(posttrain_decoder(tok, pairs, how, device=device, seed=seed, desc=f'σ {s:g}',
-                                               **options)[0])
+            healed,_ = posttrain_decoder(tok, pairs, how, device=device, seed=seed, desc=f'σ {s:g}',
+                                         **options)
+            cards[s] = probe(healed)
             spent += n
         best = min(cards, key=lambda s: cards[s].value)
         gaps = {s:c-cards[best] for s,c in cards.items()}
         about = dict(round=number+1, pairs=n)
-        rows += [about|dict(sigma=s, value=c.value, se=c.se, gap=gaps[s].value, gap_se=gaps[s].se) for s,
-                 c in cards.items()]
+        rows += [about|dict(sigma=s, value=c.value, se=c.se, gap=gaps[s].value, gap_se=gaps[s].se)
+                 for s,c in cards.items()]
         keep = plan[number+1][0] if number+1 < len(plan) else 1
         racers = sorted(sorted(racers, key=lambda s: cards[s].value)[:keep])
     settings = dict(share=share, source=source, seed=seed, n=len(images), sampling=sampling or {},

@@ -39,20 +39,22 @@ def _git(*args:str) -> str|None:
 
 def commit() -> str|None:
     "Short commit of the checkout, with `+` when tracked files differ from it; None outside git"
-    if _git('ls-files', '--error-unmatch',
-            'settings.ini') is None or not (short := _git('rev-parse', '--short=10', 'HEAD')):
-        return None
+    if _git('ls-files', '--error-unmatch', 'settings.ini') is None: return None     # another project's git
+    short = _git('rev-parse', '--short=10', 'HEAD')
+    if not short: return None
     return short + ('+' if _git('status', '--porcelain', '--untracked-files=no') else '')
 
+# %% ../../nbs/runs/02_artifacts.ipynb #4f052f4f
 def provenance(
     device:str|None = None,   # where it computes; None is the default device
     threads:int|None = None,  # threads of torch; None is torch's present number
     seed:int|None = None,     # the experiment's seed, when it has one
 ) -> dict[str,Any]:
     "Versions, commit, device, threads and seed"
-    return dict(tokkit=tokkit.__version__, commit=commit(), torch=torch.__version__, device=device
-                or str(default_device()),
-                threads=threads or torch.get_num_threads(), seed=seed)
+    device = device or str(default_device())
+    threads = threads or torch.get_num_threads()
+    return dict(tokkit=tokkit.__version__, commit=commit(), torch=torch.__version__, device=device,
+                threads=threads, seed=seed)
 
 # %% ../../nbs/runs/02_artifacts.ipynb #37de6ce3
 def _check_name(name:str, what:str):
@@ -60,8 +62,6 @@ def _check_name(name:str, what:str):
     if not isinstance(name, str) or not name or clean_name(name) != name:
         raise ValueError(f"{what} names a folder: letters, digits and . = + - _, at most 60 of them; got "
                          f"{name!r}")
-
-def _now() -> str: return datetime.now().astimezone().isoformat(' ', 'seconds')
 
 def artifact_path(
     kind:str,                   # folder below the root, e.g. 'tokenizer'
@@ -76,34 +76,8 @@ def artifact_path(
     there = next((p for p in folder.glob(f'*{digest}') if not p.name.startswith('.')), None)
     return there or folder/(f"{clean_name(slug)}-{digest}" if slug else digest)
 
-def artifact(
-    kind:str,                   # folder below the root, e.g. 'tokenizer'
-    params:Any,                 # everything that decides the content, as `to_plain` understands it
-    # make(tmp) fills the folder `tmp`; make(tmp, work) also gets a folder that survives a kill
-    make:Callable,
-    root:str|Path|None = None,  # see `runs_root`
-    slug:str|None = None,       # readable part of the name; an existing artifact is found under any slug
-) -> Path:
-    "The finished folder root/kind/slug-hash, made by `make` unless it is there already"
-    root, final = runs_root(root), artifact_path(kind, params, root, slug)
-    if (final/'params.json').exists() and damage(final) is None: return final
-    with writing(root), locked(final.with_name(final.name.split('-')[-1]), f'{kind} {final.name}', wait=True):
-        final = artifact_path(kind, params, root, slug)  # another process may have made it under another slug
-        if final.exists(): _keep_or_set_aside(final, f'{kind} {final.name}')
-        if not final.exists(): _make(final, make, dict(kind=kind, params=params, **provenance()))
-    return final
-
-def _keep_or_set_aside(final:Path, what:str):
-    "A folder that is not what was sealed makes room for a new one, and says so; one without a seal is not judged"
-    if not (final/MARKER).is_file():
-        if not (final/'params.json').is_file():
-            raise ValueError(f"{final} is in the way and was not made by tokkit; move it elsewhere")
-        raise ValueError(f"{what} carries no checksums, since it is of an earlier version or was copied "
-                         "without hidden files; "
-                         f"take it as it is (tokkit verify {final} --seal), or move it elsewhere")
-    if how := damage(final):
-        warnings.warn(f"{what} is damaged: {how}; it is made again, and what is there is kept as "
-                      f"{set_aside(final).name}", stacklevel=4)
+# %% ../../nbs/runs/02_artifacts.ipynb #ec7cc82b
+def _now() -> str: return datetime.now().astimezone().isoformat(' ', 'seconds')
 
 def _make(final:Path, make:Callable, about:dict):
     "Let `make` fill a temporary folder and publish it as `final`"
@@ -118,3 +92,36 @@ def _make(final:Path, make:Callable, about:dict):
         write_json(tmp/'params.json', about)
         write_json(tmp/'timing.json', dict(seconds=round(time.perf_counter()-start, 2), finished=_now()))
     delete(work)
+
+# %% ../../nbs/runs/02_artifacts.ipynb #870aba90
+def _keep_or_set_aside(final:Path, what:str):
+    "Make room where a sealed folder is damaged, and say so; a folder without a seal is an error"
+    if not (final/MARKER).is_file():
+        if not (final/'params.json').is_file():
+            raise ValueError(f"{final} is in the way and was not made by tokkit; move it elsewhere")
+        raise ValueError(f"{what} carries no checksums, since it is of an earlier version or was copied "
+                         f"without hidden files; take it as it is (tokkit verify {final} --seal), or move "
+                         "it elsewhere")
+    if how := damage(final):
+        warnings.warn(f"{what} is damaged: {how}; it is made again, and what is there is kept as "
+                      f"{set_aside(final).name}", stacklevel=4)
+
+# %% ../../nbs/runs/02_artifacts.ipynb #181f16c3
+def artifact(
+    kind:str,                   # folder below the root, e.g. 'tokenizer'
+    params:Any,                 # everything that decides the content, as `to_plain` understands it
+    # make(tmp) fills the folder `tmp`; make(tmp, work) also gets a folder that survives a kill
+    make:Callable,
+    root:str|Path|None = None,  # see `runs_root`
+    slug:str|None = None,       # readable part of the name; an existing artifact is found under any slug
+) -> Path:
+    "The finished folder root/kind/slug-hash, made by `make` unless it is there already"
+    root = runs_root(root)
+    final = artifact_path(kind, params, root, slug)
+    if (final/'params.json').exists() and damage(final) is None: return final
+    digest = final.name.split('-')[-1]
+    with writing(root), locked(final.with_name(digest), f'{kind} {final.name}', wait=True):
+        final = artifact_path(kind, params, root, slug)  # another process may have made it under another slug
+        if final.exists(): _keep_or_set_aside(final, f'{kind} {final.name}')
+        if not final.exists(): _make(final, make, dict(kind=kind, params=params, **provenance()))
+    return final

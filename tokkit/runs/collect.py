@@ -13,12 +13,11 @@ import pandas as pd
 
 from ..core import damage, MARKER, read_json
 from .artifacts import runs_root
-from .execute import _complete, _finished
 from .grid import grid_points
 from .parameters import find_notebook, run_id
-from .run import _About, _Metrics
+from .run import _About, _complete, _finished, _Metrics
 
-# %% ../../nbs/runs/05_collect.ipynb #f7253ddb
+# %% ../../nbs/runs/05_collect.ipynb #73da2662
 class RunSpec(NamedTuple):
     "A run that can be made: what `run_experiment` needs, and where it will be"
     notebook:Path          # the notebook's file
@@ -29,6 +28,7 @@ class RunSpec(NamedTuple):
     @property
     def complete(self) -> bool: return _complete(self.folder)
 
+# %% ../../nbs/runs/05_collect.ipynb #f7253ddb
 def grid_runs(
     notebook:str|Path,                    # see `run_experiment`
     grid:dict[str,Any]|list[dict],        # parameter -> values, or several such grids, see `grid_points`
@@ -37,15 +37,16 @@ def grid_runs(
 ) -> list[RunSpec]: # one a point
     "The runs of a grid, names and types checked; points that are one and the same run count once"
     source = find_notebook(notebook)
-    both = [(p, {**(params or {}), **p}) for p in grid_points(grid)]
     read = {}
-    specs = [RunSpec(source, all_, p, runs_root(root)/source.stem/run_id(source, all_, read)) for p,
-             all_ in both]
-    return list({spec.folder:spec for spec in reversed(specs)}.values())[::-1]
+    specs = {}
+    for point in grid_points(grid):
+        given = {**(params or {}), **point}
+        folder = runs_root(root)/source.stem/run_id(source, given, read)
+        # the same run again: it moves to the end
+        specs[folder] = specs.pop(folder, RunSpec(source, given, point, folder))
+    return list(specs.values())
 
 # %% ../../nbs/runs/05_collect.ipynb #6e81d035
-_FIRST = 'experiment run_id metric value se n extractor seed commit'.split()
-
 def _collect_run(folder:Path) -> list[dict]:
     "The rows of one finished run, with its parameters as columns"
     about = read_json(folder/'params.json', _About)
@@ -54,6 +55,28 @@ def _collect_run(folder:Path) -> list[dict]:
     own = dict(experiment=about['experiment'], run_id=about['run_id'], commit=about['commit'])
     return [{**params, **row, **own} for row in rows]
 
+def _no_run(folder:Path) -> bool:
+    "A hidden folder, one that was set aside, or one that holds no finished run"
+    return folder.name.startswith('.') or folder.suffix == '.damaged' or not _finished(folder)
+
+def _why_skipped(folder:Path) -> str|None:
+    "Why a folder's numbers cannot be taken, in a line; None where they can"
+    name = f'{folder.parent.name}/{folder.name}'
+    if not (folder/MARKER).is_file():
+        return f'{name}: no checksums to compare; tokkit verify --seal takes it as it is'
+    if how := damage(folder): return f'{name}: damaged, {how}; the same run again makes it anew'
+    return None
+
+# %% ../../nbs/runs/05_collect.ipynb #88ecdbef
+_FIRST = 'experiment run_id metric value se n extractor seed commit'.split()
+
+def _in_order(table:pd.DataFrame) -> pd.DataFrame:
+    "The columns that every table has first, and without those that are empty"
+    first = [c for c in _FIRST if c in table]
+    more = [c for c in table if c not in _FIRST and table[c].notna().any()]
+    return table[first+more]
+
+# %% ../../nbs/runs/05_collect.ipynb #81aaf76c
 def collect(
     root:str|Path|None = None, # see `runs_root`
 ) -> pd.DataFrame: # tidy: a value a row; `.attrs['skipped']` names what was left out and why
@@ -64,16 +87,11 @@ def collect(
         name = f'{folder.parent.name}/{folder.name}'
         if folder.name.endswith('.failed'): skipped.append(f'{name[:-7]}: failed')
         elif folder.name.startswith('.') and (folder/'.log').exists(): skipped.append(f'{name}: not finished')
-        elif folder.name.startswith('.') or folder.suffix == '.damaged' or not _finished(folder): continue
-        elif not (folder/MARKER).is_file():
-            skipped.append(f'{name}: no checksums to compare; tokkit verify --seal takes it as it is')
-        elif how := damage(folder):
-            skipped.append(f'{name}: damaged, {how}; the same run again makes it anew')
+        elif _no_run(folder): continue
+        elif why := _why_skipped(folder): skipped.append(why)
         else:
             try: rows += _collect_run(folder)
             except (ValueError, KeyError, TypeError) as e: skipped.append(f'{name}: {e}')
-    table = pd.DataFrame(rows)
-    table = table[[c for c in _FIRST if c in table]
-                  + [c for c in table if c not in _FIRST and table[c].notna().any()]]
+    table = _in_order(pd.DataFrame(rows))
     table.attrs['skipped'] = skipped
     return table

@@ -19,11 +19,12 @@ from .artifacts import RunError
 from .collect import grid_runs, RunSpec
 from .execute import run_device, run_experiment
 
-# %% ../../nbs/runs/06_engine.ipynb #170bd188
+# %% ../../nbs/runs/06_engine.ipynb #d318ab72
 def cores() -> int:
     "Processor cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
+# %% ../../nbs/runs/06_engine.ipynb #170bd188
 def run_pool(
     one:Callable,             # one(spec) -> dict with `status` and `error` (None, or one line)
     specs:list[RunSpec],      # what to run
@@ -31,13 +32,14 @@ def run_pool(
     stop:threading.Event,     # set when the pool is interrupted, so that `one` can end early
     desc:str = 'runs',        # what the bar says
 ) -> pd.DataFrame: # a row a run
-    "`one` on every spec, with a bar; errors are shown as they come, an interrupt ends those at work and drops the rest"
+    "Run `one` on every spec and show errors as they come; an interrupt ends all of it"
     rows = [None]*len(specs)
     with ThreadPoolExecutor(workers) as pool, bar(total=len(specs), desc=desc, unit='run') as b:
         jobs = {pool.submit(one, spec):i for i,spec in enumerate(specs)}
         try:
             for job in as_completed(jobs):
-                rows[jobs[job]] = {**specs[jobs[job]].point, **job.result()}
+                i = jobs[job]
+                rows[i] = {**specs[i].point, **job.result()}
                 b.update()
                 if error := job.result()['error']: b.write(error, file=sys.stderr)
         except BaseException:
@@ -47,6 +49,20 @@ def run_pool(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/runs/06_engine.ipynb #68c27827
+def _shared_out(devices:list[str]|None, workers:int) -> queue.Queue:
+    "A device for each worker, in turn; None leaves the choice to the run"
+    free = queue.Queue()
+    for i in range(workers): free.put(str(devices[i%len(devices)]) if devices else None)
+    return free
+
+def _check_sweep(workers:int, threads:int|None, minutes:float|None, devices:list[str]|None):
+    "Raise one line about what no run could use"
+    check_count('workers', workers, 1000, 'each is a process with a torch of its own')
+    if threads is not None: check_count('threads', threads, 4096)
+    if minutes is not None: check_range('minutes', minutes, 0, 1e6)
+    for device in devices or (): run_device(device)
+
+# %% ../../nbs/runs/06_engine.ipynb #4474e228
 def sweep_experiment(
     # path of a parameterised notebook, or the name of one of tokkit's experiments
     notebook:str|Path,
@@ -61,21 +77,19 @@ def sweep_experiment(
     minutes:float|None = None,            # no run is started after this long; a later call goes on
 ) -> pd.DataFrame: # a row a run: its grid columns, status (done, reused, failed, left), folder, error
     "Run every point of the grid, `workers` at a time"
-    check_count('workers', workers, 1000, 'each is a process with a torch of its own')
-    if threads is not None: check_count('threads', threads, 4096)
-    if minutes is not None: check_range('minutes', minutes, 0, 1e6)
-    for device in devices or (): run_device(device)
+    _check_sweep(workers, threads, minutes, devices)
     specs = grid_runs(notebook, grid, params, root)
     threads = threads or max(1, cores()//workers)
-    free = queue.Queue()
+    free = _shared_out(devices, workers)
     stop = threading.Event()
     end = time.monotonic()+60*(float('inf') if minutes is None else minutes)
-    for i in range(workers): free.put(str(devices[i%len(devices)]) if devices else None)
     def one(spec):
         if spec.complete: return dict(status='reused', folder=spec.folder, error=None)
         if time.monotonic() >= end: return dict(status='left', folder=None, error=None)
         device = free.get()
-        try: folder = run_experiment(spec.notebook, spec.params, root, device, threads, False, stop)
+        try:
+            folder = run_experiment(spec.notebook, spec.params, root, device, threads, progress=False,
+                                    stop=stop)
         except (RunError, OSError, ValueError) as e: return dict(status='failed', folder=None, error=str(e))
         finally: free.put(device)
         return dict(status='done', folder=folder, error=None)

@@ -9,17 +9,16 @@ __all__ = ['run_device', 'run_experiment']
 import json, os, shutil, subprocess, sys, threading, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from tqdm.auto import tqdm
 
 import tokkit
-from ..core import (added, atomic_dir, bar, check_count, clear_unfinished, damage, default_device,
-                         delete, is_ours, locked, read_json, seal, set_aside, write_json, writing)
-from .artifacts import _keep_or_set_aside, _now, commit, provenance, RunError, runs_root
+from ..core import (added, atomic_dir, bar, check_count, clear_unfinished, default_device, delete,
+                         is_ours, locked, seal, set_aside, write_json, writing)
+from .artifacts import _keep_or_set_aside, _now, provenance, RunError, runs_root
 from .parameters import data_hashes, find_notebook, fit_params, INPUTS, read_notebook, run_id
-from .run import _About
+from .run import _complete, _say_reused
 
 # %% ../../nbs/runs/04_execute.ipynb #a126c2a7
 _CHILD = '; '.join([  # dies with its parent where Linux offers that
@@ -30,6 +29,19 @@ _CHILD = '; '.join([  # dies with its parent where Linux offers that
     "signal.signal(signal.SIGINT, signal.default_int_handler)",
     "from papermill.__main__ import papermill", "papermill()"])
 
+def _as_papermill_reads(path:Path) -> str:
+    "A path for papermill, which takes braces in it for parameters"
+    return str(path).replace('{', '{{').replace('}', '}}')
+
+def _command(source:Path, out:Path, changed:dict) -> list[str]:
+    "The words that start the process; the parameters that differ from their defaults go as YAML"
+    parameters = ['-y', yaml.safe_dump(changed)] if changed else []
+    patience = ['--start-timeout', '600']           # a busy machine may take minutes
+    return [sys.executable, '-c', _CHILD, str(os.getpid()), _as_papermill_reads(source),
+            _as_papermill_reads(out), '--no-progress-bar', '--autosave-cell-every', '2',
+            *parameters, *patience]
+
+# %% ../../nbs/runs/04_execute.ipynb #85b478dc
 def run_device(
     name:str|int|None, # 'cpu', 'cuda', 'cuda:1', 'mps', or a GPU's number; None takes the best there is
 ) -> str:
@@ -37,11 +49,12 @@ def run_device(
     name = None if name is None else str(name)
     return str(default_device(f'cuda:{name}' if name and name.isdigit() else name))
 
+# %% ../../nbs/runs/04_execute.ipynb #cf1e246c
 def _environment(tmp:Path, root:Path, device:str, threads:int|None) -> dict[str,str]:
     "The environment of a run's process; of several GPUs it sees the one it computes on"
-    path = os.pathsep.join(filter(None,
-                                  [str(Path(tokkit.__file__).resolve().parent.parent),
-                                   os.environ.get('PYTHONPATH')]))
+    here = str(Path(tokkit.__file__).resolve().parent.parent)
+    others = os.environ.get('PYTHONPATH')
+    path = f'{here}{os.pathsep}{others}' if others else here
     env = os.environ | dict(TOKKIT_RUN_DIR=str(tmp), TOKKIT_RUNS=str(root),
                             TOKKIT_PROGRESS=str(tmp/'.progress'), PYTHONPATH=path,
                             JUPYTER_PREFER_ENV_PATH='1')
@@ -49,8 +62,10 @@ def _environment(tmp:Path, root:Path, device:str, threads:int|None) -> dict[str,
     kind,_,number = device.partition(':')
     if not number: return env | dict(TOKKIT_DEVICE=kind)
     visible = [v for v in env.get('CUDA_VISIBLE_DEVICES', '').split(',') if v]
-    return env | dict(CUDA_VISIBLE_DEVICES=visible[int(number)] if visible else number, TOKKIT_DEVICE=kind)
+    gpu = visible[int(number)] if visible else number
+    return env | dict(CUDA_VISIBLE_DEVICES=gpu, TOKKIT_DEVICE=kind)
 
+# %% ../../nbs/runs/04_execute.ipynb #48fbb649
 def _state(path:Path) -> tuple[int,str]:
     "Cells done so far and the heading of the one at work, as the executed notebook tells"
     try: cells = json.loads(path.read_text())['cells']
@@ -60,21 +75,32 @@ def _state(path:Path) -> tuple[int,str]:
     heads = [line.lstrip('# ') for line in prose.splitlines() if line.startswith('#')]
     return done, heads[-1] if heads else ''
 
-def _failure(notebook:Path, log:Path, code:int) -> str:
-    "Why a run failed, in one line: the failing cell's error, else the process's last word"
-    try: cells = read_notebook(notebook)['cells']
-    except (OSError, ValueError): cells = []
-    for o in (o for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'error'):
-        return f"{o['ename']}: {(o['evalue'].strip().splitlines() or [''])[0]}"
-    if code < 0: return f"ended by signal {-code}"
-    wrote = (notebook.parent/'metrics.json').exists()
-    if not code:
-        return ("not every cell of it ran" if wrote else "it wrote no metrics.json; its last cell must call "
-                                                         "run.finish(...)")
-    return ([line for line in log.read_text(errors='replace').splitlines() if line.strip()]
-            or ['no message'])[-1]
+def _last_line(path:Path) -> str:
+    "The last line of a file, where a bar that redraws itself counts as lines; '' where there is no file"
+    if not path.exists(): return ''
+    lines = path.read_text(errors='replace').replace('\r', '\n').strip().splitlines()
+    return lines[-1] if lines else ''
 
 # %% ../../nbs/runs/04_execute.ipynb #0eadd173
+def _show(b, notebook:Path):
+    "Move the bar to the cell at work; the last bar inside the notebook follows in the postfix"
+    done, heading = _state(notebook)
+    inner = _last_line(notebook.with_name('.progress'))
+    moved = done != b.n
+    b.n = done
+    b.set_description(heading[:40], refresh=False)
+    b.set_postfix_str(inner[:80], refresh=False)
+    if moved or sys.stderr.isatty(): b.refresh()  # a log file gets a line a cell
+
+def _end(child:subprocess.Popen):
+    "End a process: politely, and after five seconds by force"
+    child.terminate()
+    try: child.wait(5)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+# %% ../../nbs/runs/04_execute.ipynb #960aa39f
 def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Event|None, progress:bool):
     "Wait for a run's process, showing the heading it is at; end it when this process is interrupted"
     try:
@@ -84,78 +110,124 @@ def _watch(child:subprocess.Popen, notebook:Path, cells:int, stop:threading.Even
                 if b is not None: _show(b, notebook)
                 time.sleep(.2 if b is None else .5)
     finally:
-        if child.poll() is None:
-            child.terminate()
-            try: child.wait(5)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        if child.poll() is None: _end(child)
 
-def _show(b, notebook:Path):
-    "Move the bar to the cell at work; the last bar inside the notebook follows in the postfix"
-    (done, heading), inner = _state(notebook), notebook.with_name('.progress')
-    text = (inner.read_text(errors='replace').replace('\r', '\n').strip().splitlines()[-1:] if inner.exists()
-            else [])
-    moved = done != b.n
-    b.n = done
-    b.set_description(heading[:40], refresh=False)
-    b.set_postfix_str(text[0][:80] if text else '', refresh=False)
-    if moved or sys.stderr.isatty(): b.refresh()  # a log file gets a line a cell
-
+# %% ../../nbs/runs/04_execute.ipynb #a0803d31
 def _whole(notebook:Path) -> bool:
     "Every cell of an executed notebook ran to its end; `sys.exit(0)` in the middle is no end"
     try: cells = read_notebook(notebook)['cells']
     except (OSError, ValueError): return False
     code = [c for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
-    failed = any(o.get('output_type') == 'error' for c in code for o in c.get('outputs', []))
-    return (not failed
-            and all(c.get('metadata', {}).get('papermill', {}).get('status') == 'completed' for c in code))
+    if any(o.get('output_type') == 'error' for c in code for o in c.get('outputs', [])): return False
+    return all(c.get('metadata', {}).get('papermill', {}).get('status') == 'completed' for c in code)
 
-def _as_papermill_reads(path:Path) -> str:
-    "A path for papermill, which takes braces in it for parameters"
-    return str(path).replace('{', '{{').replace('}', '}}')
+# %% ../../nbs/runs/04_execute.ipynb #98223bda
+def _cell_error(notebook:Path) -> str|None:
+    "The first error that an executed notebook shows, in one line; None where it shows none"
+    try: cells = read_notebook(notebook)['cells']
+    except (OSError, ValueError): return None
+    for cell in cells:
+        for o in cell.get('outputs', []):
+            if o.get('output_type') != 'error': continue
+            said = o['evalue'].strip().splitlines()
+            return f"{o['ename']}: {said[0] if said else ''}"
+    return None
+
+def _failure(notebook:Path, log:Path, code:int) -> str:
+    "Why a run failed, in one line: the failing cell's error, else the process's last word"
+    if error := _cell_error(notebook): return error
+    if code < 0: return f"ended by signal {-code}"
+    if code:
+        said = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
+        return said[-1] if said else 'no message'
+    if (notebook.parent/'metrics.json').exists(): return "not every cell of it ran"
+    return "it wrote no metrics.json; its last cell must call run.finish(...)"
+
+# %% ../../nbs/runs/04_execute.ipynb #c7d4dcaf
+def _attempt(command:list[str], cells:int, tmp:Path, env:dict,
+             stop:threading.Event|None, progress:bool) -> str:
+    "Execute the notebook into `tmp`; why it failed, or '' when it ended well"
+    out = tmp/'notebook.ipynb'
+    log = tmp/'.log'
+    with open(log, 'wb') as f:
+        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+                                 start_new_session=True)
+        _watch(child, out, cells, stop, progress)
+    done = not child.returncode and (tmp/'metrics.json').exists() and _whole(out)
+    return '' if done else _failure(out, log, child.returncode)
 
 def _execute(source:Path, tmp:Path, changed:dict, env:dict, stop:threading.Event|None, progress:bool):
     "Execute the notebook into `tmp`; raise `RunError` unless it ended well and wrote its metrics"
-    out = tmp/'notebook.ipynb'
-    log = tmp/'.log'
-    paths = _as_papermill_reads(source), _as_papermill_reads(out)
-    command = [sys.executable, '-c', _CHILD, str(os.getpid()), *paths, '--no-progress-bar',
-               '--autosave-cell-every', '2',
-               *(['-y', yaml.safe_dump(changed)] if changed else []), '--start-timeout',
-               '600']  # a busy machine may take minutes
-    # of two kernels that start at once and are given the same port, one dies before its first cell
+    command = _command(source, tmp/'notebook.ipynb', changed)
+    cells = len(read_notebook(source)['cells'])+1           # papermill adds one with the parameters
     for _ in range(3):
-        with open(log, 'wb') as f:
-            child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                                     start_new_session=True)
-            _watch(child, out, len(read_notebook(source)['cells'])+1, stop, progress)
-        done = not child.returncode and (tmp/'metrics.json').exists() and _whole(out)
-        why = '' if done else _failure(out, log, child.returncode)
+        why = _attempt(command, cells, tmp, env, stop, progress)
         if 'before replying to kernel_info' not in why: break
     if why: raise RunError(why)
-    for p in (log, tmp/'.progress'): p.unlink(missing_ok=True)
+    for p in (tmp/'.log', tmp/'.progress'): p.unlink(missing_ok=True)
+
+# %% ../../nbs/runs/04_execute.ipynb #c413abe8
+def _discard(folder:Path):
+    "Make room for a folder of this name: delete what tokkit made, set aside what others made or added to"
+    if is_ours(folder) and not added(folder): delete(folder)
+    elif folder.exists(): set_aside(folder)
+
+# %% ../../nbs/runs/04_execute.ipynb #b11fa6f9
+def _compare_data(values:dict, data:dict[str,str], what:str):
+    "Raise where data that a run read changed meanwhile; files that it may have written are only named"
+    for name, found in data_hashes(values).items():
+        if data.get(name) == found: continue
+        if name in INPUTS:
+            raise RunError(f"{name} of {what} changed while it was at work, so its numbers are of neither: "
+                           "call again")
+        if name in data:
+            warnings.warn(f"what parameter {name} of {what} names changed while it was at work; its numbers "
+                          "may be of either")
+
+# %% ../../nbs/runs/04_execute.ipynb #93d70944
+class _Job(NamedTuple):
+    "A run that is to be made, everything about it settled"
+    source:Path             # the notebook
+    final:Path              # the folder that it will be
+    values:dict[str,Any]    # all of its parameters
+    changed:dict[str,Any]   # those that were given
+    data:dict[str,str]      # parameter -> hash of the files that it names
+    device:str              # where it computes
+    threads:int|None        # threads of its process
+
+    @property
+    def what(self) -> str: return f'run {self.source.stem}/{self.final.name}'
+
+    @property
+    def about(self) -> dict[str,Any]:
+        "What `params.json` will say"
+        said = dict(experiment=self.source.stem, run_id=self.final.name, params=self.values,
+                    **provenance(self.device, self.threads, self.values.get('seed')))
+        return said | dict(data=self.data) if self.data else said
 
 # %% ../../nbs/runs/04_execute.ipynb #3a9549cc
-def _finished(folder:Path) -> bool:
-    return (folder/'metrics.json').is_file() and (folder/'params.json').is_file()
+def _make_run(job:_Job, root:Path, stop:threading.Event|None, progress:bool):
+    "Make the run's folder; what a failed attempt printed is kept beside it as <run-id>.failed"
+    clear_unfinished(job.final)
+    failed = job.final.with_name(job.final.name+'.failed')
+    start = time.perf_counter()
+    about = job.about
+    with atomic_dir(job.final) as tmp:
+        write_json(tmp/'params.json', about)
+        (tmp/'figures').mkdir()
+        env = _environment(tmp, root, job.device, job.threads)
+        try: _execute(job.source, tmp, job.changed, env, stop, progress)
+        except RunError as e:
+            _discard(failed)
+            shutil.copytree(tmp, failed)
+            seal(failed)
+            where = failed/'notebook.ipynb'
+            raise RunError(f"{job.what} failed: {e} (see {where})") from None
+        _compare_data(job.values, job.data, job.what)
+        write_json(tmp/'timing.json', dict(seconds=round(time.perf_counter()-start, 2), finished=_now()))
+    _discard(failed)
 
-def _complete(folder:Path) -> bool: return _finished(folder) and damage(folder) is None
-
-def _say_reused(folder:Path):
-    "Tell that nothing was computed, when the numbers were, and whether by other code"
-    if os.environ.get('TOKKIT_QUIET'): return
-    try:
-        when = f", made at {read_json(folder/'timing.json', dict[str,Any])['finished']}"
-        then = read_json(folder/'params.json', _About)['commit']
-        now = commit()
-    except (OSError, ValueError, KeyError):
-        when = ''
-        then = None
-        now = None
-    by = f', by commit {then}; the code is at {now} now' if then != now else ''
-    tqdm.write(f'reused: {folder.parent.name}/{folder.name}{when}{by}', file=sys.stderr)
-
+# %% ../../nbs/runs/04_execute.ipynb #f68126e2
 def run_experiment(
     # path of a parameterised notebook, or the name of one of tokkit's experiments
     notebook:str|Path,
@@ -172,54 +244,14 @@ def run_experiment(
     device = run_device(device)
     if threads is not None: check_count('threads', threads, 4096)
     values = fit_params(source, params or {})
+    changed = {k:values[k] for k in params or {}}
     read = {}
-    name = run_id(source, params, read)
-    data = data_hashes(values, read)
-    final = root/source.stem/name
-    what = f'run {source.stem}/{name}'
+    final = root/source.stem/run_id(source, params, read)
+    job = _Job(source, final, values, changed, data_hashes(values, read), device, threads)
     if _complete(final):
         if progress: _say_reused(final)
         return final
-    with writing(root), locked(final, what):
-        if final.exists(): _keep_or_set_aside(final, what)
-        given = {k:values[k] for k in params or {}}
-        if not _complete(final):
-            _run(source, final, root, values, given, data, device, threads, stop, progress)
+    with writing(root), locked(final, job.what):
+        if final.exists(): _keep_or_set_aside(final, job.what)
+        if not _complete(final): _make_run(job, root, stop, progress)
     return final
-
-def _discard(folder:Path):
-    "Make room for a folder of this name: tokkit's own goes, anybody else's, or with more in it, is kept under another name"
-    if is_ours(folder) and not added(folder): delete(folder)
-    elif folder.exists(): set_aside(folder)
-
-def _compare_data(values:dict, data:dict[str,str], what:str):
-    "Raise where what a run read changed meanwhile; other files may be what it wrote, so they are only named"
-    moved = [k for k,v in data_hashes(values).items() if data.get(k) != v]
-    for k in moved:
-        if k in INPUTS:
-            raise RunError(f"{k} of {what} changed while it was at work, so its numbers are of neither: call "
-                           "again")
-        if k in data:
-            warnings.warn(f"what parameter {k} of {what} names changed while it was at work; its numbers may "
-                          "be of either")
-
-def _run(source, final, root, values, changed, data, device, threads, stop, progress):
-    "Make the run folder `final`; what a failed attempt printed is kept beside it as <run-id>.failed"
-    clear_unfinished(final)
-    failed = final.with_name(final.name+'.failed')
-    start = time.perf_counter()
-    about = dict(experiment=source.stem, run_id=final.name, params=values,
-                 **provenance(device, threads, values.get('seed')))
-    about |= dict(data=data) if data else {}
-    with atomic_dir(final) as tmp:
-        write_json(tmp/'params.json', about)
-        (tmp/'figures').mkdir()
-        try: _execute(source, tmp, changed, _environment(tmp, root, device, threads), stop, progress)
-        except RunError as e:
-            _discard(failed)
-            shutil.copytree(tmp, failed)
-            seal(failed)
-            raise RunError(f"run {source.stem}/{final.name} failed: {e} (see {failed/'notebook.ipynb'})") from None
-        _compare_data(values, data, f'run {source.stem}/{final.name}')
-        write_json(tmp/'timing.json', dict(seconds=round(time.perf_counter()-start, 2), finished=_now()))
-    _discard(failed)

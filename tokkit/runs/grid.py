@@ -19,6 +19,19 @@ from ..core import bar
 # %% ../../nbs/runs/01_grid.ipynb #983a48bc
 MOST_POINTS = 10_000     # of a grid: each is a run
 
+def _check_lists(lists:dict[str,list]):
+    "Raise one line about too many points, a value that stands twice, or a name without values"
+    many = math.prod(map(len, lists.values()))
+    if many > MOST_POINTS:
+        raise ValueError(f"grid: {many:,} points; at most {MOST_POINTS:,} are taken, and fewer are wise")
+    for name,values in lists.items():
+        twice = [word for word,count in Counter(map(repr, values)).items() if count > 1]
+        if twice: raise ValueError(f"grid: {name} has the value {twice[0]} twice; give each value once")
+    empty = [name for name,values in lists.items() if not values]
+    if empty:
+        raise ValueError(f"grid: no values for {', '.join(empty)}; give at least one value for each name")
+
+# %% ../../nbs/runs/01_grid.ipynb #3664e9ce
 def grid_points(
     # name -> values to go through; a single value counts as a list of one; or several such grids
     grid:dict[str,Any]|list[dict],
@@ -29,15 +42,7 @@ def grid_points(
         return [p for i,p in enumerate(points) if p not in points[:i]]
     if not isinstance(grid, dict): raise ValueError(f"a grid is names with values, got {type(grid).__name__}")
     lists = {k:list(v) if isinstance(v, (list, tuple, range, set)) else [v] for k,v in grid.items()}
-    many = math.prod(map(len, lists.values()))
-    for k,v in lists.items() if many <= MOST_POINTS else ():
-        twice = [word for word,count in Counter(map(repr, v)).items() if count > 1]
-        if twice: raise ValueError(f"grid: {k} has the value {twice[0]} twice; give each value once")
-    if many > MOST_POINTS:
-        raise ValueError(f"grid: {many:,} points; at most {MOST_POINTS:,} are taken, and fewer are wise")
-    empty = [k for k,v in lists.items() if not v]
-    if empty:
-        raise ValueError(f"grid: no values for {', '.join(empty)}; give at least one value for each name")
+    _check_lists(lists)
     return [dict(zip(lists, point)) for point in product(*lists.values())]
 
 # %% ../../nbs/runs/01_grid.ipynb #489ff001

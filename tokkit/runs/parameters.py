@@ -8,6 +8,7 @@ __all__ = ['INPUTS', 'OUTPUTS', 'checkout', 'experiments', 'find_notebook', 'Par
 
 # %% ../../nbs/runs/00_parameters.ipynb #61aebc26
 import ast
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -24,9 +25,11 @@ def checkout() -> Path|None:
 def experiments() -> dict[str,Path]:
     "The checkout's experiment and benchmark notebooks by name"
     home = checkout()
-    return ({p.stem:p for sub in ('experiments','benchmarks')
-             for p in sorted((home/'nbs'/sub).glob('*.ipynb'))} if home else {})
+    if not home: return {}
+    folders = [home/'nbs'/name for name in ('experiments', 'benchmarks')]
+    return {p.stem:p for folder in folders for p in sorted(folder.glob('*.ipynb'))}
 
+# %% ../../nbs/runs/00_parameters.ipynb #5ea99f69
 def find_notebook(
     notebook:str|Path, # a path, or the name of one of tokkit's experiments
 ) -> Path:
@@ -34,9 +37,10 @@ def find_notebook(
     path = Path(notebook).expanduser()
     if path.is_file() and path.suffix == '.ipynb': return path.absolute()
     known = experiments()
-    if str(notebook).removesuffix('.ipynb') in known: return known[str(notebook).removesuffix('.ipynb')]
-    there = (f"there are {', '.join(known)}" if known else "tokkit is not in a checkout here, so give the "
-                                                           "path of an .ipynb file")
+    name = str(notebook).removesuffix('.ipynb')
+    if name in known: return known[name]
+    there = (f"there are {', '.join(known)}" if known
+             else "tokkit is not in a checkout here, so give the path of an .ipynb file")
     raise FileNotFoundError(f"no notebook {str(notebook)!r}; {there}")
 
 # %% ../../nbs/runs/00_parameters.ipynb #6b07dd6d
@@ -60,38 +64,68 @@ def read_notebook(
     "A notebook as plain data, checked to be one"
     return read_json(path, _Notebook)
 
+# %% ../../nbs/runs/00_parameters.ipynb #bc23e538
 def _tags(cell:_Cell) -> list: return list(cell.get('metadata', {}).get('tags') or ())
+
+def _parameters_cell(path:Path) -> str:
+    "The source of the first cell tagged `parameters`; '' where there is none"
+    for cell in read_notebook(path)['cells']:
+        if 'parameters' in _tags(cell): return ''.join(cell['source'])
+    return ''
+
+def _assigned_name(node:ast.stmt) -> str|None:
+    "The name that a line sets; None where it does something else"
+    target = None
+    if isinstance(node, ast.Assign): target = node.targets[0]
+    if isinstance(node, ast.AnnAssign): target = node.target
+    return target.id if isinstance(target, ast.Name) else None
+
+# %% ../../nbs/runs/00_parameters.ipynb #5b52943c
+def _help(lines:list[str], node:ast.stmt) -> str:
+    "The comment at the end of a parameter's line, else the comment lines right above it"
+    after = lines[node.end_lineno-1].encode()[node.end_col_offset:].decode()
+    if '#' in after: return after.partition('#')[2].strip()
+    above = list(takewhile(lambda line: line.startswith('#'), reversed(lines[:node.lineno-1])))
+    return ' '.join(line.lstrip('# ') for line in reversed(above))
 
 def notebook_params(
     notebook:str|Path, # see `find_notebook`
 ) -> dict[str,Parameter]:
     "Name, default and help of each parameter"
-    cells = read_notebook(path := find_notebook(notebook))['cells']
-    source = next((''.join(c['source']) for c in cells if 'parameters' in _tags(c)), '')
+    path = find_notebook(notebook)
+    source = _parameters_cell(path)
     lines = source.splitlines()
     found = {}
     try: body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise ValueError(f"{path.name}: its parameters cell is no Python ({str(e)[:80]})") from None
     for node in body:
-        target = (node.targets[0] if isinstance(node, ast.Assign) else node.target
-                  if isinstance(node, ast.AnnAssign) else None)
-        if not isinstance(target, ast.Name): continue
+        name = _assigned_name(node)
+        if name is None: continue
         try: default = ast.literal_eval(node.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
-            raise ValueError(f"{path.name}: the default of parameter {target.id} must be a plain literal") from None
-        after = lines[node.end_lineno-1].encode()[node.end_col_offset:].decode()
-        found[target.id] = Parameter(default, after.partition('#')[2].strip())
+            raise ValueError(f"{path.name}: the default of parameter {name} must be a plain "
+                             "literal") from None
+        found[name] = Parameter(default, _help(lines, node))
     return found
 
 # %% ../../nbs/runs/00_parameters.ipynb #99cd0b7d
 def _parse(text:str) -> Any:
     "A word from the command line as a number, truth value, None, list or word"
     words = dict(true=True, false=False, none=None, null=None)
-    if text.strip().lower() in words: return words[text.strip().lower()]
-    try: return ast.literal_eval(text.strip())
+    word = text.strip()
+    if word.lower() in words: return words[word.lower()]
+    try: return ast.literal_eval(word)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError): return text
 
+def _fit_list(name:str, value:Any, default:list|tuple) -> list:
+    "A list, a single value or words with commas between, each item in the type of the default's items"
+    if isinstance(value, str): value = [_parse(v) for v in value.strip('[]()').split(',') if v.strip()]
+    if not isinstance(value, (list, tuple)): value = [value]
+    like = next((d for d in default if isinstance(d, float)), default[0] if default else None)
+    return [fit_value(f'{name}[{i}]', v, like) for i,v in enumerate(value)]
+
+# %% ../../nbs/runs/00_parameters.ipynb #23958401
 def fit_value(
     name:str,     # the parameter's name, for the message
     value:Any,    # what was given; text is read as the default's type
@@ -102,54 +136,66 @@ def fit_value(
     kind = type(default)
     if isinstance(value, str) and kind is not str: value = _parse(value)
     if default is None: return value
-    if kind in (list, tuple):
-        if isinstance(value, str): value = [_parse(v) for v in value.strip('[]()').split(',') if v.strip()]
-        if not isinstance(value, (list, tuple)): value = [value]
-        like = next((d for d in default if isinstance(d, float)), default[0] if default else None)
-        return [fit_value(f'{name}[{i}]', v, like) for i,v in enumerate(value)]
+    if kind in (list, tuple): return _fit_list(name, value, default)
     if kind is float and type(value) is int: value = float(value)
     if type(value) is not kind:
         raise ValueError(f"parameter {name} must be {kind.__name__}, like its default {default!r}; got "
                          f"{given!r}")
     return value
 
+# %% ../../nbs/runs/00_parameters.ipynb #a67a1d1e
 def fit_params(
     notebook:str|Path,       # see `find_notebook`
     params:dict[str,Any],    # some of its parameters
 ) -> dict[str,Any]: # all of its parameters, defaults filled in
     "Check names and types against the parameters cell"
     known = notebook_params(notebook)
-    if unknown := [k for k in params if k not in known]:
-        has = ('; '.join(f"{k}={p.default!r}" + (f" ({p.help})" if p.help else '') for k,p in known.items())
-               or 'none')
-        raise ValueError(f"{Path(notebook).stem} has no parameter {', '.join(unknown)}; it has: {has}")
+    unknown = [k for k in params if k not in known]
+    if unknown:
+        told = [f"{k}={p.default!r}" + (f" ({p.help})" if p.help else '') for k,p in known.items()]
+        raise ValueError(f"{Path(notebook).stem} has no parameter {', '.join(unknown)}; "
+                         f"it has: {'; '.join(told) or 'none'}")
     return {k:fit_value(k, params.get(k, p.default), p.default) for k,p in known.items()}
 
 # %% ../../nbs/runs/00_parameters.ipynb #a2feef7d
-def _word(v:Any) -> str: return f'{v:g}' if isinstance(v, float) else str(v)
-
 INPUTS = 'data', 'train', 'reference'      # parameters that name what a run reads
 OUTPUTS = 'csv', 'out'                     # parameters that name what it writes; they decide no number
 
 def _is_there(word:str) -> bool:
     "A file or a folder of this name exists; a device is neither"
-    try: return (p := Path(word).expanduser()).is_file() or p.is_dir()
+    try:
+        path = Path(word).expanduser()
+        return path.is_file() or path.is_dir()
     # too long for a name, a zero in it, nobody's home
     except (OSError, ValueError, RuntimeError): return False
 
+def _words(value:Any) -> list[str]:
+    "The words in a value: itself, or those of a list; the embedded images are no file"
+    if isinstance(value, list): return [word for item in value for word in _words(item)]
+    return [value] if isinstance(value, str) and value.strip() and value != 'fashion_mnist' else []
+
+# %% ../../nbs/runs/00_parameters.ipynb #90c56e05
 def data_hashes(
     values:dict[str,Any],             # of a notebook's parameters
     read:dict[str,str]|None = None,   # hashes of paths that were read a moment ago; filled
 ) -> dict[str,str]: # parameter -> hash
     "Of each parameter that names files or folders, alone or in a list, a hash of what is in them"
-    def words(v):
-        return ([w for item in v for w in words(item)] if isinstance(v, list) else [v] if isinstance(v, str)
-                and v.strip() else [])
-    named = {k:[w for w in words(v) if w != 'fashion_mnist'] for k,v in values.items() if k not in OUTPUTS}
+    named = {k:_words(v) for k,v in values.items() if k not in OUTPUTS}
     read = {} if read is None else read
-    for word in sorted({w for each in named.values() for w in each}-set(read)):
+    everything = {word for words in named.values() for word in words}
+    for word in sorted(everything-set(read)):
         if _is_there(word): read[word] = content_hash(Path(word).expanduser())
-    return {k:'+'.join(found) for k,each in named.items() if (found := [read[w] for w in each if w in read])}
+    hashes = {}
+    for name,words in named.items():
+        found = [read[word] for word in words if word in read]
+        if found: hashes[name] = '+'.join(found)
+    return hashes
+
+# %% ../../nbs/runs/00_parameters.ipynb #bd20672c
+def _readable(name:str, value:Any) -> str:
+    "A parameter as a part of a name: alpha0.25, deltas4+8"
+    items = value if isinstance(value, list) else [value]
+    return name+'+'.join(f'{v:g}' if isinstance(v, float) else str(v) for v in items)
 
 def run_id(
     notebook:str|Path,                 # see `find_notebook`
@@ -157,11 +203,12 @@ def run_id(
     read:dict[str,str]|None = None,    # as in `data_hashes`, for many names at once
 ) -> str:
     "Readable words and a hash that depend only on source, parameters, the files that these name, and version"
-    values = fit_params(path := find_notebook(notebook), params or {})
-    known = notebook_params(path)
-    changed = {k:v for k,v in values.items() if v != fit_value(k, known[k].default, known[k].default)}
-    words = [f"{k}{'+'.join(map(_word, v)) if isinstance(v, list) else _word(v)}" for k,v in changed.items()]
+    path = find_notebook(notebook)
+    values = fit_params(path, params or {})
+    defaults = {k:fit_value(k, p.default, p.default) for k,p in notebook_params(path).items()}
+    words = [_readable(k, v) for k,v in values.items() if v != defaults[k]]
     source = [(c['cell_type'], ''.join(c['source'])) for c in read_notebook(path)['cells']]
-    data = dict(data=hashes) if (hashes := data_hashes(values, read)) else {}
-    made_by = dict(source=source, params=values, tokkit=tokkit.__version__) | data
+    hashes = data_hashes(values, read)
+    made_by = dict(source=source, params=values, tokkit=tokkit.__version__)
+    if hashes: made_by['data'] = hashes
     return f"{clean_name('-'.join(words) or 'default', 48)}-{stable_hash(made_by)}"

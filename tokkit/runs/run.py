@@ -6,15 +6,48 @@
 __all__ = ['Run']
 
 # %% ../../nbs/runs/03_run.ipynb #80b44324
-import os
+import os, sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import pandas as pd
+from fastcore.basics import patch
+from tqdm.auto import tqdm
 
-from ..core import clean_name, read_json, write_json, writing
-from .artifacts import _check_name, runs_root
+from ..core import clean_name, damage, read_json, write_json, writing
+from .artifacts import _check_name, commit, runs_root
+
+# %% ../../nbs/runs/03_run.ipynb #5ea5eb6b
+@dataclass(frozen=True)
+class Run:
+    "The folder of one execution of an experiment"
+    folder:Path      # where its files are
+    experiment:str   # name of the experiment
+
+    @classmethod
+    def here(cls,
+        experiment:str, # name of the experiment: the notebook's name
+    ) -> 'Run':
+        "The run this notebook is executed for, or `runs/<experiment>/interactive`"
+        _check_name(experiment, 'an experiment')
+        given = os.environ.get('TOKKIT_RUN_DIR')
+        folder = Path(given) if given else runs_root()/experiment/'interactive'
+        with writing(folder): (folder/'figures').mkdir(parents=True, exist_ok=True)
+        return cls(folder, experiment)
+
+# %% ../../nbs/runs/03_run.ipynb #2f0aedd6
+@patch
+def save_figure(self:Run,
+    figure,           # matplotlib figure
+    name:str,         # file name without ending
+    dpi:float = 96.,  # dots an inch
+) -> Path:
+    "Save a figure as figures/name.png, with the same bytes for the same figure"
+    path = self.folder/'figures'/f'{clean_name(name)}.png'
+    with writing(self.folder):
+        figure.savefig(path, dpi=dpi, bbox_inches='tight', metadata=dict(Software=None))
+    return path
 
 # %% ../../nbs/runs/03_run.ipynb #4bf016fa
 class _Metrics(TypedDict):
@@ -37,64 +70,60 @@ def _row(o:Any) -> tuple[dict,Any]:
         raise ValueError(f"a row must be a dict or a card, got {type(card).__name__}")
     return {**card.row(), **extra}, card.to_dict() if hasattr(card, 'to_dict') else None
 
-@dataclass(frozen=True)
-class Run:
-    "The folder of one execution of an experiment"
-    folder:Path      # where its files are
-    experiment:str   # name of the experiment
+# %% ../../nbs/runs/03_run.ipynb #598e067e
+@patch(as_prop=True)
+def params(self:Run) -> dict[str,Any]:
+    "What `params.json` says: experiment, run_id, params and provenance"
+    return read_json(self.folder/'params.json', _About)
 
-    @classmethod
-    def here(cls,
-        experiment:str, # name of the experiment: the notebook's name
-    ) -> 'Run':
-        "The run this notebook is executed for, or `runs/<experiment>/interactive`"
-        _check_name(experiment, 'an experiment')
-        given = os.environ.get('TOKKIT_RUN_DIR')
-        folder = Path(given) if given else runs_root()/experiment/'interactive'
-        with writing(folder): (folder/'figures').mkdir(parents=True, exist_ok=True)
-        return cls(folder, experiment)
+@patch(as_prop=True)
+def cards(self:Run) -> list[dict|None]:
+    "The cards as plain data, one a row; None for rows that are no cards"
+    return read_json(self.folder/'metrics.json', _Metrics).get('cards', [])
 
-    @property
-    def params(self) -> dict[str,Any]:
-        "What `params.json` says: experiment, run_id, params and provenance"
-        return read_json(self.folder/'params.json', _About)
+@patch
+def frame(self:Run) -> pd.DataFrame:
+    "The numbers as a table"
+    return pd.DataFrame(read_json(self.folder/'metrics.json', _Metrics)['rows'])
 
-    @property
-    def cards(self) -> list[dict|None]:
-        "The cards as plain data, one a row; None for rows that are no cards"
-        return read_json(self.folder/'metrics.json', _Metrics).get('cards', [])
+# %% ../../nbs/runs/03_run.ipynb #8bf62040
+@patch
+def finish(self:Run,
+    # cards, or dicts of columns; dict(card=card, tokenizer='plain') adds columns to a card; or a
+    # DataFrame
+    rows:Any,
+) -> pd.DataFrame:
+    "Write `metrics.json` and return its table: the last cell of every experiment"
+    if isinstance(rows, pd.DataFrame): rows = rows.to_dict('records')
+    elif not isinstance(rows, (list, tuple)): rows = [rows]
+    if not rows: raise ValueError(f"run {self.experiment}: finish needs at least one row, got none")
+    plain, cards = zip(*map(_row, rows))
+    with writing(self.folder):
+        write_json(self.folder/'metrics.json', dict(experiment=self.experiment, rows=plain, cards=cards))
+    return self.frame()
 
-    def frame(self) -> pd.DataFrame:
-        "The numbers as a table"
-        return pd.DataFrame(read_json(self.folder/'metrics.json', _Metrics)['rows'])
+@patch
+def _repr_html_(self:Run) -> str:
+    done = (self.folder/'metrics.json').exists()
+    said = f"finished{self.frame().to_html()}" if done else 'not finished'
+    return f"<b>{self.experiment}</b> · {self.folder.name} · {said}"
 
-    def save_figure(self,
-        figure,           # matplotlib figure
-        name:str,         # file name without ending
-        dpi:float = 96.,  # dots an inch
-    ) -> Path:
-        "Save a figure as figures/name.png, with the same bytes for the same figure"
-        path = self.folder/'figures'/f'{clean_name(name)}.png'
-        with writing(self.folder):
-            figure.savefig(path, dpi=dpi, bbox_inches='tight', metadata=dict(Software=None))
-        return path
+# %% ../../nbs/runs/03_run.ipynb #479f634f
+def _finished(folder:Path) -> bool:
+    return (folder/'metrics.json').is_file() and (folder/'params.json').is_file()
 
-    def finish(self,
-        # cards, or dicts of columns; dict(card=card, tokenizer='plain') adds columns to a card; or a
-        # DataFrame
-        rows:Any,
-    ) -> pd.DataFrame:
-        "Write `metrics.json` and return its table: the last cell of every experiment"
-        rows = (rows.to_dict('records') if isinstance(rows, pd.DataFrame) else rows
-                if isinstance(rows, (list, tuple)) else [rows])
-        if not rows: raise ValueError(f"run {self.experiment}: finish needs at least one row, got none")
-        plain, cards = zip(*map(_row, rows))
-        with writing(self.folder):
-            write_json(self.folder/'metrics.json', dict(experiment=self.experiment, rows=plain, cards=cards))
-        return self.frame()
+def _complete(folder:Path) -> bool: return _finished(folder) and damage(folder) is None
 
-    def _repr_html_(self) -> str:
-        head = f"<b>{self.experiment}</b> · {self.folder.name} · "
-        return (head
-                + (f"finished{self.frame().to_html()}" if (self.folder/'metrics.json').exists()
-                   else 'not finished'))
+# %% ../../nbs/runs/03_run.ipynb #ded04efa
+def _say_reused(folder:Path):
+    "Tell that nothing was computed, when the numbers were, and whether by other code"
+    if os.environ.get('TOKKIT_QUIET'): return
+    told = f'reused: {folder.parent.name}/{folder.name}'
+    try:
+        when = read_json(folder/'timing.json', dict[str,Any])['finished']
+        then = read_json(folder/'params.json', _About)['commit']
+        now = commit()
+        told += f', made at {when}'
+        if then != now: told += f', by commit {then}; the code is at {now} now'
+    except (OSError, ValueError, KeyError): pass        # then its name alone is told
+    tqdm.write(told, file=sys.stderr)

@@ -51,7 +51,7 @@ def _largest(closeness, m):
     return column[:,:m]
 
 def _divided(closeness, m):
-    "The same for long rows, by dividing each at its m-th largest entry and sorting the larger part; None where that entry is there twice"
+    "The m largest of long rows, sorting only these; None where the m-th largest entry is there twice"
     value = closeness.numpy()
     k = closeness.shape[1]
     keep = value >= np.partition(value, k-m, axis=1)[:,k-m,None]
@@ -192,7 +192,7 @@ class NeighbourTable:
         delta:int,                     # neighbours of each
         include_self:bool = True,      # as in `code_neighbours`
     ) -> Int[Tensor, "*l k delta"]:
-        "The table for these codes, made anew only when they or the choice changed, or more neighbours are wanted"
+        "The table for these codes; made anew only when codes or choice changed, or it is too small"
         # (k d), or (l k d) of several levels
         vectors = (codes if isinstance(codes, Tensor) else codes.codebook).detach()
         kept,kept_self = self.key or (None, None)

@@ -31,6 +31,7 @@ class Quantized(NamedTuple):
     @property
     def loss(self) -> Tensor: return self.codebook_loss+self.commitment_loss+self.prior_loss
 
+# %% ../../nbs/tokenizers/01_quantizer.ipynb #448b706a
 def straight_through(
     z:Float[Tensor, "*b d"],   # where gradients go
     zq:Float[Tensor, "*b d"],  # the value
@@ -41,6 +42,7 @@ def straight_through(
 # %% ../../nbs/tokenizers/01_quantizer.ipynb #5241be44
 def _processes() -> bool: return dist.is_available() and dist.is_initialized()
 
+# %% ../../nbs/tokenizers/01_quantizer.ipynb #d36dc233
 class Quantizer(nn.Module):
     "What every quantizer has and does"
     lattice = None      # levels of each channel, where codes are cells of a lattice
@@ -61,8 +63,8 @@ class Quantizer(nn.Module):
         self.levels = levels
         if codebook_size is None: return
         rows = max(rows, levels)
-        self.register_buffer('usage', torch.zeros(rows, codebook_size) if rows > 1
-                             else torch.zeros(codebook_size))
+        shape = (rows, codebook_size) if rows > 1 else (codebook_size,)
+        self.register_buffer('usage', torch.zeros(shape))
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))          # steps `usage` has seen
 
     def _fill(self, books, **options):
@@ -85,8 +87,8 @@ class Quantizer(nn.Module):
     @property
     def codebook(self) -> Float[Tensor, "*l k d"]|None:
         "Codes as they are compared, (l k d) of several levels; None for continuous latents"
-        return (self.codes(torch.arange(self.codebook_size, device=self.usage.device)) if self.lattice
-                else None)
+        if not self.lattice: return None
+        return self.codes(torch.arange(self.codebook_size, device=self.usage.device))
 
     def project(self, z:Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
         "The form in which latents are compared with codes"
@@ -107,8 +109,8 @@ class Quantizer(nn.Module):
         if self.lattice: return lattice_neighbours(ids, self.lattice, delta, include_self)
         vectors = self.codebook.detach()
         if vectors.ndim == 2: return code_neighbours(ids, vectors, delta, include_self)
-        return torch.stack([code_neighbours(i, v, delta, include_self) for i,
-                            v in zip(ids.unbind(-1), vectors)], -2)
+        near = [code_neighbours(i, v, delta, include_self) for i,v in zip(ids.unbind(-1), vectors)]
+        return torch.stack(near, -2)
 
     def ids_shape(self, n:int) -> tuple[int,...]:
         "Shape of one image's ids, for `n` latents"
@@ -235,13 +237,13 @@ def revive(
 ) -> int:
     "Move unused codes onto random latents of the batch; returns how many moved"
     if not len(vq.books): return 0
-    usage = vq.usage.view(len(vq.books), -1, vq.codebook_size)
-    moved = 0  # (books, levels that share one, k)
+    usage = vq.usage.view(len(vq.books), -1, vq.codebook_size)     # (books, levels that share one, k)
+    moved = 0
     for book,hits,shown in zip(vq.books, usage, vq.shown(z.float())):
         flat = shown.flatten(0, -2)
         dead = (hits.sum(0) < threshold*hits.sum(0).mean()).nonzero()[:,0][:len(flat)]
-        pick = torch.randperm(len(flat), generator=rng, device=rng.device if rng
-                              else None)[:len(dead)].to(flat.device)
+        order = torch.randperm(len(flat), generator=rng, device=rng.device if rng else None)
+        pick = order[:len(dead)].to(flat.device)
         book._place(dead, flat[pick])
         hits[:,dead] = hits.mean()
         moved += len(dead)

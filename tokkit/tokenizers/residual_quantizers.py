@@ -35,6 +35,7 @@ class _Stacked(Quantizer):
                          torch.stack([q.ids for q in parts], -1),
                          mean([q.codebook_loss for q in parts]), mean([q.commitment_loss for q in parts]))
 
+# %% ../../nbs/tokenizers/02_residual_quantizers.ipynb #e8d6e9a4
 class ProductQuantizer(_Stacked):
     "Each group of channels has a codebook of its own"
     def __init__(self,
@@ -54,6 +55,7 @@ class ProductQuantizer(_Stacked):
     def name(self, zh): return [b.snap(p) for b,p in zip(self.stack, zh.chunk(self.levels, -1))]
     def join(self, parts): return torch.cat(parts, -1)
 
+# %% ../../nbs/tokenizers/02_residual_quantizers.ipynb #87953954
 class ResidualQuantizer(_Stacked):
     "Each level names what the levels before have left over"
     def __init__(self,
@@ -129,8 +131,8 @@ class MultiScaleResidualQuantizer(Quantizer):
 
     @property
     def codebook(self) -> Float[Tensor, "k d"]:
-        return (self.stack[0].codebook if self.stack
-                else self._signs(torch.arange(self.codebook_size, device=self.usage.device)))
+        if self.stack: return self.stack[0].codebook
+        return self._signs(torch.arange(self.codebook_size, device=self.usage.device))
     def _signs(self, ids): return (2*to_digits(ids, self.lattice)-1)*self.dim**-.5
     def project(self, z): return F.normalize(z, dim=-1) if self.lattice else z
     def ids_shape(self, n): return (sum(p*p for p in self.scales),)
@@ -138,8 +140,9 @@ class MultiScaleResidualQuantizer(Quantizer):
     def split_levels(self, ids): return list(ids.split([p*p for p in self.scales], 1))
     def join_levels(self, parts): return torch.cat(parts, 1)
     def shown(self, z):
-        return ([torch.cat([left.flatten(0, 1) for left,_,_ in self._scales(self._map(z))])] if self.stack
-                else [])
+        if not self.stack: return []
+        left = [left.flatten(0, 1) for left,_,_ in self._scales(self._map(z))]
+        return [torch.cat(left)]
 
     def _map(self, z):
         if z.ndim != 3 or z.shape[1] != self.scales[-1]**2:
@@ -160,8 +163,9 @@ class MultiScaleResidualQuantizer(Quantizer):
     def _scales(self, f):           # of each scale: what is left over, the ids that name it, what they add
         rest = f.detach()
         for s,p in enumerate(self.scales):
-            left = rearrange(F.interpolate(rest, size=(p, p), mode='area') if s < len(self.scales)-1
-                             else rest, 'b d h w -> b (h w) d')
+            last = s == len(self.scales)-1
+            left = rest if last else F.interpolate(rest, size=(p, p), mode='area')
+            left = rearrange(left, 'b d h w -> b (h w) d')
             ids = self._name(left)
             h = self._paint(ids, s)
             yield left, ids, h

@@ -106,7 +106,8 @@ def _parameter(data, requires_grad, hooks, state=None): return torch.nn.Paramete
 
 ALLOWED = {('collections', 'OrderedDict'):OrderedDict, ('torch', 'Size'):torch.Size,
            ('torch._utils', '_rebuild_tensor_v2'):torch._utils._rebuild_tensor_v2,
-           ('torch._utils', '_rebuild_parameter'):_parameter, ('torch._utils', '_rebuild_parameter_with_state'):_parameter}
+           ('torch._utils', '_rebuild_parameter'):_parameter,
+           ('torch._utils', '_rebuild_parameter_with_state'):_parameter}
 
 class TensorUnpickler(pickle.Unpickler):
     "Builds tensors and plain containers; every other name becomes a `Stub`"
@@ -176,7 +177,7 @@ def official_teacher(
     which:str = 'ema',                 # of a checkpoint: 'ema' or 'model'
     heads:int|None = None,             # attention heads; None: one for 64 channels
 ) -> ViT:
-    "The frozen teacher that a released checkpoint carries along; takes ImageNet-normalised images, see `tokkit.training.semantic.VitTeacher`"
+    "The frozen teacher in a released checkpoint; takes ImageNet-normalised images, as `VitTeacher` does"
     state = {k.removeprefix('semantic_model.'):v for k,v in _read(weights, which).items()
              if k.startswith('semantic_model.')}
     if 'patch_embed.proj.weight' not in state:

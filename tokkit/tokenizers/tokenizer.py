@@ -38,12 +38,13 @@ class Tokenizer(nn.Module):
         n = self.cfg.tokens
         q = self.quantizer
         ids = tuple(q.ids_shape(n)) if q.codebook_size is not None else (n,)
-        return LatentSpec((n, q.dim), self.cfg.grid, codebook_size=q.codebook_size, ids_shape=None
-                          if ids == (n,) else ids)
+        ids_shape = None if ids == (n,) else ids
+        return LatentSpec((n, q.dim), self.cfg.grid, codebook_size=q.codebook_size, ids_shape=ids_shape)
 
     def _check(self, x):
         if not x.is_floating_point():
-            raise ValueError(f"this tokenizer takes images in [-1,1] as floats, got {x.dtype}; see from_uint8")
+            raise ValueError("this tokenizer takes images in [-1,1] as floats, "
+                             f"got {x.dtype}; see from_uint8")
         want = (self.cfg.channels, self.cfg.size, self.cfg.size)
         if tuple(x.shape[1:]) != want:
             raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got "
@@ -115,8 +116,7 @@ class Tokenizer(nn.Module):
         s = self.spec
         codes = f"{s.codebook_size} codes, {s.bits:.0f} bits an image" if s.codebook_size else 'continuous'
         return (f"Tokenizer {c.kind}: ({c.channels}, {c.size}, {c.size}) -> {s.shape[0]} x {s.shape[1]} "
-                f"({codes}), "
-                f"{sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters")
+                f"({codes}), {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters")
 
 # %% ../../nbs/tokenizers/08_tokenizer.ipynb #1ef467a4
 TOKENIZERS = {
@@ -151,6 +151,7 @@ TOKENIZERS = {
     'base-cnn':  TokenizerCfg(256, 3, 16, 'taming', width=128, depth=2, codebook_size=16384, code_dim=8),
 }
 
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #93704782
 def make_tokenizer(
     cfg:str|TokenizerCfg = 'tiny',  # a preset's name, or a configuration
     seed:int = 0,                   # of the initial weights
@@ -177,6 +178,7 @@ def _tokenizer_from(config:dict) -> Tokenizer:
     tok.spec = LatentSpec(tuple(s['shape']), grid, s['mean'], s['std'], s['codebook_size'], ids)
     return tok
 
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #8ee386a0
 def save_tokenizer(
     tok:Tokenizer,    # to write
     folder:str|Path,  # made if it is not there

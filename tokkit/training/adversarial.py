@@ -25,8 +25,8 @@ class PatchCritic(nn.Module):
     ):
         super().__init__()
         def conv(i, o, stride):
-            return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, 4 if stride == 2 else 3, stride,
-                                                                     1))
+            kernel = 4 if stride == 2 else 3
+            return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, kernel, stride, 1))
         widths = [channels]+[width*2**i for i in range(depth)]
         layers = [m for i,o in zip(widths, widths[1:]) for m in (conv(i, o, 2), nn.LeakyReLU(.2))]
         self.net = nn.Sequential(*layers, conv(widths[-1], widths[-1], 1), nn.LeakyReLU(.2),
@@ -37,6 +37,7 @@ class PatchCritic(nn.Module):
     ) -> Float[Tensor, "b 1 i j"]:        # a score a patch
         return self.net(x).float()
 
+# %% ../../nbs/training/06_adversarial.ipynb #bfde869f
 def hinge_d(
     real:Tensor, # critic's scores of real images
     fake:Tensor, # critic's scores of generated images
@@ -98,9 +99,10 @@ def adaptive_weight(
     synchronize:bool = False,
 ) -> Tensor:
     "Weight that gives both losses the same pull on the last layer"
-    grads = [torch.autograd.grad(l, last, retain_graph=True)[0] for l in (recon, adversarial)]
-    r,a = (g.norm() for g in (map(process_mean, grads) if synchronize else grads))
-    return (r/(a+1e-4)).clamp(0, most).detach()
+    def pull(loss):
+        gradient = torch.autograd.grad(loss, last, retain_graph=True)[0]
+        return (process_mean(gradient) if synchronize else gradient).norm()
+    return (pull(recon)/(pull(adversarial)+1e-4)).clamp(0, most).detach()
 
 # %% ../../nbs/training/06_adversarial.ipynb #f9d906d1
 class LeCAM(nn.Module):

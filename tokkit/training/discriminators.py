@@ -52,6 +52,7 @@ def blur_fade(
         flat = F.conv2d(F.pad(flat, pad, mode='reflect'), kernel)
     return flat.view_as(x)
 
+# %% ../../nbs/training/04_discriminators.ipynb #1ea7e4c1
 def blur_schedule(
     step:int,      # step of training, from 0
     start:int,     # step at which the critic comes in
@@ -62,12 +63,13 @@ def blur_schedule(
     fade = 1-min(1, max(0, step-start)/(steps+1))
     return fade if fade >= 1e-6 else 0.
 
+# %% ../../nbs/training/04_discriminators.ipynb #dbda5730
 def critic_weight(
     step:int,        # step of training, from 0
     start:int,       # step at which the critic comes in
     most:float = .5, # weight from then on
 ) -> float:
-    "Weight of the adversarial loss at a step of the released code: on from the step before `start`; `tokkit.training` has its own"
+    "Weight of the adversarial loss in the released code: on from the step before `start`"
     return most if step+1 >= start else 0.
 
 # %% ../../nbs/training/04_discriminators.ipynb #810fda97
@@ -76,11 +78,12 @@ def _move(x, u):
     b,_,h,w = x.shape
     dy = round(h/8)
     dx = round(w/8)
-    rows,cols = ((u[i]*(2*d+1)).floor().long()[:,None]+torch.arange(n, device=x.device) for i,d,
-                 n in ((0,dy,h), (1,dx,w)))
+    def places(v, d, n): return (v*(2*d+1)).floor().long()[:,None]+torch.arange(n, device=x.device)
+    rows = places(u[0], dy, h)[:,:,None]                                         # (b h 1)
+    cols = places(u[1], dx, w)[:,None]                                           # (b 1 w)
+    image = torch.arange(b, device=x.device)[:,None,None]
     padded = F.pad(x, (dx,dx,dy,dy))                                             # (b c h+2dy w+2dx)
-    return padded[torch.arange(b, device=x.device)[:,None,None],:,rows[:,:,None],cols[:,None]].permute(0,3,1,
-                                                                                                       2)
+    return padded[image,:,rows,cols].permute(0,3,1,2)
 
 def _recolour(x, u):
     "Brightness, saturation, contrast"
@@ -102,6 +105,7 @@ def _cut(x, u, part):
     hole = inside(u[5], x.shape[-2])[:,None,:,None]&inside(u[6], x.shape[-1])[:,None,None]
     return x*~hole
 
+# %% ../../nbs/training/04_discriminators.ipynb #c0be9eaa
 def diff_augment(
     x:Float[Tensor, "b c h w"],  # images
     on:Bool[Tensor, "3"],        # whether to move, recolour, cut
@@ -114,6 +118,7 @@ def diff_augment(
     if on[1]: x = _recolour(x, u)
     return _cut(x, u, cutout) if on[2] else x
 
+# %% ../../nbs/training/04_discriminators.ipynb #d01b0f97
 class DiffAug:
     "Random augmentation of what a critic sees, the gradient passes through"
     def __init__(self,
@@ -130,10 +135,11 @@ class DiffAug:
         rng:torch.Generator|None = None,   # where the draws come from
         fade:float = 0.,                   # blur before it, in [0,1]
     ) -> Float[Tensor, "b c h w"]:
-        on,u = (torch.rand(*s, generator=rng, device=rng.device if rng is not None else 'cpu')
-                for s in ((3,), (7, len(x))))
-        return diff_augment(blur_fade(x, fade), (on <= self.prob)&(self.prob > 0), u.to(x.device),
-                            self.cutout)
+        where = rng.device if rng is not None else 'cpu'
+        chance = torch.rand(3, generator=rng, device=where)
+        how = torch.rand(7, len(x), generator=rng, device=where).to(x.device)
+        on = (chance <= self.prob)&(self.prob > 0)
+        return diff_augment(blur_fade(x, fade), on, how, self.cutout)
 
     def __repr__(self): return f"DiffAug(prob={self.prob}, cutout={self.cutout})"
 
@@ -168,7 +174,7 @@ class PatchGAN(nn.Module):
 
 # %% ../../nbs/training/04_discriminators.ipynb #88ef149c
 class BatchNormLocal(nn.Module):
-    "Normalize over groups of at most `group` images; no running statistics, the same in training and evaluation"
+    "Normalize over groups of at most `group` images, in training and evaluation alike"
     def __init__(self,
         channels:int,       # of the maps
         group:int = 8,      # most images in a group
@@ -202,6 +208,7 @@ class _Residual(nn.Module):
         self.fn = fn
     def forward(self, x): return (self.fn(x)+x)/math.sqrt(2)
 
+# %% ../../nbs/training/04_discriminators.ipynb #8853c8da
 def _dino(weights, width, depth, heads) -> ViT:
     "DINO's ViT with weights in timm's names"
     if isinstance(weights, nn.Module): return weights
@@ -212,6 +219,7 @@ def _dino(weights, width, depth, heads) -> ViT:
                                 "the critic 'features' needs nothing")
     return load_vit(ViT(224, 16, 3, width, depth, heads, layer_scale=None, gelu='tanh'), weights)
 
+# %% ../../nbs/training/04_discriminators.ipynb #2acc6bd7
 class DinoCritic(nn.Module):
     "Small heads on frozen DINO features, as in the paper; parameters are named as in the released code"
     def __init__(self,
@@ -237,14 +245,16 @@ class DinoCritic(nn.Module):
         "What the backbone sees: a random crop, or all of it"
         if x.ndim != 4 or x.shape[1] not in (1,3):
             raise ValueError(f"the DINO critic expects images (b c h w), c 1 or 3, got {tuple(x.shape)}")
-        size,(h,w) = self.backbone.module.size,x.shape[-2:]
-        x = ((x.expand(-1, 3, -1, -1)/2
-              +.5-x.new_tensor(IMAGENET_MEAN)[:,None,None])/x.new_tensor(IMAGENET_STD)[:,None,None])
+        size = self.backbone.module.size
+        h,w = x.shape[-2:]
+        mean = x.new_tensor(IMAGENET_MEAN)[:,None,None]
+        x = (x.expand(-1, 3, -1, -1)/2+.5-mean)/x.new_tensor(IMAGENET_STD)[:,None,None]
         if min(h, w) > size and rng is not None and torch.rand((), generator=rng, device=rng.device) <= .5:
-            top,left = (int(torch.randint(n-size+1, (), generator=rng, device=rng.device)) for n in (h, w))
+            def corner(n): return int(torch.randint(n-size+1, (), generator=rng, device=rng.device))
+            top = corner(h)
+            left = corner(w)
             return x[...,top:top+size,left:left+size]
-        return (F.interpolate(x, (size, size), mode='area') if h > size
-                else F.interpolate(x, (size, size), mode='bicubic'))
+        return F.interpolate(x, (size, size), mode='area' if h > size else 'bicubic')
 
     def activations(self, x:Float[Tensor, "b 3 s s"]) -> list[Float[Tensor, "b d l"]]:
         "Patch tokens plus class token, before the first block and after the chosen ones"
@@ -260,8 +270,8 @@ class DinoCritic(nn.Module):
         x:Float[Tensor, "b c h w"],       # images in [-1,1]
         rng:torch.Generator|None = None,  # tosses the coin of crop or all; None always shows all
     ) -> Float[Tensor, "b l"]:            # a score for each token of each depth
-        return torch.cat([head(a).flatten(1).float() for head,
-                          a in zip(self.heads, self.activations(self.view(x, rng)))], 1)
+        seen = self.activations(self.view(x, rng))
+        return torch.cat([head(a).flatten(1).float() for head,a in zip(self.heads, seen)], 1)
 
 # %% ../../nbs/training/04_discriminators.ipynb #aab07c60
 class FeatureCritic(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,31 +69,9 @@ class ImageTraining:
     compile:str = ''              # backend of torch.compile, e.g. 'inductor'; '' runs as it is
 
     def __post_init__(self):
-        for name in ('adversarial_start', 'critic_augment', 'critic_blur'):
-            check_range(name, getattr(self, name))
-        _check_optimiser(self)
-        check_range('critic_lr', self.critic_lr, 1e-12, 10)
-        check_range('revive', self.revive, 0, float('inf'))
-        check_range('perceptual_every', self.perceptual_every, 1, float('inf'))
-        for name in _WEIGHTS:
-            check_range(f'the weight {name}', getattr(self, name), 0, float('inf'),
-                        'a weight of 0 leaves the term out')
-        if not any(getattr(self, name) for name in _WEIGHTS[:4]):
-            raise ValueError(f"nothing to learn from: {', '.join(_WEIGHTS[:4])} are all 0; give one of them "
-                             "a weight")
-        for name,known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.accumulate < 1 or self.batch%self.accumulate:
-            raise ValueError(f"accumulate must divide batch, got {self.accumulate} parts of {self.batch} "
-                             "images")
-        if not self.reconstruction and (not self.perceptual
-                                        or self.perceptual_every > 1) and not self.semantic:
-            if self.adaptive or self.adversarial_start or not self.adversarial:
-                raise ValueError("without pixels there must be something to learn from at every step: "
-                                 "perceptual_every=1, a semantic weight, or adversarial_start=0 with "
-                                 "adaptive=False")
+        _check_image_training(self)
 
+# %% ../../nbs/training/08_image_loss.ipynb #b5ab9ed1
 def _check_optimiser(cfg):
     "Raise one line about what no optimiser can use"
     if cfg.epochs < 1 or cfg.batch < 1:
@@ -103,14 +82,61 @@ def _check_optimiser(cfg):
     if cfg.precision not in ('no', 'bf16'):
         raise ValueError(f"precision must be 'no' or 'bf16', got {cfg.precision!r}")
 
+# %% ../../nbs/training/08_image_loss.ipynb #e989c29b
 _WEIGHTS = 'reconstruction', 'perceptual', 'semantic', 'adversarial', 'lecam'
-_CHOICES = dict(schedule=('cosine','epoch','constant'), semantic_on=('clean','perturbed'),
-                semantic_kind=('class','patch'),
-                perceptual_kind=tuple(PERCEPTUAL), adversarial_kind=tuple(ADVERSARIAL), critic=tuple(CRITICS),
-                reconstruction_kind=('l2','l1'))
+_CHOICES = dict(
+    schedule=('cosine','epoch','constant'),
+    semantic_on=('clean','perturbed'),
+    semantic_kind=('class','patch'),
+    perceptual_kind=tuple(PERCEPTUAL),
+    adversarial_kind=tuple(ADVERSARIAL),
+    critic=tuple(CRITICS),
+    reconstruction_kind=('l2','l1'),
+)
 
+# %% ../../nbs/training/08_image_loss.ipynb #5758640e
+def _check_weights(cfg:ImageTraining):
+    "Raise one line unless the weights are such and one of them is positive"
+    for name in _WEIGHTS:
+        check_range(f'the weight {name}', getattr(cfg, name), 0, float('inf'),
+                    'a weight of 0 leaves the term out')
+    if not any(getattr(cfg, name) for name in _WEIGHTS[:4]):
+        raise ValueError(f"nothing to learn from: {', '.join(_WEIGHTS[:4])} are all 0; give one of them "
+                         "a weight")
+
+def _check_every_step(cfg:ImageTraining):
+    "Raise one line where a step would have nothing to learn from"
+    perceptual = cfg.perceptual and cfg.perceptual_every <= 1
+    if cfg.reconstruction or cfg.semantic or perceptual: return
+    game = cfg.adversarial and not cfg.adversarial_start and not cfg.adaptive
+    if not game:
+        raise ValueError("without pixels there must be something to learn from at every step: "
+                         "perceptual_every=1, a semantic weight, or adversarial_start=0 with "
+                         "adaptive=False")
+
+# %% ../../nbs/training/08_image_loss.ipynb #a0c84b46
+def _check_image_training(cfg:ImageTraining):
+    "Raise one line about settings that no training on images can use"
+    for name in ('adversarial_start', 'critic_augment', 'critic_blur'): check_range(name, getattr(cfg, name))
+    _check_optimiser(cfg)
+    check_range('critic_lr', cfg.critic_lr, 1e-12, 10)
+    check_range('revive', cfg.revive, 0, float('inf'))
+    check_range('perceptual_every', cfg.perceptual_every, 1, float('inf'))
+    _check_weights(cfg)
+    for name,known in _CHOICES.items():
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(cfg, name)!r}")
+    if cfg.accumulate < 1 or cfg.batch%cfg.accumulate:
+        raise ValueError(f"accumulate must divide batch, got {cfg.accumulate} parts of {cfg.batch} images")
+    _check_every_step(cfg)
+
+# %% ../../nbs/training/08_image_loss.ipynb #43f7bf2c
 def _schedule(cfg:ImageTraining) -> Callable:
+    "Fraction of the learning rate, as a function of the fraction of training done"
     return dict(cosine=WarmupCosine(), epoch=EpochCosine(cfg.epochs), constant=constant)[cfg.schedule]
+
+# %% ../../nbs/training/08_image_loss.ipynb #921e97e6
+DECAYS = 'matrices', 'released'
 
 @dataclass(frozen=True)
 class GeneratorTraining:
@@ -135,15 +161,16 @@ class GeneratorTraining:
         if self.decay not in DECAYS:
             raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
 
-DECAYS = 'matrices', 'released'
-RELEASED_TRAINING = GeneratorTraining(epochs=400, batch=2048, lr=4e-4, weight_decay=.03, betas=(.9,.96),
-                                      warmup=.25, final=.025,
-                                      decay='released', ema=0.,
-                                      precision='bf16')    # of the paper's generators, on ImageNet
+# %% ../../nbs/training/08_image_loss.ipynb #0cc4add3
+RELEASED_TRAINING = GeneratorTraining(
+    epochs=400, batch=2048,
+    lr=4e-4, betas=(.9,.96), warmup=.25, final=.025,
+    weight_decay=.03, decay='released',
+    ema=0., precision='bf16')
 
 # %% ../../nbs/training/08_image_loss.ipynb #ab4b576c
 class ImageLoss(Callback):
-    "All terms that look at the decoded image or at its latents, by their weights; a callback, so that a checkpoint keeps what they learn"
+    "All terms that look at the decoded image or at its latents, by their weights"
     def __init__(self,
         cfg:ImageTraining,          # weights
         channels:int,               # image channels
@@ -163,8 +190,8 @@ class ImageLoss(Callback):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.critic = make_critic(cfg.critic, channels, **cfg.critic_options) if cfg.adversarial else None
-            self.semantic = (SemanticLoss(dim, kind=cfg.semantic_kind, **cfg.semantic_options)
-                             if cfg.semantic else None)
+            kind = dict(kind=cfg.semantic_kind, **cfg.semantic_options)
+            self.semantic = SemanticLoss(dim, **kind) if cfg.semantic else None
         self.lecam = LeCAM()
         self.augment = DiffAug(cfg.critic_augment)
         self.critic_loss,self.decoder_loss = ADVERSARIAL[cfg.adversarial_kind]
@@ -176,75 +203,115 @@ class ImageLoss(Callback):
             if part is not None: part.to(device)
         return self
 
-    def __call__(self, learner:Learner, xh:Float[Tensor, "b c h w"], x:Float[Tensor, "b c h w"],
-                 zq:Float[Tensor, "b n d"]|None = None, judged:Float[Tensor, "b c h w"]|None = None) -> dict:
-        "The loss and its parts; `zq` are the latents the semantic term looks at, `judged` what the critic sees instead of `xh`"
-        c = self.cfg
-        out = {}
-        loss = 0.
-        xh = xh.float()  # losses in full precision, whatever the networks used
-        fake = xh if judged is None else judged.float()
-        if c.reconstruction:
-            out['recon'] = recon_loss(xh, x, c.reconstruction_kind)
-            loss = c.reconstruction*out['recon']
-        if self.perceptual is not None and learner.step%c.perceptual_every == 0:
-            out['perceptual'] = self.perceptual(xh, x)
-            loss = loss+c.perceptual*c.perceptual_every*out['perceptual']
-        if self.critic is not None:
-            self.real[learner.part],self.fake[learner.part] = x,fake.detach()
-            if learner.done >= c.adversarial_start:
-                out['adversarial'] = self.decoder_loss(self._scores(learner, fake, 'decoder'))
-                balance = (adaptive_weight(loss, out['adversarial'], self.last, synchronize=True)
-                           if c.adaptive else 1.)
-                loss = loss+c.adversarial*balance*out['adversarial']
-        if self.semantic is not None and zq is not None:
-            out['semantic'] = self.semantic(zq, x)
-            loss = loss+c.semantic*out['semantic']
-        return dict(loss=loss)|out
+# %% ../../nbs/training/08_image_loss.ipynb #93536378
+@patch
+def _likeness(self:ImageLoss, learner, xh, x) -> tuple[Tensor|float, dict]:
+    "How far the decoded image is from the true one: the weighted sum, and the terms without their weights"
+    c = self.cfg
+    loss = 0.
+    terms = {}
+    if c.reconstruction:
+        terms['recon'] = recon_loss(xh, x, c.reconstruction_kind)
+        loss = c.reconstruction*terms['recon']
+    if self.perceptual is not None and learner.step%c.perceptual_every == 0:
+        terms['perceptual'] = self.perceptual(xh, x)
+        loss = loss+c.perceptual*c.perceptual_every*terms['perceptual']
+    return loss, terms
 
-    def _scores(self, learner, x, who):
-        "What the critic says of images, blurred and augmented as the moment asks"
-        c = self.cfg
-        start,steps = (round(part*learner.total) for part in (c.adversarial_start, c.critic_blur))
-        fade = blur_schedule(learner.step, start, steps) if c.critic_blur else 0.
-        if fade or c.critic_augment: x = self.augment(x, learner.own_rng('augment', who), fade)
-        return self.critic(x, learner.own_rng('crop', who)).float()
+# %% ../../nbs/training/08_image_loss.ipynb #cc0a8e9a
+@patch
+def _scores(self:ImageLoss, learner, x, who):
+    "What the critic says of images, blurred and augmented as the moment asks"
+    c = self.cfg
+    fade = 0.
+    if c.critic_blur:
+        start = round(c.adversarial_start*learner.total)
+        fade = blur_schedule(learner.step, start, round(c.critic_blur*learner.total))
+    if fade or c.critic_augment: x = self.augment(x, learner.own_rng('augment', who), fade)
+    return self.critic(x, learner.own_rng('crop', who)).float()
 
-    def phases(self) -> list[Phase]:
-        "The critic's own phase, if there is a critic"
-        if self.critic is None: return []
-        weights = [p for p in self.critic.parameters() if p.requires_grad]
-        return [Phase(self._critic_step, torch.optim.AdamW(weights, lr=self.cfg.critic_lr, betas=(.5,.9)))]
+@patch
+def _adversarial(self:ImageLoss, learner, fake, likeness) -> tuple[Tensor, Tensor|float]:
+    "The decoder's loss in the game, and the factor that balances it against likeness"
+    loss = self.decoder_loss(self._scores(learner, fake, 'decoder'))
+    if not self.cfg.adaptive: return loss, 1.
+    return loss, adaptive_weight(likeness, loss, self.last, synchronize=True)
 
-    def weights(self) -> list[Tensor]:
-        "What learns together with the tokenizer: the projection of the semantic loss"
-        return [p for p in self.semantic.parameters() if p.requires_grad] if self.semantic is not None else []
+# %% ../../nbs/training/08_image_loss.ipynb #9fe59291
+@patch
+def __call__(self:ImageLoss,
+    learner:Learner,                               # says how far training is, and draws
+    xh:Float[Tensor, "b c h w"],                   # decoded images
+    x:Float[Tensor, "b c h w"],                    # true images
+    zq:Float[Tensor, "b n d"]|None = None,         # latents that the semantic term looks at
+    judged:Float[Tensor, "b c h w"]|None = None,   # images that the critic sees instead of `xh`
+) -> dict:
+    "The loss and its parts"
+    c = self.cfg
+    xh = xh.float()
+    fake = xh if judged is None else judged.float()
+    loss,out = self._likeness(learner, xh, x)
+    if self.critic is not None:
+        self.real[learner.part] = x
+        self.fake[learner.part] = fake.detach()
+        if learner.done >= c.adversarial_start:
+            out['adversarial'],balance = self._adversarial(learner, fake, loss)
+            loss = loss+c.adversarial*balance*out['adversarial']
+    if self.semantic is not None and zq is not None:
+        out['semantic'] = self.semantic(zq, x)
+        loss = loss+c.semantic*out['semantic']
+    return dict(loss=loss)|out
 
-    def state(self): return {k:m.state_dict() for k,m in self._learned().items()}
-    def restore(self, state):
-        for k,m in self._learned().items(): m.load_state_dict(state[k])
-    def _learned(self):
-        game = dict(critic=self.critic, lecam=self.lecam) if self.critic is not None else {}
-        return game|(dict(semantic=self.semantic) if self.semantic is not None else {})
+# %% ../../nbs/training/08_image_loss.ipynb #8a04ecfb
+@patch
+def _critic_step(self:ImageLoss, learner, batch):
+    "The critic's step, on the images that the decoder's step left behind"
+    real = self._scores(learner, self.real[learner.part], 'real')
+    fake = self._scores(learner, self.fake[learner.part], 'fake')
+    loss = self.critic_loss(real, fake)
+    return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), critic=loss.detach())
 
-    def save_critic(self,
-        path:str|Path, # one file, replaced whole
-    ):
-        "Keep the discriminator"
-        save_tensors(self.critic.state_dict(), path)
+@patch
+def phases(self:ImageLoss) -> list[Phase]:
+    "The critic's own phase, if there is a critic"
+    if self.critic is None: return []
+    weights = [p for p in self.critic.parameters() if p.requires_grad]
+    return [Phase(self._critic_step, torch.optim.AdamW(weights, lr=self.cfg.critic_lr, betas=(.5,.9)))]
 
-    def load_critic(self,
-        path:str|Path, # written by `save_critic`
-    ) -> 'ImageLoss':  # itself
-        "Go on with a discriminator, or say in one line why not"
-        if self.critic is None:
-            raise ValueError("a discriminator was given, but adversarial is 0: give it a weight, or leave "
-                             "critic out")
-        load_strictly(self.critic, read_tensors(path), path)
-        return self
+@patch
+def weights(self:ImageLoss) -> list[Tensor]:
+    "What learns together with the tokenizer: the projection of the semantic loss"
+    return [p for p in self.semantic.parameters() if p.requires_grad] if self.semantic is not None else []
 
-    def _critic_step(self, learner, batch):
-        real,fake = (self._scores(learner, x[learner.part], who) for x,
-                     who in ((self.real, 'real'), (self.fake, 'fake')))
-        loss = self.critic_loss(real, fake)
-        return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), critic=loss.detach())
+# %% ../../nbs/training/08_image_loss.ipynb #1e929a73
+@patch
+def _learned(self:ImageLoss) -> dict:
+    "The modules that learn, by name"
+    game = dict(critic=self.critic, lecam=self.lecam) if self.critic is not None else {}
+    return game|(dict(semantic=self.semantic) if self.semantic is not None else {})
+
+@patch
+def state(self:ImageLoss) -> dict: return {k:m.state_dict() for k,m in self._learned().items()}
+
+@patch
+def restore(self:ImageLoss, state:dict):
+    for k,m in self._learned().items(): m.load_state_dict(state[k])
+
+# %% ../../nbs/training/08_image_loss.ipynb #92bbb15f
+@patch
+def save_critic(self:ImageLoss,
+    path:str|Path, # one file, replaced whole
+):
+    "Keep the discriminator"
+    save_tensors(self.critic.state_dict(), path)
+
+@patch
+def load_critic(self:ImageLoss,
+    path:str|Path, # written by `save_critic`
+) -> ImageLoss:    # itself
+    "Go on with a discriminator, or say in one line why not"
+    if self.critic is None:
+        raise ValueError("a discriminator was given, but adversarial is 0: give it a weight, or leave "
+                         "critic out")
+    load_strictly(self.critic, read_tensors(path), path)
+    return self

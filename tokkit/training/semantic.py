@@ -38,7 +38,8 @@ def contrastive_loss(
             a = F.normalize(a, dim=1)
             b = F.normalize(b, dim=1)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            a,b = (torch.cat(all_gather(t.contiguous())) for t in (a, b))
+            a = torch.cat(all_gather(a.contiguous()))
+            b = torch.cat(all_gather(b.contiguous()))
         logits = scale*a@b.T                                                     # (b b)
         partner = torch.arange(len(a), device=a.device)
         return (F.cross_entropy(logits, partner)+F.cross_entropy(logits.T, partner))/2
@@ -63,6 +64,7 @@ def _rows(
     maps = out.flatten(2).mT                                                     # (b h*w d)
     return F.layer_norm(maps.mean(1, keepdim=True) if kind == 'class' else maps, maps.shape[-1:])
 
+# %% ../../nbs/training/05_semantic.ipynb #f5a482e0
 class VitTeacher(nn.Module):
     "A vision transformer that looks at images in [-1,1], as DINOv2 was trained to see them"
     def __init__(self, vit:ViT): # with its weights
@@ -80,6 +82,7 @@ class VitTeacher(nn.Module):
 
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]: return self.vit(self.seen(x))
 
+# %% ../../nbs/training/05_semantic.ipynb #db4c0671
 def dinov2_teacher(
     weights:dict[str,Tensor]|str|Path, # in timm's names, e.g. a safetensors file of vit_base_patch14_dinov2
     size:int = 256,                    # side the teacher sees, pixels
@@ -94,6 +97,7 @@ def dinov2_teacher(
     depth = 1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
     return VitTeacher(load_vit(ViT(size, patch, 3, width, depth, max(1, width//64)), weights))
 
+# %% ../../nbs/training/05_semantic.ipynb #d115814e
 def _teacher(of, layer, size) -> nn.Module:
     "The teacher of that name"
     if isinstance(of, nn.Module): return of
@@ -113,6 +117,7 @@ def _probe(teacher) -> Tensor|list:
         raise ValueError("teacher must take images (b 3 h w) in [-1,1] of any size; got, for (1 3 32 32), "
                          f"{said}") from None
 
+# %% ../../nbs/training/05_semantic.ipynb #cf08889a
 class SemanticLoss(nn.Module):
     "Latents must say which image they are of, to a frozen teacher"
     def __init__(self,

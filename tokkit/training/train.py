@@ -29,6 +29,26 @@ from .losses import recon_loss
 from .schedules import WarmupCosine
 
 # %% ../../nbs/training/09_train.ipynb #553822ec
+def _slope(tok, zq, x) -> Float[Tensor, "b n d"]:
+    "How the pixel loss rises with the latents; what an adversarial perturbation goes by"
+    zq = zq.detach().requires_grad_()
+    return torch.autograd.grad(recon_loss(tok.decode(zq), x), zq)[0]
+
+def _perturbed(tok, perturbation, learner, x, z, q):
+    "What the perturbation makes of the latents in this step"
+    return perturbation(
+        z, q, tok.quantizer, learner.step/len(learner.loader), learner.rng('perturb'),
+        _slope(tok, q.zq, x) if perturbation.needs_gradient else None,
+        learner.shard)
+
+# %% ../../nbs/training/09_train.ipynb #4e9d1a16
+def _revive_if_due(tok, learner, z, every:int):
+    "Give dead codes new values, once every so many steps, after the last part of the batch"
+    if not every or (learner.step+1)%every: return
+    if learner.part < learner.accumulate-1 or learner.done >= .7: return
+    revive(tok.quantizer, learner.accelerator.gather(z.detach()), rng=learner.rng('revive'))
+
+# %% ../../nbs/training/09_train.ipynb #6ef5c549
 def tokenizer_step(
     tok:Tokenizer,                               # what learns
     loss:ImageLoss,                              # of the decoded image
@@ -43,26 +63,17 @@ def tokenizer_step(
         zq = q.zq
         log = {}
         if perturbation is not None:
-            slope = _slope(tok, q.zq, x) if perturbation.needs_gradient else None
-            p = perturbation(z, q, tok.quantizer, learner.step/len(learner.loader), learner.rng('perturb'),
-                             slope, learner.shard)
-            zq,log['replaced'] = p.zq,p.rate
+            p = _perturbed(tok, perturbation, learner, x, z, q)
+            zq = p.zq
+            log['replaced'] = p.rate
         out = loss(learner, tok.decode(zq), x, q.zq if loss.cfg.semantic_on == 'clean' else zq)
         if q.ids is not None:
             log['usage'] = codebook_usage(tok.quantizer.usage)[0]
-            due = revive_every and (learner.step+1)%revive_every == 0 and learner.part == learner.accumulate-1
-            # late ones would have no time to settle
-            if due and learner.done < .7:
-                # the same on every process
-                revive(tok.quantizer, learner.accelerator.gather(z.detach()), rng=learner.rng('revive'))
+            _revive_if_due(tok, learner, z, revive_every)
         return out|dict(loss=out['loss']+q.loss, quantizer=q.loss)|log
     return step
 
-def _slope(tok, zq, x) -> Float[Tensor, "b n d"]:
-    "How the pixel loss rises with the latents; what an adversarial perturbation goes by"
-    zq = zq.detach().requires_grad_()
-    return torch.autograd.grad(recon_loss(tok.decode(zq), x), zq)[0]
-
+# %% ../../nbs/training/09_train.ipynb #c7ca3262
 def generator_step(
     generator:LatentGenerator, # what learns
 ) -> Callable:
@@ -85,10 +96,7 @@ class TensorPairs(Dataset):
     def __getitem__(self, i): return self.a[i],self.b[i]
     def __getitems__(self, i): return self.a[i],self.b[i]
 
-def _callbacks(ema, loss, work, preview, key, *more) -> list[Callback]:
-    extra = ([loss] if loss else [])+([EveryEpoch(preview)] if preview else [])+list(more)
-    return [Log(), ema, *extra]+([Checkpoint(Path(work)/'checkpoint.pt', key)] if work else [])
-
+# %% ../../nbs/training/09_train.ipynb #e637df4e
 def matrices_decay(
     model:nn.Module,       # whose parameters
     # for tensors of two or more dimensions, embeddings included; biases and norms get none
@@ -107,6 +115,58 @@ def adamw(
     "AdamW"
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas))
 
+# %% ../../nbs/training/09_train.ipynb #fd8509a7
+def _callbacks(ema, loss, work, preview, key, *more) -> list[Callback]:
+    "Log and averaged weights, then what this training has besides, the checkpoint last"
+    found = [Log(), ema]
+    if loss: found.append(loss)
+    if preview: found.append(EveryEpoch(preview))
+    found += more
+    if work: found.append(Checkpoint(Path(work)/'checkpoint.pt', key))
+    return found
+
+def _key(model, data, cfg, seed, desc, asked) -> str:
+    "A hash of everything that decides the result of a training"
+    # a function of one's own is known by its name only
+    told = re.sub(r' at 0x\w+', '', repr(asked))
+    return stable_hash([cfg, repr(getattr(model, 'cfg', None)), tensors_hash(model.state_dict()), told,
+                        data.hash, seed, desc])
+
+# %% ../../nbs/training/09_train.ipynb #9f4032a8
+@contextmanager
+def _compiled(backend:str, *parts:nn.Module):
+    "The parts compiled while the block lasts"
+    try:
+        if backend:
+            for part in parts: part.compile(backend=backend)
+        yield
+    finally:
+        for part in parts: part._compiled_call_impl = None
+
+# %% ../../nbs/training/09_train.ipynb #fc469fdd
+def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, asked=None, watch=None):
+    "Run the loop and leave the averaged weights in the model"
+    # `asked` is what else decides the result; `watch` gives one more callback for the averaged weights
+    if work and not hasattr(data, 'hash'):
+        raise ValueError(f"a training is gone on with by what it learns from, and {type(data).__name__} has "
+                         "no hash to tell; leave work out, or give the data set a property `hash`")
+    ema = EMA(cfg.ema)
+    key = _key(model, data, cfg, seed, desc, asked) if work else ''
+    more = [watch(ema)] if watch else []
+    learner = Learner(
+        model, loader(data, cfg.batch, seed), phases, cfg.epochs,
+        callbacks=_callbacks(ema, loss, work, preview, key, *more),
+        device=device, seed=seed, precision=cfg.precision, desc=desc,
+        accumulate=getattr(cfg, 'accumulate', 1), rescue=work)
+    if loss: loss.to(learner.device)
+    alone = nullcontext()
+    if work and learner.main: alone = locked(Path(work)/'checkpoint.pt', f'the training in {work}')
+    with alone: learner.fit()
+    model.load_state_dict(ema.average)
+    model.eval()
+    return history_frame(learner)
+
+# %% ../../nbs/training/09_train.ipynb #64ac1545
 def train_tokenizer(
     # changed in place; ends with its averaged weights, in eval mode
     tok:Tokenizer,
@@ -131,44 +191,12 @@ def train_tokenizer(
     if loss.weights(): groups.append(dict(params=loss.weights(), weight_decay=0.))
     phase = Phase(step, adamw(groups, cfg.lr), _schedule(cfg), cfg.clip)
     with _compiled(cfg.compile, tok.encoder, tok.decoder):
-        history = _fit(tok, images, [phase, *loss.phases()], loss, cfg, work, preview, device, seed, desc,
-                       perturbation)
+        history = _fit(tok, images, [phase, *loss.phases()], loss, cfg, work=work, preview=preview,
+                       device=device, seed=seed, desc=desc, asked=perturbation)
     if critic: loss.save_critic(critic)
     return history
 
-@contextmanager
-def _compiled(backend:str, *parts:nn.Module):
-    "The parts compiled while the block lasts"
-    try:
-        if backend:
-            for part in parts: part.compile(backend=backend)
-        yield
-    finally:
-        for part in parts: part._compiled_call_impl = None
-
-def _fit(model, data, phases, loss, cfg, work, preview, device, seed, desc, asked=None, watch=None):
-    "Run the loop and leave the averaged weights in the model; `asked` is what else decides them, `watch(ema)` gives one more callback"
-    if work and not hasattr(data, 'hash'):
-        raise ValueError(f"a training is gone on with by what it learns from, and {type(data).__name__} has "
-                         "no hash to tell; "
-                         "leave work out, or give the data set a property `hash`")
-    ema = EMA(cfg.ema)
-    # a function of one's own is known by its name only
-    told = re.sub(r' at 0x\w+', '', repr(asked))
-    key = stable_hash([cfg, repr(getattr(model, 'cfg', None)), tensors_hash(model.state_dict()), told,
-                       data.hash, seed, desc]) if work else ''
-    callbacks = _callbacks(ema, loss, work, preview, key, *([watch(ema)] if watch else []))
-    learner = Learner(model, loader(data, cfg.batch, seed), phases, cfg.epochs, callbacks, device, seed,
-                      cfg.precision, desc,
-                      getattr(cfg, 'accumulate', 1), work)
-    if loss: loss.to(learner.device)
-    alone = (locked(Path(work)/'checkpoint.pt', f'the training in {work}') if work and learner.main
-             else nullcontext())
-    with alone: learner.fit()
-    model.load_state_dict(ema.average)
-    model.eval()
-    return history_frame(learner)
-
+# %% ../../nbs/training/09_train.ipynb #4f24710d
 def train_generator(
     # changed in place; ends with its averaged weights, in eval mode
     generator:LatentGenerator,
@@ -182,6 +210,7 @@ def train_generator(
 ) -> pd.DataFrame:
     "Train a generator; returns the losses, one row an epoch"
     groups = dict(matrices=matrices_decay, released=released_decay)[cfg.decay](generator, cfg.weight_decay)
-    phase = Phase(generator_step(generator), adamw(groups, cfg.lr, cfg.betas),
-                  WarmupCosine(cfg.warmup, cfg.final), cfg.clip)
-    return _fit(generator, tokens, [phase], None, cfg, work, preview, device, seed, desc)
+    schedule = WarmupCosine(cfg.warmup, cfg.final)
+    phase = Phase(generator_step(generator), adamw(groups, cfg.lr, cfg.betas), schedule, cfg.clip)
+    return _fit(generator, tokens, [phase], None, cfg, work=work, preview=preview, device=device, seed=seed,
+                desc=desc)

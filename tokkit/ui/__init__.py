@@ -3,6 +3,7 @@ from .plots import *
 from .tables import *
 from .agreement_plots import *
 from .tiles import *
+from .explorer import *
 from .perturbation_explorer import *
 from .trace import *
 from .sampler_explorer import *

@@ -7,14 +7,13 @@ __all__ = ['plot_scatter_rank', 'plot_agreement']
 
 # %% ../../nbs/ui/02_agreement_plots.ipynb #4853ed02
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..analysis import COEFFICIENTS, pool, rank_agreement
-from .plots import _labelled, _note, _panels, house_style, hue_colors, MARKERS, PALETTE
+from .plots import _labelled, _legend, _note, _panels, house_style, hue_colors, MARKERS, PALETTE
 
 # %% ../../nbs/ui/02_agreement_plots.ipynb #c7e6f293
 def plot_scatter_rank(
@@ -25,45 +24,60 @@ def plot_scatter_rank(
     hue:str|None = None,                # column that colours the points, e.g. 'K'
     names:bool = True,                  # write the points' names beside them
 ) -> Figure:
-    "One metric against another, a point a tokenizer, 95% error bars, and the rank correlation with its interval"
+    "One metric against another, a point a tokenizer, and the rank correlation with its interval"
     rows = _labelled(rows)
-    keys = [label] + ([hue] if hue else [])
-    xs,ys = ([o] if isinstance(o, str) else list(o) for o in (x, y))
-    there = rows.metric.unique()
-    missing = [m for m in (*xs, *ys) if m not in there]
-    if missing:
-        raise ValueError(f"no rows of metric {missing[0]!r}; the table has {', '.join(map(str, there))}")
-    rows = rows[rows.metric.isin([*xs, *ys])]
-    wide = pool(rows, [*keys, 'metric']).pivot(index=keys, columns='metric',
-                                               values=['value', 'se']).reset_index()
+    xs = [x] if isinstance(x, str) else list(x)
+    ys = [y] if isinstance(y, str) else list(y)
+    rows = _only(rows, [*xs, *ys])
+    wide = _a_line_each(rows, label, hue)
     colors = hue_colors(sorted(wide[hue].unique().tolist())) if hue else {None:PALETTE[0]}
     with house_style():
         fig, axes = _panels(len(xs)*len(ys), width=3.9, height=3.3, columns=len(xs), sharey='row',
                             sharex='col')
-        for ax,(target,m) in zip(axes, ((target, m) for target in ys for m in xs)):
+        pairs = [(m, target) for target in ys for m in xs]
+        for ax,(m,target) in zip(axes, pairs):
             for (value,color),marker in zip(colors.items(), MARKERS*9):
-                _points(ax, wide[wide[hue]==value] if hue else wide, m, target, label if names else None,
-                        color, marker, value)
+                group = wide[wide[hue]==value] if hue else wide
+                _points(ax, group, m, target, label if names else None, color, marker, str(value))
             if len(wide.dropna(subset=[('value', m), ('value', target)]))>3:
-                r = rank_agreement(rows, m, target, unit=label).set_index('coefficient').loc['Spearman']
-                ax.set_title(f'ρ = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]')
+                ax.set_title(_correlation(rows, m, target, label))
             ax.set(xlabel=m if target == ys[-1] else '', ylabel=target if m == xs[0] else '')
-        if hue:
-            fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', title=hue,
-                       title_fontsize=10)
+        if hue: _legend(fig, hue)
         _note(fig, rows)
     return fig
 
-def _points(ax:Axes, p:pd.DataFrame, x:str, y:str, label:str|None, color:str, marker:str, name:Any):
+# %% ../../nbs/ui/02_agreement_plots.ipynb #d15d6ea1
+def _only(rows:pd.DataFrame, metrics:list[str]) -> pd.DataFrame:
+    "The rows of these metrics, all of which must be there"
+    there = rows.metric.unique()
+    missing = [m for m in metrics if m not in there]
+    if missing:
+        raise ValueError(f"no rows of metric {missing[0]!r}; the table has {', '.join(map(str, there))}")
+    return rows[rows.metric.isin(metrics)]
+
+def _a_line_each(rows:pd.DataFrame, label:str, hue:str|None) -> pd.DataFrame:
+    "A line a tokenizer, with value and error of every metric as columns"
+    keys = [label, hue] if hue else [label]
+    points = pool(rows, [*keys, 'metric'])
+    return points.pivot(index=keys, columns='metric', values=['value', 'se']).reset_index()
+
+def _correlation(rows:pd.DataFrame, metric:str, target:str, label:str) -> str:
+    "Spearman's rank correlation with its interval, for a title"
+    r = rank_agreement(rows, metric, target, unit=label).set_index('coefficient').loc['Spearman']
+    return f'ρ = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]'
+
+# %% ../../nbs/ui/02_agreement_plots.ipynb #0fda706b
+def _points(ax:Axes, p:pd.DataFrame, x:str, y:str, label:str|None, color:str, marker:str, group:str):
     "Points with error bars and small names"
-    bars = [1.96*p.se[m].fillna(0) for m in (x, y)]
-    ax.errorbar(p.value[x], p.value[y], xerr=bars[0], yerr=bars[1], fmt=marker, color=color, elinewidth=1.2,
-                markersize=8,
-                markeredgecolor='white', label=str(name))
+    across = 1.96*p.se[x].fillna(0)
+    up = 1.96*p.se[y].fillna(0)
+    ax.errorbar(p.value[x], p.value[y], xerr=across, yerr=up, fmt=marker, color=color, elinewidth=1.2,
+                markersize=8, markeredgecolor='white', label=group)
     if label is None: return
-    # names above and below in turn
-    for i,(a,b,text) in enumerate(sorted(zip(p.value[x], p.value[y], p[label].astype(str)))):
-        ax.annotate(text, (a, b), (5, -13 if i%2 else 5), textcoords='offset points', fontsize=9,
+    named = sorted(zip(p.value[x], p.value[y], p[label].astype(str)))
+    for i,(left,top,name) in enumerate(named):
+        below = i%2  # names above and below in turn
+        ax.annotate(name, (left, top), (5, -13 if below else 5), textcoords='offset points', fontsize=9,
                     color='#666666')
 
 # %% ../../nbs/ui/02_agreement_plots.ipynb #b427c18d
@@ -79,16 +93,21 @@ def plot_agreement(
     colors = hue_colors(list(found.scope.unique()))
     with house_style():
         fig, axes = _panels(len(coefficients), width=2.9, height=.9+.45*len(metrics), sharey=True)
-        for ax,c in zip(axes, coefficients):
-            for i,((scope,color),marker) in enumerate(zip(colors.items(), MARKERS)):
-                p = found[(found.coefficient == c) & (found.scope == scope)]
-                y = p.metric.map(metrics.index)+.22*(i-(len(colors)-1)/2)
-                ax.hlines(y, p.low, p.high, color=color, linewidth=2)
-                ax.plot(p.value, y, marker, color=color, markersize=7, markeredgecolor='white', label=scope)
-            ax.axvline(0, color='#888888', linestyle=':', zorder=1)
-            ax.set(xlim=(-1.05, 1.05), title=c, yticks=range(len(metrics)), yticklabels=metrics)
+        for ax,name in zip(axes, coefficients):
+            _dots(ax, found[found.coefficient == name], metrics, colors)
+            ax.set(xlim=(-1.05, 1.05), title=name, yticks=range(len(metrics)), yticklabels=metrics)
         axes[0].set_ylim(len(metrics)-.4, -.6)                                   # the first metric on top
-        if len(colors)>1: fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
+        if len(colors)>1: _legend(fig)
         if title: fig.suptitle(title, x=.01, ha='left', fontsize=12)
         _note(fig, found.drop(columns='n', errors='ignore') if found.n.nunique()>1 else found)
     return fig
+
+def _dots(ax:Axes, found:pd.DataFrame, metrics:list[str], colors:dict):
+    "A dot with its interval for each metric and scope, and a line at zero"
+    for i,((scope,color),marker) in enumerate(zip(colors.items(), MARKERS)):
+        p = found[found.scope == scope]
+        aside = .22*(i-(len(colors)-1)/2)  # scopes of a metric stand beside each other
+        y = p.metric.map(metrics.index)+aside
+        ax.hlines(y, p.low, p.high, color=color, linewidth=2)
+        ax.plot(p.value, y, marker, color=color, markersize=7, markeredgecolor='white', label=scope)
+    ax.axvline(0, color='#888888', linestyle=':', zorder=1)

@@ -7,6 +7,7 @@ __all__ = ['PALETTE', 'MARKERS', 'STYLE', 'LABELS', 'house_style', 'hue_colors',
            'plot_surface', 'plot_curves', 'plot_cells']
 
 # %% ../../nbs/ui/00_plots.ipynb #4853ed02
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,29 +26,35 @@ from ..analysis import pool
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#555555')
 MARKERS = 'osD^vPX'
 STYLE = {
-    'figure.dpi': 72, 'savefig.dpi': 72, 'figure.facecolor': 'white', 'font.family': 'DejaVu Sans',
-         'font.size': 11,
-    'axes.titlesize': 12, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'axes.labelsize': 11,
-         'axes.labelcolor': '#333333',
-    'axes.edgecolor': '#999999', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
-         'axes.axisbelow': True,
-    'grid.color': '#e6e6e6', 'grid.linewidth': .8, 'xtick.color': '#555555', 'ytick.color': '#555555',
-         'xtick.labelsize': 10,
-    'ytick.labelsize': 10, 'lines.linewidth': 1.8, 'lines.markersize': 5, 'legend.frameon': False,
-         'legend.fontsize': 10,
+    'figure.dpi': 72, 'savefig.dpi': 72, 'figure.facecolor': 'white',
+    'font.family': 'DejaVu Sans', 'font.size': 11,
+    'axes.titlesize': 12, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold',
+    'axes.labelsize': 11, 'axes.labelcolor': '#333333', 'axes.edgecolor': '#999999',
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
+    'grid.color': '#e6e6e6', 'grid.linewidth': .8,
+    'xtick.color': '#555555', 'ytick.color': '#555555', 'xtick.labelsize': 10, 'ytick.labelsize': 10,
+    'lines.linewidth': 1.8, 'lines.markersize': 5, 'legend.frameon': False, 'legend.fontsize': 10,
 }
-LABELS = dict(
-    alpha='rate α (fraction of tokens)', beta='proportion β (fraction of images)',
-              delta='strength δ (nearest codes)',
-    sigma='preservation σ (fraction of tokens)', epoch='epoch', step='step (batches)',
-              K='codebook size K (codes)',
-    strength='strength of the noise (standard deviations)', guidance='guidance scale',
-              temperature='temperature',
-    seconds='time (s)', loss='loss', lr='learning rate')
 
 def house_style() -> AbstractContextManager:
     "A context in which matplotlib draws in the house style"
     return mpl.rc_context(STYLE)
+
+# %% ../../nbs/ui/00_plots.ipynb #828d4f81
+LABELS = dict(
+    alpha='rate α (fraction of tokens)',
+    beta='proportion β (fraction of images)',
+    delta='strength δ (nearest codes)',
+    sigma='preservation σ (fraction of tokens)',
+    strength='strength of the noise (standard deviations)',
+    K='codebook size K (codes)',
+    guidance='guidance scale',
+    temperature='temperature',
+    epoch='epoch',
+    step='step (batches)',
+    seconds='time (s)',
+    loss='loss',
+    lr='learning rate')
 
 # %% ../../nbs/ui/00_plots.ipynb #49497375
 def hue_colors(
@@ -59,16 +66,21 @@ def hue_colors(
     colors = [ramp[i % len(ramp)] for i in range(len(values))]
     return dict(zip(values, colors))
 
+# %% ../../nbs/ui/00_plots.ipynb #1dbb56c1
 def _panels(n:int, width:float=3.7, height:float=2.9, columns:int=3, **kwargs) -> tuple[Figure, list[Axes]]:
     "A closed figure (so that a notebook shows it once) with `n` panels"
     columns = max(1, min(n, columns))
-    rows = -(-n//columns)
-    size = width*columns, height*rows
-    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=72, layout='constrained', squeeze=False,
-                             **kwargs)
+    rows = math.ceil(n/columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), dpi=72,
+                             layout='constrained', squeeze=False, **kwargs)
     plt.close(fig)
     for ax in axes.flat[n:]: ax.set_axis_off()
     return fig, list(axes.flat[:n])
+
+def _legend(fig:Figure, title:str|None = None):
+    "One legend for all panels, with the first one's lines"
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc='outside right upper', title=title, title_fontsize=10 if title else None)
 
 # %% ../../nbs/ui/00_plots.ipynb #4cec7de9
 def _note(fig:Figure, rows:pd.DataFrame):
@@ -79,19 +91,13 @@ def _note(fig:Figure, rows:pd.DataFrame):
     if 'se' in rows and rows.se.notna().any(): parts.append('bands and bars: 95%')
     if parts: fig.supxlabel(', '.join(parts), x=.995, ha='right', fontsize=9, color='#888888')
 
-def _line(ax:Axes, x, y, se, color:str, marker:str, label:str):
-    "One line with its band, where there is an error to show"
-    x, y, se = (np.asarray(o, float) for o in (x, y, se))
-    ax.plot(x, y, color=color, marker=marker, label=label, markeredgecolor='white', markeredgewidth=.8,
-            clip_on=False, zorder=3)
-    if np.isfinite(se).any(): ax.fill_between(x, y-1.96*se, y+1.96*se, color=color, alpha=.18, linewidth=0)
-
 def _labelled(rows:pd.DataFrame) -> pd.DataFrame:
     "Metrics by two extractors are two metrics, and their names say so"
     if 'extractor' not in rows or 'metric' not in rows: return rows
     several = rows.groupby('metric').extractor.transform('nunique')>1
     return rows.assign(metric=rows.metric.where(~several, rows.metric+'['+rows.extractor.fillna('')+']'))
 
+# %% ../../nbs/ui/00_plots.ipynb #1bd1736c
 def plot_dose(
     rows:pd.DataFrame,               # tidy rows: x, hue, value, se; `metric` makes panels
     x:str = 'alpha',                 # column of the dose
@@ -103,22 +109,36 @@ def plot_dose(
     rows = _labelled(rows if 'metric' in rows else rows.assign(metric='value'))
     metrics = list(metrics or rows.metric.unique())
     hue = hue if hue in rows else None
-    points = pool(rows.dropna(subset=[x]), ['metric', x] + ([hue] if hue else []))
+    keys = ['metric', x, hue] if hue else ['metric', x]
+    points = pool(rows.dropna(subset=[x]), keys)
     colors = hue_colors(sorted(points[hue].dropna().unique().tolist())) if hue else {None:PALETTE[0]}
     with house_style():
         fig, axes = _panels(len(metrics))
         for ax,metric in zip(axes, metrics):
-            for (value,color),marker in zip(colors.items(), MARKERS*9):
-                p = points[(points.metric==metric) & ((points[hue]==value) if hue else True)]
-                if len(p): _line(ax, p[x], p.value, p.se, color, marker, str(value))
+            _dose_lines(ax, points[points.metric==metric], x, hue, colors)
             if baseline is not None: ax.axhline(baseline, color='#888888', linestyle=':', zorder=1)
             ax.set(xlabel=LABELS.get(x, x), ylabel=metric)
-        if hue and len(colors)>1:
-            title = {'delta':'δ', 'alpha':'α', 'beta':'β', 'sigma':'σ'}.get(hue, hue)
-            fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', title=title,
-                       title_fontsize=10)
+        if hue and len(colors)>1: _legend(fig, _GREEK.get(hue, hue))
         _note(fig, rows)
     return fig
+
+_GREEK = {'delta':'δ', 'alpha':'α', 'beta':'β', 'sigma':'σ'}
+
+# %% ../../nbs/ui/00_plots.ipynb #5fd8db89
+def _dose_lines(ax:Axes, points:pd.DataFrame, x:str, hue:str|None, colors:dict):
+    "A line for each colour"
+    for (value,color),marker in zip(colors.items(), MARKERS*9):
+        p = points[points[hue]==value] if hue else points
+        if len(p): _line(ax, p[x], p.value, p.se, color, marker, label=str(value))
+
+def _line(ax:Axes, x, y, se, color:str, marker:str, label:str):
+    "One line with its band, where there is an error to show"
+    x = np.asarray(x, float)
+    y = np.asarray(y, float)
+    se = np.asarray(se, float)
+    ax.plot(x, y, color=color, marker=marker, label=label, markeredgecolor='white', markeredgewidth=.8,
+            clip_on=False, zorder=3)
+    if np.isfinite(se).any(): ax.fill_between(x, y-1.96*se, y+1.96*se, color=color, alpha=.18, linewidth=0)
 
 # %% ../../nbs/ui/00_plots.ipynb #c37c6d01
 def cells_frame(
@@ -132,8 +152,9 @@ def cells_frame(
     if not cells: raise ValueError(f"expected a card with cells (a pFID), got {source}")
     return pd.DataFrame(list(cells.values())).assign(
         name=f'{source.metric} {source.number}', metric=f'FID[{source.extractor}]', n=source.n,
-                                                     extractor=source.extractor)
+        extractor=source.extractor)
 
+# %% ../../nbs/ui/00_plots.ipynb #72affb5e
 def plot_heat(
     source:Any,              # what `cells_frame` understands
     x:str = 'delta',         # column along the horizontal
@@ -146,27 +167,32 @@ def plot_heat(
     rows = rows if panel in rows else rows.assign(**{panel:''})
     label = label or (str(rows.metric.iloc[0]) if 'metric' in rows else 'FID of the cell')
     points = pool(rows, [panel, y, x])
+    scale = dict(vmin=points.value.min(), vmax=points.value.max())
     names = list(rows[panel].unique())
-    lo = points.value.min()
-    hi = points.value.max()
     with house_style():
         fig, axes = _panels(len(names), width=3., height=3.3)
         for ax,name in zip(axes, names):
-            _cells(ax, points[points[panel]==name], x, y, vmin=lo, vmax=hi)
-            ax.set(title=name, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')
-        fig.colorbar(axes[0].collections[0], ax=axes, label=label, aspect=30,
-                     pad=.02).outline.set_visible(False)
+            _cells(ax, points[points[panel]==name], x, y, **scale)
+            _name_axes(ax, name, x, y, first=ax is axes[0])
+        bar = fig.colorbar(axes[0].collections[0], ax=axes, label=label, aspect=30, pad=.02)
+        bar.outline.set_visible(False)
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig
 
+# %% ../../nbs/ui/00_plots.ipynb #3f1d8af8
 def _cells(ax:Axes, points:pd.DataFrame, x:str, y:str, **colors):
     "A grid of numbers with their standard errors, coloured"
     grid = points.pivot(index=y, columns=x, values=['value', 'se']).sort_index(ascending=False)
     shown = grid.value.map(lambda v: f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}')
     text = shown + grid.se.map(lambda s: f'\n±{s:.2g}' if np.isfinite(s) else '')
+    colors = dict(cmap='crest') | colors
     sns.heatmap(grid.value, annot=text, fmt='', linewidths=1.5, cbar=False, ax=ax, annot_kws=dict(fontsize=9),
-                **dict(cmap='crest')|colors)
+                **colors)
     ax.tick_params(length=0, labelrotation=0)
+
+def _name_axes(ax:Axes, title:Any, x:str, y:str, first:bool):
+    "Title and axes of a panel; only the first one names the vertical"
+    ax.set(title=title, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if first else '')
 
 # %% ../../nbs/ui/00_plots.ipynb #db0ff547
 def plot_surface(
@@ -183,14 +209,19 @@ def plot_surface(
         for ax,metric in zip(axes, metrics):
             p = points[points.metric == metric]
             _cells(ax, p, x, y)
-            best = p.loc[p.value.idxmin() if metric.endswith('FID') else p.value.idxmax()]
-            column = sorted(p[x].unique()).index(best[x])
-            row = sorted(p[y].unique(), reverse=True).index(best[y])
-            ax.add_patch(mpl.patches.Rectangle((column, row), 1, 1, fill=False, edgecolor=PALETTE[1],
-                                               linewidth=3, clip_on=False))
-            ax.set(title=metric, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y) if ax is axes[0] else '')
+            _frame_best(ax, p, x, y, lowest=metric.endswith('FID'))
+            _name_axes(ax, metric, x, y, first=ax is axes[0])
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig
+
+def _frame_best(ax:Axes, points:pd.DataFrame, x:str, y:str, lowest:bool):
+    "A frame around the cell with the lowest or the highest value"
+    value = points.value
+    best = points.loc[value.idxmin() if lowest else value.idxmax()]
+    column = sorted(points[x].unique()).index(best[x])
+    row = sorted(points[y].unique(), reverse=True).index(best[y])
+    ax.add_patch(mpl.patches.Rectangle((column, row), 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=3,
+                                       clip_on=False))
 
 # %% ../../nbs/ui/00_plots.ipynb #be4ed35d
 def plot_curves(
@@ -202,29 +233,35 @@ def plot_curves(
     log:bool = False,                      # logarithmic vertical axis
 ) -> Figure:
     "How losses fall: a panel a loss, a line a run"
-    if isinstance(history, Mapping):
-        history = pd.concat([pd.DataFrame(h).assign(**{run:k}) for k,h in history.items()], ignore_index=True)
-    history = history if run in history else history.assign(**{run:''})
+    history = _history(history, run)
     x = x or next((k for k in ('epoch', 'step') if k in history), None)
     if x not in history:
         raise ValueError("a history needs a column epoch or step, or x=...; it has "
                          f"{', '.join(map(str, history.columns))}")
-    losses = list(losses
-                  or [k for k in history.select_dtypes('number')
-                      if k not in (x, run, 'epoch', 'step', 'seconds', 'lr')])
+    not_losses = (x, run, 'epoch', 'step', 'seconds', 'lr')
+    losses = list(losses or [k for k in history.select_dtypes('number') if k not in not_losses])
     colors = hue_colors([str(r) for r in history[run].unique()])
     with house_style():
         fig, axes = _panels(len(losses))
         for ax,loss in zip(axes, losses):
             for name,h in history.groupby(run, sort=False):
                 h = h.dropna(subset=[loss]).sort_values(x)
-                color = colors[str(name)]
-                if smooth>1: ax.plot(h[x], h[loss], color=color, alpha=.25, linewidth=1)
-                if len(h):
-                    ax.plot(h[x], h[loss].rolling(smooth, min_periods=1).mean(), color=color, label=str(name))
+                _curve(ax, h[x], h[loss], smooth, colors[str(name)], label=str(name))
             ax.set(xlabel=LABELS.get(x, x), ylabel=loss.replace('_', ' '), yscale='log' if log else 'linear')
-        if len(colors)>1: fig.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
+        if len(colors)>1: _legend(fig)
     return fig
+
+# %% ../../nbs/ui/00_plots.ipynb #cad5f326
+def _history(history:pd.DataFrame|Mapping[str,Any], run:str) -> pd.DataFrame:
+    "Rows of all runs, with a column that names the run"
+    if isinstance(history, Mapping):
+        history = pd.concat([pd.DataFrame(h).assign(**{run:k}) for k,h in history.items()], ignore_index=True)
+    return history if run in history else history.assign(**{run:''})
+
+def _curve(ax:Axes, x:pd.Series, y:pd.Series, smooth:int, color:str, label:str):
+    "A running mean, and behind it the line itself"
+    if smooth>1: ax.plot(x, y, color=color, alpha=.25, linewidth=1)
+    if len(y): ax.plot(x, y.rolling(smooth, min_periods=1).mean(), color=color, label=label)
 
 # %% ../../nbs/ui/00_plots.ipynb #fdf5d938
 def plot_cells(
@@ -235,19 +272,23 @@ def plot_cells(
     numbers:bool = True,       # write the values into the cells
 ) -> Figure:
     "pFID's cells of many tokenizers in one map, the best tokenizer on top; colours are logarithmic"
-    points = pool(rows, [label, 'alpha', 'delta'])
-    points['place'] = points.groupby([label, 'alpha']).delta.rank().astype(int)
-    grid = points.pivot(index=label, columns=['alpha','place'], values='value').sort_index(axis=1)
-    grid = grid.loc[grid.mean(axis=1).sort_values().index]
-    marks = {1:'₁', 2:'₂', 3:'₃', 4:'₄', 5:'₅'}
-    grid.columns = [f"{a:g} δ{marks.get(p, p)}" for a,p in grid.columns]
+    grid = _by_place(rows, label)
     with house_style():
         fig, (ax,) = _panels(1, width=2.4+.5*grid.shape[1], height=1.1+.3*len(grid))
         sns.heatmap(grid, norm=mpl.colors.LogNorm(), cmap='crest', linewidths=1, annot=numbers, fmt='.0f',
-                    ax=ax,
-                    annot_kws=dict(fontsize=8), cbar_kws=dict(label=title, pad=.02))
+                    ax=ax, annot_kws=dict(fontsize=8), cbar_kws=dict(label=title, pad=.02))
         ax.set(xlabel='α and δ of the cell', ylabel='')
         ax.tick_params(length=0)
         ax.tick_params(axis='x', labelrotation=45)
         _note(fig, rows.drop(columns='se', errors='ignore'))
     return fig
+
+def _by_place(rows:pd.DataFrame, label:str) -> pd.DataFrame:
+    "A line a tokenizer, the best first; a column a rate and a strength, strengths counted from the least"
+    points = pool(rows, [label, 'alpha', 'delta'])
+    points['place'] = points.groupby([label, 'alpha']).delta.rank().astype(int)
+    grid = points.pivot(index=label, columns=['alpha','place'], values='value').sort_index(axis=1)
+    grid = grid.loc[grid.mean(axis=1).sort_values().index]
+    marks = {1:'₁', 2:'₂', 3:'₃', 4:'₄', 5:'₅'}
+    grid.columns = [f"{alpha:g} δ{marks.get(place, place)}" for alpha,place in grid.columns]
+    return grid

@@ -18,9 +18,6 @@ from ..core import stable_hash
 from .plots import _labelled
 
 # %% ../../nbs/ui/01_tables.ipynb #a34c3c7a
-METRICS_FIRST = ('rFID', 'pFID', 'iFID', 'gFID')
-STAGES = ('before', 'control', 'after')
-
 def format_value(
     value:float,            # the number
     se:float|None = None,   # its standard error; None or NaN when unknown
@@ -31,23 +28,30 @@ def format_value(
     places = max(0, 1-int(np.floor(np.log10(se))))
     return f'{value:.{places}f} ± {se:.{places}f}'
 
+# %% ../../nbs/ui/01_tables.ipynb #a0663fee
 def cards_rows(
     cards:Any, # tidy rows; dicts; cards; or a mapping (tokenizer, stage) -> cards
 ) -> pd.DataFrame:
     "Tidy rows from cards in whatever order they were collected"
     if isinstance(cards, pd.DataFrame): return cards
     if isinstance(cards, Mapping):
-        name = lambda k: dict(zip(('tokenizer', 'stage'), k if isinstance(k, tuple) else (k,)))
-        listed = lambda c: c if isinstance(c, (list, tuple)) else [c]
-        return pd.concat([cards_rows(listed(c)).assign(**name(k)) for k,c in cards.items()],
-                         ignore_index=True)
-    named = lambda c: {k:c.settings[k] for k in ('tokenizer', 'stage') if k in c.settings}
-    return pd.DataFrame([c if isinstance(c, Mapping) else named(c)|c.row() for c in cards])
+        return pd.concat([_named_rows(name, of) for name,of in cards.items()], ignore_index=True)
+    return pd.DataFrame([c if isinstance(c, Mapping) else _row(c) for c in cards])
 
-def _ordered(values:Iterable, first:Sequence[str]) -> list:
-    "The known names in their known order, then the others as they came"
-    values = list(dict.fromkeys(values))
-    return [v for v in first if v in values] + [v for v in values if v not in first]
+def _named_rows(name:str|tuple, cards:Any) -> pd.DataFrame:
+    "Rows of one card or several, with the tokenizer or (tokenizer, stage) that they belong to"
+    names = name if isinstance(name, tuple) else (name,)
+    cards = cards if isinstance(cards, (list, tuple)) else [cards]
+    return cards_rows(cards).assign(**dict(zip(('tokenizer', 'stage'), names)))
+
+def _row(card:Any) -> dict:
+    "The row of a card, with tokenizer and stage when its settings name them"
+    named = {k:card.settings[k] for k in ('tokenizer', 'stage') if k in card.settings}
+    return named | card.row()
+
+# %% ../../nbs/ui/01_tables.ipynb #235130a7
+METRICS_FIRST = ('rFID', 'pFID', 'iFID', 'gFID')
+STAGES = ('before', 'control', 'after')
 
 def cards_table(
     cards:Any,                                        # what `cards_rows` understands
@@ -62,10 +66,16 @@ def cards_table(
     points = pool(rows, [*index, 'metric'])
     points['cell'] = [format_value(v, s) for v,s in zip(points.value, points.se)]
     wide = points.pivot(index=index, columns='metric', values='cell').fillna('n/a')
-    for level in range(len(index)):
-        wide = wide.reindex(_ordered(rows[index[level]], STAGES), level=level if len(index)>1 else None)
+    for level,name in enumerate(index):
+        wide = wide.reindex(_ordered(rows[name], STAGES), level=level if len(index)>1 else None)
     return wide[_ordered(rows.metric, METRICS_FIRST)].rename_axis(columns=None)
 
+def _ordered(values:Iterable, first:Sequence[str]) -> list:
+    "The known names in their known order, then the others as they came"
+    values = list(dict.fromkeys(values))
+    return [v for v in first if v in values] + [v for v in values if v not in first]
+
+# %% ../../nbs/ui/01_tables.ipynb #59f48ed8
 def plot_table(
     cards:Any,                                         # what `cards_rows` understands
     index:Sequence[str] = ('tokenizer', 'stage'),      # columns that name a line of the table
@@ -75,7 +85,7 @@ def plot_table(
 ) -> Styler:
     "`cards_table`, dressed for a page"
     table = cards_table(cards, index)
-    numbers = table.map(lambda s: float(s.split()[0]) if s != 'n/a' else np.nan)
+    numbers = table.map(lambda cell: float(cell.split()[0]) if cell != 'n/a' else np.nan)
     bold = numbers.eq(getattr(numbers, best)()) if best else numbers != numbers
     # not random, so that the same table gives the same page
     own = stable_hash([table.to_string(), best], 6)

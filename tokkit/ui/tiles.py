@@ -6,6 +6,7 @@
 __all__ = ['image_tiles', 'difference_tiles', 'code_colors', 'token_tiles', 'compose']
 
 # %% ../../nbs/ui/03_tiles.ipynb #94f7280d
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ..show import to_pil_grid
@@ -26,15 +27,20 @@ def image_tiles(
     side:int = 84,              # wanted side, pixels; small images are enlarged by a whole factor
 ) -> UInt8[np.ndarray, "b s s 3"]:
     "Images as RGB tiles"
-    b, h, w = len(x), *x.shape[2:]
-    u = np.asarray(to_pil_grid(x, columns=b, gap=0)).reshape(h, b, w, 3).swapaxes(0, 1)           # (b h w 3)
-    factor = max(1, round(side/u.shape[1]))
-    if u.shape[1] <= 1.5*side: return u.repeat(factor, 1).repeat(factor, 2)
-    return np.stack([np.asarray(Image.fromarray(one).resize((side, side), Image.Resampling.BOX))
-                     for one in u])
+    b,_,h,w = x.shape
+    row = np.asarray(to_pil_grid(x, columns=b, gap=0))             # (h b*w 3)
+    tiles = row.reshape(h, b, w, 3).swapaxes(0, 1)                 # (b h w 3)
+    if h > 1.5*side: return np.stack([_shrunk(one, side) for one in tiles])
+    factor = max(1, round(side/h))
+    return tiles.repeat(factor, 1).repeat(factor, 2)
 
-_RAMP = matplotlib.colors.LinearSegmentedColormap.from_list('difference',
-                                                            ['#ffffff', PALETTE[4], PALETTE[1], '#4a1400'])
+def _shrunk(tile:UInt8[np.ndarray, "h w 3"], side:int) -> UInt8[np.ndarray, "s s 3"]:
+    "A smaller tile: each pixel a mean"
+    return np.asarray(Image.fromarray(tile).resize((side, side), Image.Resampling.BOX))
+
+# %% ../../nbs/ui/03_tiles.ipynb #332f0da7
+_RAMP = matplotlib.colors.LinearSegmentedColormap.from_list(
+    'difference', ['#ffffff', PALETTE[4], PALETTE[1], '#4a1400'])
 
 def difference_tiles(
     a:Float[Tensor, "b c h w"], # images in [-1,1]
@@ -42,10 +48,10 @@ def difference_tiles(
     side:int = 84,              # as in `image_tiles`
 ) -> UInt8[np.ndarray, "b s s 3"]:
     "Where two images differ: white is equal, darkest is half of the range or more"
-    # (b h w)
-    level = (a.clamp(-1, 1)-b.clamp(-1, 1)).abs().mean(1).clamp(0, 1).mul(255).byte().cpu().numpy()
-    table = torch.from_numpy((_RAMP(np.arange(256))[:,:3]*255).round().astype(np.uint8))
-    return image_tiles(table[torch.from_numpy(level).long()].permute(0, 3, 1, 2)/127.5-1, side)
+    distance = (a.clamp(-1, 1)-b.clamp(-1, 1)).abs().mean(1)                           # (b h w), in [0,2]
+    level = distance.clamp(0, 1).mul(255).byte().cpu().long()
+    ramp = torch.from_numpy((_RAMP(np.arange(256))[:,:3]*255).round().astype(np.uint8)) # (256 3)
+    return image_tiles(ramp[level].permute(0, 3, 1, 2)/127.5-1, side)
 
 # %% ../../nbs/ui/03_tiles.ipynb #267e45af
 def code_colors(
@@ -61,6 +67,33 @@ def code_colors(
     place = np.pad(place, ((0,0), (0, 3-place.shape[1])), constant_values=.5)
     return (40+190*place).astype(np.uint8)
 
+# %% ../../nbs/ui/03_tiles.ipynb #e8e8c423
+def _map_shape(n:int, grid:tuple[int,int]|None) -> tuple[int,int]:
+    "Rows and columns of `n` tokens; without a grid about as many of both"
+    if grid: return grid
+    columns = math.ceil(n**.5)
+    return math.ceil(n/columns), columns
+
+def _token_map(
+    ink:UInt8[np.ndarray, "b n 3"],    # a colour a token
+    framed:Bool[np.ndarray, "b n"],    # tokens with a frame
+    grid:tuple[int,int]|None,          # where tokens lie; None lays them out in lines
+    side:int,                          # of a map, pixels
+) -> UInt8[np.ndarray, "b s t 3"]:
+    "Squares in given colours, some of them framed, with a white line between them"
+    b,n,_ = ink.shape
+    rows,columns = _map_shape(n, grid)
+    p = max(3, side//max(rows, columns))                                         # side of a square
+    cells = np.broadcast_to(ink[:,:,None,None], (b, n, p, p, 3)).copy()
+    frame = np.ones((p, p), bool)
+    frame[1:-2,1:-2] = False
+    cells[framed[:,:,None,None] & frame] = (25, 25, 25)
+    cells[:,:,-1] = 255
+    cells[:,:,:,-1] = 255
+    cells = np.pad(cells, ((0,0), (0, rows*columns-n), (0,0), (0,0), (0,0)), constant_values=255)
+    return cells.reshape(b, rows, columns, p, p, 3).swapaxes(2, 3).reshape(b, rows*p, columns*p, 3)
+
+# %% ../../nbs/ui/03_tiles.ipynb #9959501d
 def token_tiles(
     ids:Int[Tensor, "b n"],             # tokens now
     clean:Int[Tensor, "b n"],           # tokens before
@@ -69,21 +102,10 @@ def token_tiles(
     side:int = 84,                      # of a tile, pixels
 ) -> UInt8[np.ndarray, "b s s 3"]:
     "Token maps: pale where a token stayed, full colour and framed where it was replaced"
-    b, n = ids.shape
-    rows, columns = grid or (-(-n//int(np.ceil(n**.5))), int(np.ceil(n**.5)))
-    p = max(3, side//max(rows, columns))
-    hit = (ids != clean).cpu().numpy()  # (b n)
-    ink = colors[ids.cpu().numpy()].astype(float)                                                # (b n 3)
-    ink = np.where(hit[...,None], ink, 255-.28*(255-ink)).astype(np.uint8)
-    cells = np.broadcast_to(ink[:,:,None,None], (b, n, p, p, 3)).copy()                          # (b n p p 3)
-    cells[:,:,-1], cells[:,:,:,-1] = 255, 255
-    frame = np.zeros((p, p), bool)
-    frame[[0,-2]] = True
-    frame[:,[0,-2]] = True
-    frame[-1] = frame[:,-1] = False
-    cells[hit[:,:,None,None] & frame] = (25, 25, 25)
-    cells = np.pad(cells, ((0,0), (0, rows*columns-n), (0,0), (0,0), (0,0)), constant_values=255)
-    return cells.reshape(b, rows, columns, p, p, 3).swapaxes(2, 3).reshape(b, rows*p, columns*p, 3)
+    replaced = (ids != clean).cpu().numpy()                                      # (b n)
+    ink = colors[ids.cpu().numpy()].astype(float)                                # (b n 3)
+    ink = np.where(replaced[...,None], ink, 255-.28*(255-ink)).astype(np.uint8)
+    return _token_map(ink, replaced, grid, side)
 
 # %% ../../nbs/ui/03_tiles.ipynb #d2c580ee
 @lru_cache(16)
@@ -92,31 +114,32 @@ def _font(size:int, bold:bool=False) -> ImageFont.FreeTypeFont:
     fonts = Path(matplotlib.get_data_path())/'fonts'/'ttf'
     return ImageFont.truetype(fonts/f"DejaVuSans{'-Bold' if bold else ''}.ttf", size)
 
+_DARK = (60, 60, 60)
+_GREY = (120, 120, 120)
+
+# %% ../../nbs/ui/03_tiles.ipynb #842f2e2c
 def compose(
-    rows:Sequence[tuple[str,str,UInt8[np.ndarray, "b s t 3"]]], # (name, what it is, tiles), top to bottom
+    # (name, what it is, tiles), top to bottom
+    rows:Sequence[tuple[str,str,UInt8[np.ndarray, "b s t 3"]]],
     captions:Sequence[str] = (),  # under each column
     footer:str = '',              # one line under everything
     margin:int = 126,             # width of the names, pixels
     gap:int = 6,                  # between tiles, pixels
 ) -> Image.Image:
     "Rows of tiles with their names, as one picture"
-    cells = [(max(t.shape[1] for *_,t in rows)), max(t.shape[2] for *_,t in rows)]
-    n = max(len(t) for *_,t in rows)
-    high = len(rows)*(cells[0]+gap) + (18 if captions else 0) + (24 if footer else 0)
-    canvas = np.full((high, margin+n*(cells[1]+gap), 3), 255, np.uint8)
-    for r,(_,_,tiles) in enumerate(rows):
-        for i,tile in enumerate(tiles):
-            top = r*(cells[0]+gap)
-            left = margin+i*(cells[1]+gap)
-            canvas[top:top+tile.shape[0], left:left+tile.shape[1]] = tile
-    image = Image.fromarray(canvas)
+    tall = max(tiles.shape[1] for _,_,tiles in rows)
+    wide = max(tiles.shape[2] for _,_,tiles in rows)
+    columns = max(len(tiles) for _,_,tiles in rows)
+    foot = len(rows)*(tall+gap)
+    high = foot + (18 if captions else 0) + (24 if footer else 0)
+    image = Image.new('RGB', (margin+columns*(wide+gap), high), 'white')
     draw = ImageDraw.Draw(image)
-    for r,(name,what,_) in enumerate(rows):
-        y = r*(cells[0]+gap)+cells[0]//2
-        draw.text((margin-12, y-1), name, (40,40,40), _font(13, True), 'rb')
-        draw.text((margin-12, y+3), what, (120,120,120), _font(10), 'rt')
-    y = len(rows)*(cells[0]+gap)
+    for r,(name,what,tiles) in enumerate(rows):
+        top = r*(tall+gap)
+        for i,tile in enumerate(tiles): image.paste(Image.fromarray(tile), (margin+i*(wide+gap), top))
+        draw.text((margin-12, top+tall//2-1), name, (40,40,40), _font(13, True), 'rb')
+        draw.text((margin-12, top+tall//2+3), what, _GREY, _font(10), 'rt')
     for i,text in enumerate(captions):
-        draw.text((margin+i*(cells[1]+gap)+cells[1]//2, y), text, (120,120,120), _font(10), 'mt')
-    if footer: draw.text((margin, high-18), footer, (60,60,60), _font(11), 'lt')
+        draw.text((margin+i*(wide+gap)+wide//2, foot), text, _GREY, _font(10), 'mt')
+    if footer: draw.text((margin, high-18), footer, _DARK, _font(11), 'lt')
     return image
