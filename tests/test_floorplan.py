@@ -26,6 +26,8 @@ PAGES = pages()
 
 
 def file_of(module:str) -> Path: return PACKAGE/(module.replace('.', '/')+'.py')
+def is_docstring(node:ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 def floor(module:str) -> int: return HOUSE.index(module.split('.')[0])
 def number(module:str) -> str: return PAGES[module].split('/')[-1][:2]
 
@@ -69,10 +71,10 @@ def test_notebook_mirrors_module(module):
 
 @pytest.mark.parametrize('module', PAGES)
 def test_one_idea(module):
-    "Statements, not lines: nobody gains by packing"
-    count = sum(isinstance(node, ast.stmt)
-                for node in ast.walk(ast.parse(file_of(module).read_text(encoding='utf-8'))))
-    assert count <= 250, f"{module} has {count} statements (limit 250): which two ideas are in it?"
+    "Statements, not lines: nobody gains by packing; docstrings are no statements"
+    nodes = ast.walk(ast.parse(file_of(module).read_text(encoding='utf-8')))
+    count = sum(isinstance(node, ast.stmt) and not is_docstring(node) for node in nodes)
+    assert count <= 220, f"{module} has {count} statements (limit 220): which two ideas are in it?"
 
 
 @pytest.mark.parametrize('folder', [name for name in HOUSE if (PACKAGE/name).is_dir()])

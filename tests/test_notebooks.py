@@ -35,6 +35,8 @@ def test_form(name):
     widgets = json.loads((NBS/name).read_text(encoding='utf-8'))['metadata'].get('widgets')
     assert shown or not widgets, (f"{name}: a saved widget state that no output shows (progress bars?): "
                                   "delete metadata.widgets")
+    ids = [c['id'] for c in cells(name)]
+    assert len(ids) == len(set(ids)), f"{name}: two cells share an id"
     counted = [c['id'] for c in cells(name) if c.get('execution_count')]
     assert not counted, f"{name}: execution counts in {counted}; run nbdev_clean"
 

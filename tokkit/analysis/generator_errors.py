@@ -117,8 +117,7 @@ def as_codes(
 class _Codes:
     "Distances between codes of an entry of the ids, whatever the quantizer"
     def __init__(self, codes:Tensor|Quantizer, shape:tuple[int,...]):
-        entries = torch.arange(math.prod(shape)).view(1, *shape)
-        split = split_levels(codes, entries)
+        split = split_levels(codes, torch.arange(math.prod(shape)).view(1, *shape))
         self.vectors = [l.vectors.cpu().float() for l,_ in split]
         self.level = torch.zeros(math.prod(shape), dtype=torch.long)
         for i,(_,at) in enumerate(split): self.level[at.flatten()] = i
@@ -278,7 +277,8 @@ def _note(self:_Tokens, image, entry, logits, known, i):
     away,number = self.codes.compare(entry, real, drawn)
     wrong = drawn != real
     found = dict(p=chances(logits, *self.how).gather(1, real[:,None])[:,0],
-                 rank=(logits > logits.gather(1, real[:,None])).sum(1), wrong=wrong, distance=away.masked_fill(~wrong, math.nan),
+                 rank=(logits > logits.gather(1, real[:,None])).sum(1), wrong=wrong,
+                 distance=away.masked_fill(~wrong, math.nan),
                  neighbour=number.masked_fill(~wrong, math.nan))
     for k,v in found.items(): self.values[k][row, entry] = v.float()
     self.depth[row, entry] = known
