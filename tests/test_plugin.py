@@ -293,3 +293,12 @@ def test_refused_twice_and_for_the_wrong_latents():
     module = vqp.VectorQuantize(8, 32)
     attach(perturbation('adversarial', delta=4), module)
     with pytest.raises(ValueError, match='pass its gradient'): module(torch.randn(2, 5, 8))
+
+
+def test_rows_of_exactly_length_one():
+    "Such a codebook is its own normalised one, so that both readings fit equally well"
+    unit = Mine()
+    unit.embedding = nn.Embedding.from_pretrained(torch.eye(8), freeze=False)
+    x = torch.eye(8)[None, :4].transpose(1, 2)
+    LatentPerturbation(1., 1., 4).attach(unit)
+    assert unit.train()(x)['quantized'].shape == x.shape

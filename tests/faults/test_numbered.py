@@ -10,7 +10,7 @@ import nbformat, numpy as np, pytest, torch
 from conftest_faults import SHELL, TINY, make_images, says, start
 from waiting import wait_for
 
-from tokkit.core import read_json, write_json
+from tokkit.core import atomic_dir, damage, read_json, write_json
 from tokkit.data import ImageFolder, ImageSet, fashion_mnist
 from tokkit.tokenizers import Tokenizer, make_tokenizer
 
@@ -597,3 +597,31 @@ def test_15_names_that_lead_elsewhere(tmp_path, monkeypatch, name):
     says(ValueError, lambda: artifact(name, {}, lambda tmp: (tmp/'f').write_text('x')), 'names a folder')
     says(ValueError, lambda: Run.here(name), 'names a folder')
     assert not list(tmp_path.rglob('*'))
+
+
+CHANGED = [('tokkit 0', 'tokkit 8'), ('tokkit', 'tokjit'), ('sha256', 'sha25v')]
+
+
+@pytest.mark.parametrize('before, after', CHANGED)
+def test_6_a_bit_of_the_seal_itself(tmp_path, before, after):
+    "Not only what is sealed: also a version, a maker and a key of the seal"
+    with atomic_dir(tmp_path/'run') as p: (p/'value.txt').write_text('503')
+    seal = tmp_path/'run'/'.tokkit'
+    assert damage(tmp_path/'run') is None
+    seal.write_text(seal.read_text().replace(before, after, 1))
+    assert 'the file of its checksums, is damaged' in damage(tmp_path/'run')
+
+
+def test_6_a_report_whose_seal_changed_is_put_aside(tmp_path):
+    "It is tokkit's place all the same: the new report takes it, the old one is kept"
+    from tokkit.cli.commands import _check_place, _publish
+    run = tmp_path/'run'
+    run.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(), run/'notebook.ipynb')
+    (run/'metrics.json').write_text('{}')
+    _publish(run, tmp_path/'demo')
+    seal = tmp_path/'demo'/'.tokkit'
+    seal.write_text(seal.read_text().replace('tokkit 0', 'tokjit 0', 1))
+    _check_place(tmp_path/'demo')
+    with pytest.warns(UserWarning, match='it is kept as demo.damaged'): _publish(run, tmp_path/'demo')
+    assert damage(tmp_path/'demo') is None

@@ -9,6 +9,7 @@ __all__ = ['to_tokens', 'from_tokens', 'Foreign', 'Reading', 'swap', 'find_quant
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -202,7 +203,7 @@ def _find_ids(output, count):
 def _rows(m, rows, codes):
     "Ids of latents that are rows of a codebook"
     near = [(e, nearest_codes(rows, e)[...,0]) for e in (codes.codebook, F.normalize(codes.codebook, dim=-1))]
-    off,ids = min(((e[i]-rows).abs().max().item(), i) for e,i in near)
+    off,ids = min((((e[i]-rows).abs().max().item(), i) for e,i in near), key=itemgetter(0))
     if off > 1e-3:
         raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by "
                          f"{off:.2g})")
