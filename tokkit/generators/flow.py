@@ -126,11 +126,13 @@ def sample_sde(
     check_range('churn', churn, hint='it is how much of the noise is replaced')
     a,s,_,_ = path_at(times.double(), path)
     kept = (1-churn**2*(1-(a[:-1]*s[1:]/(a[1:]*s[:-1])).square())).clamp(0, 1).sqrt().tolist()
+    a = a.tolist()      # numbers, before the first step: reading one in a step would make a GPU wait
+    s = s.tolist()
     def move(i, t, u, z, v):
         now = torch.as_tensor(t, dtype=z.dtype)
         clean = convert(v, 'velocity', 'clean', z, now, path)
         old = convert(v, 'velocity', 'noise', z, now, path)
-        return a[i+1].item()*clean+s[i+1].item()*(kept[i]*old+(1-kept[i]**2)**.5*noise[:,i])
+        return a[i+1]*clean+s[i+1]*(kept[i]*old+(1-kept[i]**2)**.5*noise[:,i])
     return _follow(move, velocity, z, times, callback)
 
 # %% ../../nbs/generators/06_flow.ipynb #c9a9dcbd
