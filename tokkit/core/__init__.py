@@ -7,4 +7,3 @@ from .hashes import *
 from .models import *
 from .folders import *
 from .locks import *
-from .registry import *
