@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..core import make_rng, tensors_hash
 from ..data import ImageSet
-from .decoder import add_terms, check_options, heal
+from .decoder import add_terms, check_options, finetune_decoder
 from .preservation import check_latents
 from ..tokenizers import encode_all, Tokenizer
 from ..training import ImageLoss, ImageTraining, MomentLoss, moments_to_train, recon_loss
@@ -111,7 +111,7 @@ def heal_unpaired(
         return unpaired_step(healed, loss, original, extra, moments, consistency)
     # latents are given: that term has nobody to teach
     cfg = replace(cfg, semantic=0.)
-    return heal(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra,
+    return finetune_decoder(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra,
                 remember=consistency > 0,
                 asked=dict(moments=moments, consistency=consistency, to=extra
                            and tensors_hash(extra.state_dict())), **options)
