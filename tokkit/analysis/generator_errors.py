@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import bar, check_range, make_rng
 from ..data import Indexed, TokenCache
 from ..features import check_images
-from ..generators import chances, check_latents, draw, LatentGenerator
+from ..generators import token_probabilities, check_latents, draw, LatentGenerator
 from ..perturbation import split_levels
 from ..tokenizers import Quantizer
 
@@ -276,7 +276,7 @@ def _note(self:_Tokens, image, entry, logits, known, i):
     drawn = draw(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
     away,number = self.codes.compare(entry, real, drawn)
     wrong = drawn != real
-    found = dict(p=chances(logits, *self.how).gather(1, real[:,None])[:,0],
+    found = dict(p=token_probabilities(logits, *self.how).gather(1, real[:,None])[:,0],
                  rank=(logits > logits.gather(1, real[:,None])).sum(1), wrong=wrong,
                  distance=away.masked_fill(~wrong, math.nan),
                  neighbour=number.masked_fill(~wrong, math.nan))
