@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 from tokkit.generators import ARCfg, ARGenerator, ARSampler, delay, draw_orders, released_decay, undelay
 from tokkit.core import load_model, make_rng, save_model
-from tokkit.generators import Guidance, draw, guide, row_noise, row_seeds, sample_batches
+from tokkit.generators import Guidance, sample_categorical, guide, row_noise, row_seeds, sample_batches
 
 RAR = dict(order='random', modulated=True, qk_norm=True, target_aware=True)
 KINDS = {'plain': {}, 'modulated': dict(modulated=True), 'aware': dict(target_aware=True), 'rar': RAR,
@@ -43,7 +43,7 @@ def uncached(gen, labels, seeds, guidance=Guidance(1.), temperature=1., keep=Non
     frames = torch.zeros(b, 0, c.levels, dtype=torch.long)
     for s in range(gen.steps):
         cond, free = (gen.scores(frames, l)[:, -1] for l in (labels, torch.full_like(labels, c.classes)))
-        ids[:, s] = draw(guide(cond, free, scales[s]), u[:, s], temperature)
+        ids[:, s] = sample_categorical(guide(cond, free, scales[s]), u[:, s], temperature)
         if keep is not None: ids[:, s] = torch.where(mask[:, s], real[:, s], ids[:, s])
         row = torch.where(there[s], ids[:, s]+torch.arange(c.levels)*c.codebook_size, gen.blank)
         frames = torch.cat([frames, row[:, None]], 1)

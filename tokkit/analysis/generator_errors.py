@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import bar, check_range, make_rng
 from ..data import Indexed, TokenCache
 from ..features import check_images
-from ..generators import token_probabilities, check_latents, draw, LatentGenerator
+from ..generators import token_probabilities, check_latents, sample_categorical, LatentGenerator
 from ..perturbation import split_levels
 from ..tokenizers import Quantizer
 
@@ -273,7 +273,7 @@ def _note(self:_Tokens, image, entry, logits, known, i):
     row = image+self.some.start
     real = self.real[row, entry]
     u = torch.rand(len(row), generator=make_rng(self.seed, 'look', self.some.start, i))
-    drawn = draw(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
+    drawn = sample_categorical(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
     away,number = self.codes.compare(entry, real, drawn)
     wrong = drawn != real
     found = dict(p=token_probabilities(logits, *self.how).gather(1, real[:,None])[:,0],

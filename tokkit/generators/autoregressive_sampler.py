@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .base import (check_sampling, check_steps, draw, Guidance, guide, LatentGenerator,
+from .base import (check_sampling, check_steps, sample_categorical, Guidance, guide, LatentGenerator,
                                     row_noise, row_seeds)
 from .token_orders import delay, undelay
 from ..layers import KVCache
@@ -201,6 +201,6 @@ def sample_ar(
     scales = guidance.scales(generator.steps).tolist()
     seeds = row_seeds(rng, len(labels))
     if not len(labels): return torch.zeros(0, *generator.shape, dtype=torch.long, device=labels.device)
-    choose = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    choose = partial(sample_categorical, temperature=temperature, top_k=top_k, top_p=top_p)
     ids = _draw_all(generator, labels, scales, seeds, choose, keep=keep, callback=callback)
     return undelay(ids).reshape(len(labels), *generator.shape)

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 
 from ..core import check_count, check_range, check_sizes
 from .base import (check_grid, check_labels, check_latents, check_sampling, check_steps,
-                                    draw, drop_labels, Guidance, guided, LatentGenerator, row_noise,
+                                    sample_categorical, drop_labels, Guidance, guided, LatentGenerator, row_noise,
                                     row_seeds)
 from ..layers import transformer
 
@@ -234,7 +234,7 @@ def sample_masked(
     if keep is not None: ids = torch.where(known, keep[0].to(device), ids)
     u = row_noise(seeds, (steps, *shape), 'draw', device=device)
     g = _gumbel(row_noise(seeds, (steps, *shape), 'choice', device=device))
-    def codes(i, logits): return draw(logits, u[:,i], temperature, top_k, top_p)
+    def codes(i, logits): return sample_categorical(logits, u[:,i], temperature, top_k, top_p)
     def noise(i): return choice_temperature*(1-(i+1)/steps)*g[:,i]
     scales = guidance.scales(steps).tolist()
     return _unmask(generator, ids, known, labels, plan, scales, draws=(codes, noise), callback=callback)
