@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import load_strictly, misfits, read_tensors
+from ..core import load_strictly, state_dict_mismatch, read_tensors
 from ..layers import load_vit, to_timm, ViT
 from .tokenizer import Tokenizer
 
@@ -162,7 +162,7 @@ def load_official(
     state = {k:v for k,v in _read(weights, which).items() if not re.search(IGNORED, k)}
     names = official_names(tok)
     mine = _rows_apart(tok.state_dict())
-    if wrong := misfits({k:_official_shape(k, mine[ours]) for k,ours in names.items()}, state):
+    if wrong := state_dict_mismatch({k:_official_shape(k, mine[ours]) for k,ours in names.items()}, state):
         raise ValueError(f"{where}: {', '.join(wrong)}; expected the released names of {tok}")
     ours = _rows_together({names[k]:v.reshape(mine[names[k]].shape) for k,v in state.items()})
     # hits in the file are an average already
