@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import data_home, need
+from ..core import data_home, require_extra
 from .efficientnet import efficientnet_lite0
 from .extractor import FeatureExtractor
 from .vision_transformers import clip, dinov2
@@ -30,7 +30,7 @@ def inception(
     weights:str|Path|None = None, # local weights file of torch-fidelity; None lets it fetch its own
 ) -> FeatureExtractor:
     "InceptionV3 of the published FIDs, as TensorFlow ran it: 2048 features, through torch-fidelity"
-    need('torch_fidelity', 'pretrained')
+    require_extra('torch_fidelity', 'pretrained')
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"inception: no weights file {weights}")

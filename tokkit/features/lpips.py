@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from ..core import data_home, load_strictly, need, read_tensors
+from ..core import data_home, load_strictly, require_extra, read_tensors
 
 # %% ../../nbs/features/04_lpips.ipynb #3548c71f
 # torchvision's numbers of the convolutions, slice by slice
@@ -136,7 +136,7 @@ def _pretrained() -> dict[str,Tensor]|Path:
     "`lpips.safetensors` of the data folder, else what the `lpips` package brings or fetches"
     here = data_home()/'lpips.safetensors'
     if here.is_file(): return here
-    theirs = need('lpips', 'pretrained')
+    theirs = require_extra('lpips', 'pretrained')
     # fetches the VGG unless it has it
     try: return theirs.LPIPS(net='vgg', verbose=False).state_dict()
     except UNREADABLE as e:
