@@ -1,7 +1,7 @@
 "Errors of one kind: exact ranks for every quantizer, the same errors for every decoder, harm as defined"
 import numpy as np, pytest, torch
 
-from tokkit.analysis import damage, noise_at, rank_bands, replace_at_ranks, share_by_band
+from tokkit.analysis import decoder_sensitivity, noise_at, rank_bands, replace_at_ranks, share_by_band
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
 from tokkit.posttraining import clean_pairs
@@ -64,7 +64,7 @@ def test_damage_is_error_beyond_clean(images):
     healed = trained(tok, 1)
     ids = encode_all(tok, images)
     x = images[:][0]
-    table = damage(dict(before=tok, after=healed), ids, x, [(1, 3), (100, 200)], .3, seed=5)
+    table = decoder_sensitivity(dict(before=tok, after=healed), ids, x, [(1, 3), (100, 200)], .3, seed=5)
     for i, (dose, band) in enumerate({'1–3': (1, 3), '100–200': (100, 200)}.items()):
         wrong = replace_at_ranks(ids, tok.quantizer, band, .3, make_rng(5, 'damage', i))
         harm = {}
