@@ -1,4 +1,4 @@
-"""What every loss and critic must do, whatever the numbers: pull the right way,
+"""What every loss and discriminator must do, whatever the numbers: pull the right way,
 leave the frozen alone, survive any batch"""
 import copy, sys
 from types import SimpleNamespace
@@ -11,10 +11,10 @@ from hypothesis import given, strategies as st
 from safetensors.torch import save_file
 
 from tokkit.core import make_rng
-from tokkit.training import BatchNormLocal, DiffAug, DinoCritic, Frozen, PatchGAN, blur_fade
+from tokkit.training import BatchNormLocal, DiffAug, DinoDiscriminator, Frozen, PatchGAN, blur_fade
 from tokkit.layers import ViT, to_timm
-from tokkit.training import (ADVERSARIAL, CRITICS, LeCAM, PatchCritic, SemanticLoss, adaptive_weight,
-                             contrastive_loss, hinge_d, hinge_g, make_critic, perceptual_loss, recon_loss)
+from tokkit.training import (ADVERSARIAL, DISCRIMINATORS, LeCAM, PatchDiscriminator, SemanticLoss, adaptive_weight,
+                             contrastive_loss, hinge_d, hinge_g, make_discriminator, perceptual_loss, recon_loss)
 from tokkit.features import LPIPS, lpips_weights
 
 SMALL_VGG = 4, 8, 16, 32, 32
@@ -161,69 +161,69 @@ def test_logistic_games_are_cross_entropy():
             and torch.allclose(g(fake), bce(fake, one)))
     assert torch.allclose(ADVERSARIAL['vanilla'][1](fake), -bce(fake, 0*one))
 
-@pytest.mark.parametrize('kind', CRITICS)
-def test_every_critic_learns(kind):
+@pytest.mark.parametrize('kind', DISCRIMINATORS)
+def test_every_discriminator_learns(kind):
     "A few steps on one batch lower its loss; the decoder gets a gradient; one image alone is fine"
     torch.manual_seed(0)
-    critic = make_critic(kind, 1, **(dict(backbone=vit()) if kind == 'dino' else {}))
+    discriminator = make_discriminator(kind, 1, **(dict(backbone=vit()) if kind == 'dino' else {}))
     x = images(9)
     xh = images(9)*.5
-    opt = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr=3e-3)
+    opt = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(6):
-        losses.append(hinge_d(critic(x), critic(xh)))
+        losses.append(hinge_d(discriminator(x), discriminator(xh)))
         opt.zero_grad()
         losses[-1].backward()
         opt.step()
     assert losses[-1] < losses[0] and all(torch.isfinite(l) for l in losses)
     one = xh[:1].clone().requires_grad_()
-    hinge_g(critic.eval()(one)).backward()
+    hinge_g(discriminator.eval()(one)).backward()
     assert one.grad.abs().sum() > 0
 
-def a_critic(kind, **options):
+def a_discriminator(kind, **options):
     torch.manual_seed(0)
-    return make_critic(kind, **(dict(backbone=vit()) if kind == 'dino' else {}), **options).eval()
+    return make_discriminator(kind, **(dict(backbone=vit()) if kind == 'dino' else {}), **options).eval()
 
-@pytest.mark.parametrize('kind', CRITICS)
-def test_critics_are_called_alike(kind):
+@pytest.mark.parametrize('kind', DISCRIMINATORS)
+def test_discriminators_are_called_alike(kind):
     "With or without a generator, for grey images unless told"
-    critic = a_critic(kind)
+    discriminator = a_discriminator(kind)
     rng = make_rng(0)
-    assert torch.equal(critic(images()), critic(images(), rng))
+    assert torch.equal(discriminator(images()), discriminator(images(), rng))
     assert torch.equal(rng.get_state(), make_rng(0).get_state())           # small images need no draw
-    assert torch.isfinite(a_critic(kind, channels=3)(images(c=3), rng)).all()
+    assert torch.isfinite(a_discriminator(kind, channels=3)(images(c=3), rng)).all()
 
-@pytest.mark.parametrize('kind', CRITICS)
+@pytest.mark.parametrize('kind', DISCRIMINATORS)
 def test_scores_and_losses_are_float32_under_autocast(kind):
-    critic = a_critic(kind)
+    discriminator = a_discriminator(kind)
     lecam = LeCAM()
     with torch.autocast('cpu', torch.bfloat16):
-        scores = critic(images())
+        scores = discriminator(images())
         assert scores.dtype == torch.float32
-        # as a critic of one's own may give them
+        # as a discriminator of one's own may give them
         low = scores.bfloat16()
         for d, g in ADVERSARIAL.values():
             assert torch.equal(d(low, -low), d(low.float(), -low.float())) and g(low).dtype == torch.float32
         assert lecam(low, -low).dtype == torch.float32
 
 @pytest.mark.parametrize('channels', [2, 4])
-def test_frozen_critics_see_grey_or_rgb(channels):
-    for make in (lambda: make_critic('features', channels), lambda: DinoCritic(channels, vit())):
+def test_frozen_discriminators_see_grey_or_rgb(channels):
+    for make in (lambda: make_discriminator('features', channels), lambda: DinoDiscriminator(channels, vit())):
         with pytest.raises(ValueError, match=f'channels must be 1 or 3, got {channels}'): make()
-    with pytest.raises(ValueError, match='c 1 or 3, got'): DinoCritic(1, vit())(images(c=channels))
+    with pytest.raises(ValueError, match='c 1 or 3, got'): DinoDiscriminator(1, vit())(images(c=channels))
 
-def test_a_critics_frozen_part_is_in_no_checkpoint():
+def test_a_discriminators_frozen_part_is_in_no_checkpoint():
     torch.manual_seed(0)
-    for critic in (make_critic('features', 1), DinoCritic(1, vit())):
-        before = [p.clone() for f in critic.modules() if isinstance(f, Frozen) for p in f.module.parameters()]
-        assert before and {k.split('.')[0] for k in critic.state_dict()} == {'heads'}
-        critic(images()).sum().backward()
-        after = [p for f in critic.modules() if isinstance(f, Frozen) for p in f.module.parameters()]
+    for discriminator in (make_discriminator('features', 1), DinoDiscriminator(1, vit())):
+        before = [p.clone() for f in discriminator.modules() if isinstance(f, Frozen) for p in f.module.parameters()]
+        assert before and {k.split('.')[0] for k in discriminator.state_dict()} == {'heads'}
+        discriminator(images()).sum().backward()
+        after = [p for f in discriminator.modules() if isinstance(f, Frozen) for p in f.module.parameters()]
         assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
 
-def test_patch_critic_is_the_one_of_the_published_pages():
+def test_patch_discriminator_is_the_one_of_the_published_pages():
     torch.manual_seed(0)
-    scores = PatchCritic()(torch.linspace(-1, 1, 784).view(1, 1, 28, 28))
+    scores = PatchDiscriminator()(torch.linspace(-1, 1, 784).view(1, 1, 28, 28))
     assert scores.shape == (1, 1, 7, 7)
     assert scores[0, 0, 0, 0].item() == pytest.approx(-0.00657231, rel=1e-4)
 
@@ -231,7 +231,7 @@ def test_small_images_are_refused_in_a_line():
     with pytest.raises(ValueError, match='at least 24 pixels'): PatchGAN(1)(images(size=16))
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match='patch, patchgan, features, dino'): make_critic('gan')
+    with pytest.raises(ValueError, match='patch, patchgan, features, dino'): make_discriminator('gan')
     with pytest.raises(ValueError, match='efficientnet_lite2, lpips'): perceptual_loss('vgg')
     with pytest.raises(ValueError, match="'l1' or 'l2'"): recon_loss(images(), images(), 'l3')
 
@@ -263,25 +263,25 @@ def test_batch_norm_local_takes_any_batch(b):
         start += n
 
 @pytest.mark.parametrize('b', [1, 7, 9, 17])
-def test_dino_critic_takes_any_batch(b):
-    assert DinoCritic(1, vit()).eval()(images(b)).shape == (b, 5*4)
+def test_dino_discriminator_takes_any_batch(b):
+    assert DinoDiscriminator(1, vit()).eval()(images(b)).shape == (b, 5*4)
 
 
-def test_dino_critic_finds_its_weights(tmp_path, monkeypatch):
+def test_dino_discriminator_finds_its_weights(tmp_path, monkeypatch):
     monkeypatch.setenv('TOKKIT_DATA', str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="dino_vits16.safetensors; the DINO critic needs"):
-        make_critic('dino', 1)
+    with pytest.raises(FileNotFoundError, match="dino_vits16.safetensors; the DINO discriminator needs"):
+        make_discriminator('dino', 1)
     given = ViT(224, 16, 3, 24, 12, 4, layer_scale=None)
     state = {to_timm(k): v.contiguous() for k, v in given.state_dict().items()}
     save_file(state, tmp_path/'dino_vits16.safetensors')
-    critic = make_critic('dino', 1, width=24, heads=4)
-    assert torch.equal(critic.backbone.module.cls_token, given.cls_token)
+    discriminator = make_discriminator('dino', 1, width=24, heads=4)
+    assert torch.equal(discriminator.backbone.module.cls_token, given.cls_token)
     del state['norm.bias']
     with pytest.raises(ValueError, match=r'1 missing \(norm.bias\)'):
-        make_critic('dino', 1, backbone=state, width=24, heads=4)
+        make_discriminator('dino', 1, backbone=state, width=24, heads=4)
 
 
-# what a critic sees
+# what a discriminator sees
 
 @given(seed=st.integers(0, 999), b=st.integers(1, 4), c=st.sampled_from([1, 3]), h=st.integers(8, 40),
        w=st.integers(8, 40))

@@ -1,4 +1,4 @@
-"Losses, critics and augmentations against values recorded from the reference implementation"
+"Losses, discriminators and augmentations against values recorded from the reference implementation"
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tokkit.training import (BatchNormLocal, DinoCritic, PatchGAN, blur_fade, blur_schedule, critic_weight,
+from tokkit.training import (BatchNormLocal, DinoDiscriminator, PatchGAN, blur_fade, blur_schedule, discriminator_weight,
                              diff_augment)
 from tokkit.layers import ViT, from_timm, to_timm
 from tokkit.training import (ADVERSARIAL, LeCAM, SemanticLoss, VitTeacher, adaptive_weight, contrastive_loss,
@@ -107,58 +107,58 @@ def test_lpips(fixtures):
     close(torch.autograd.grad(d.mean(), in1)[0], r['grad_in1'], 1e-4)
 
 
-# critics
+# discriminators
 
 def test_patchgan(fixtures):
     r = load_file(fixtures/'disc_patchgan_tiny.safetensors')
-    critic = PatchGAN(3, width=8).train()
-    critic.load_state_dict(part(r, 'sd.'))
+    discriminator = PatchGAN(3, width=8).train()
+    discriminator.load_state_dict(part(r, 'sd.'))
     x = r['in'].clone().requires_grad_()
-    scores = critic(x)
+    scores = discriminator(x)
     close(scores, r['train.logits'])
     close(torch.autograd.grad((scores*r['w']).sum(), x)[0], r['train.grad_in'], 1e-4)
-    for k, v in part(r, 'train.after.').items(): close(critic.state_dict()[k], v)
-    close(critic.eval()(r['in']), r['eval.logits'])
+    for k, v in part(r, 'train.after.').items(): close(discriminator.state_dict()[k], v)
+    close(discriminator.eval()(r['in']), r['eval.logits'])
 
 
 @pytest.fixture(scope='module')
 def dino(fixtures): return load_file(fixtures/'disc_dino_tiny.safetensors')
 
-def dino_critic(dino):
+def dino_discriminator(dino):
     vit = {k: v.float() for k, v in part(dino, 'backbone.').items()}
-    critic = DinoCritic(3, vit, width=48, heads=6)
-    critic.load_state_dict(part(dino, 'sd.'))
-    return critic.eval()
+    discriminator = DinoDiscriminator(3, vit, width=48, heads=6)
+    discriminator.load_state_dict(part(dino, 'sd.'))
+    return discriminator.eval()
 
 def test_dino_enlarged(dino):
-    critic = dino_critic(dino)
+    discriminator = dino_discriminator(dino)
     x = dino['up64.in'].clone().requires_grad_()
-    for got, i in zip(critic.activations(critic.view(x)), range(5), strict=True):
+    for got, i in zip(discriminator.activations(discriminator.view(x)), range(5), strict=True):
         close(got, dino[f'up64.act{i}'].float(), 2e-3)
-    scores = critic(x)
+    scores = discriminator(x)
     close(scores, dino['up64.logits'])
     close(torch.autograd.grad((scores*dino['up64.w']).sum(), x)[0], dino['up64.grad_in'], 1e-4)
 
 def test_dino_shrunk_or_as_it_is(dino):
-    critic = dino_critic(dino)
-    close(critic(dino['in256.uint8']/127.5-1), dino['area256.logits'])
-    close(critic(F.interpolate(dino['up64.in'], (224, 224), mode='bilinear', align_corners=False)),
+    discriminator = dino_discriminator(dino)
+    close(discriminator(dino['in256.uint8']/127.5-1), dino['area256.logits'])
+    close(discriminator(F.interpolate(dino['up64.in'], (224, 224), mode='bilinear', align_corners=False)),
           dino['id224.logits'])
 
 def test_dino_crop(dino, monkeypatch):
     "With the recorded corner in place of a drawn one"
-    critic = dino_critic(dino)
+    discriminator = dino_discriminator(dino)
     drawn = iter(dino['crop256.top_left'])
     monkeypatch.setattr(torch, 'rand', lambda *a, **k: torch.tensor(0.))
     monkeypatch.setattr(torch, 'randint', lambda *a, **k: next(drawn))
-    close(critic(dino['in256.uint8']/127.5-1, torch.Generator()), dino['crop256.logits'])
+    close(discriminator(dino['in256.uint8']/127.5-1, torch.Generator()), dino['crop256.logits'])
 
 def test_dino_in_training(dino):
-    critic = dino_critic(dino).train()
-    close(critic(dino['up64.in']), dino['train64.logits'])
+    discriminator = dino_discriminator(dino).train()
+    close(discriminator(dino['up64.in']), dino['train64.logits'])
     after = part(dino, 'train64.sd_after.')
     assert len(after) == 30
-    for k, v in after.items(): close(critic.state_dict()[k], v)
+    for k, v in after.items(): close(discriminator.state_dict()[k], v)
 
 def test_batch_norm_local(dino):
     norm = BatchNormLocal(4)
@@ -167,7 +167,7 @@ def test_batch_norm_local(dino):
     close(norm.eval()(dino['bnl.in']), dino['bnl.out'])
 
 
-# what a critic sees
+# what a discriminator sees
 
 @pytest.mark.parametrize('case', ['c0', 'c1', 'c2', 'c3', 'c4'])
 def test_diffaug(case, fixtures):
@@ -179,19 +179,19 @@ def test_diffaug(case, fixtures):
     x = blur_fade(r['in'], cfg['warmup_blur_schedule'])
     close(diff_augment(x, r['rand3'] <= prob, r['rand01'], cutout), r['out'])
 
-def test_schedules_of_blur_and_critic(fixtures):
+def test_schedules_of_blur_and_discriminator(fixtures):
     r = json.loads((fixtures/'schedules.json').read_text())
     for steps in (0, 4):
         want = r['fade_blur'][f'disc_start=10,aug_fade_steps={steps}']
         assert [blur_schedule(i, 10, steps) for i in range(len(want))] == pytest.approx(want, abs=1e-12)
     want = r['disc_weight_active(global_step=train_steps+1,disc_start=10,w=0.5)']
-    assert [critic_weight(i, 10) for i in range(len(want))] == want
+    assert [discriminator_weight(i, 10) for i in range(len(want))] == want
 
 
 # the whole objective, put together from its parts
 
-def objective(r, critic, see=lambda x: x):
-    "Three steps of both sides; `see` is what happens to images before the critic"
+def objective(r, discriminator, see=lambda x: x):
+    "Three steps of both sides; `see` is what happens to images before the discriminator"
     metric = lpips_of(part(r, 'lpips.sd.'))
     d_loss, g_loss = ADVERSARIAL['hinge']
     lecam = LeCAM()
@@ -199,11 +199,11 @@ def objective(r, critic, see=lambda x: x):
     x = r['in.images']
     for step in (1, 2, 3):
         want = part(r, f'step{step}.')
-        weight = critic_weight(step-1, 2)
+        weight = discriminator_weight(step-1, 2)
         xh = torch.tanh(F.conv2d(r['in.feat'], last))
         recon = recon_loss(xh, x)
         perceptual = metric(x, xh).mean()
-        adversarial = g_loss(critic(see(xh)))
+        adversarial = g_loss(discriminator(see(xh)))
         balance = adaptive_weight(recon+perceptual, adversarial, last)
         total = recon+perceptual+weight*balance*adversarial+.11+.022+.3
         for got, k in ((recon, 'rec_loss'), (perceptual, 'lpips'), (adversarial, 'adv'),
@@ -211,21 +211,21 @@ def objective(r, critic, see=lambda x: x):
             close(got, want[k])
         close(balance, want['d_weight'], 1e-4)
         close(torch.autograd.grad(total, last)[0], want['grad_last_layer'], 1e-4)
-        fake = critic(see(xh.detach()))
-        real = critic(see(x))
+        fake = discriminator(see(xh.detach()))
+        real = discriminator(see(x))
         leash = lecam(real, fake)
         loss = weight*(d_loss(real, fake)+.001*leash)
         close(loss, want['disc_total'])
         close(lecam.real, want['lecam_ema_real'].float())
         close(lecam.fake, want['lecam_ema_fake'].float())
         for k, v in part(want, 'disc_grad.').items():
-            close(torch.autograd.grad(loss, critic.get_parameter(k))[0], v, 1e-4)
+            close(torch.autograd.grad(loss, discriminator.get_parameter(k))[0], v, 1e-4)
 
 def test_objective_with_patchgan(fixtures):
     r = load_file(fixtures/'vqloss_patchgan.safetensors')
-    critic = PatchGAN(3, width=8).train()
-    critic.load_state_dict(part(r, 'disc.sd.'))
-    objective(r, critic)
+    discriminator = PatchGAN(3, width=8).train()
+    discriminator.load_state_dict(part(r, 'disc.sd.'))
+    objective(r, discriminator)
 
 
 # names and shapes at full size
@@ -234,15 +234,15 @@ def shapes(module):
     return {k: [list(v.shape), str(v.dtype).removeprefix('torch.')] for k, v in module.state_dict().items()}
 
 def test_names_and_shapes_at_full_size(fixtures):
-    "The key map is the identity for critics and LPIPS; the DINO backbone is in timm's names"
+    "The key map is the identity for discriminators and LPIPS; the DINO backbone is in timm's names"
     r = json.loads((fixtures/'state_dict_shapes.json').read_text())
     with torch.device('meta'):
-        critic = DinoCritic(3, ViT(224, 16, 3, 384, 12, 6, layer_scale=None, gelu='tanh'))
-        assert shapes(critic) == r['dinodisc']
+        discriminator = DinoDiscriminator(3, ViT(224, 16, 3, 384, 12, 6, layer_scale=None, gelu='tanh'))
+        assert shapes(discriminator) == r['dinodisc']
         assert shapes(PatchGAN(3)) == r['patchgan']
     assert shapes(LPIPS()) == r['lpips']
-    backbone = {to_timm(k): v for k, v in shapes(critic.backbone.module).items()}
+    backbone = {to_timm(k): v for k, v in shapes(discriminator.backbone.module).items()}
     assert (backbone == {k: v for k, v in r['dinodisc_backbone_not_in_checkpoint'].items()
                          if k not in ('x_scale', 'x_shift')})
-    assert sum(p.numel() for p in critic.parameters()) == 7_386_245
+    assert sum(p.numel() for p in discriminator.parameters()) == 7_386_245
     assert sum(p.numel() for p in PatchGAN(3).parameters()) == 2_765_633

@@ -7,7 +7,7 @@ from tokkit.training import EpochCosine
 
 
 def test_learning_rates(fixtures):
-    "Main-training and post-training, decoder and critic: the rate during every epoch"
+    "Main-training and post-training, decoder and discriminator: the rate during every epoch"
     r = json.loads((fixtures/'schedules.json').read_text())
     def rates(name): return np.array(r[name])
     def ours(schedule, peak, n): return np.array([peak*schedule((e+.5)/schedule.epochs) for e in range(n)])

@@ -206,7 +206,7 @@ def test_wrong_options_are_named(images, tmp_path):
         posttrain_decoder(tok, latent_pairs(gen, tok, images, .7), freeze='official')
     game = replace(BRIEF, adversarial=.1, adversarial_start=0., adaptive=False)
     with pytest.raises(OSError, match='no file'):
-        posttrain_decoder(tok, pairs, game, critic=tmp_path/'none.safetensors')
+        posttrain_decoder(tok, pairs, game, discriminator=tmp_path/'none.safetensors')
 
 def test_official_knows_no_moments(images):
     tok = small('tiny')

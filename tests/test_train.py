@@ -41,13 +41,13 @@ def test_two_processes_train_as_one(tmp_path):
     contrast over all images, the game and its balance"""
     one = losses(tmp_path/'one', semantic=.1)
     two = losses(tmp_path/'two', 2, semantic=.1)
-    assert (set(one) == set(two) >= {'loss', 'recon', 'semantic', 'adversarial', 'critic', 'replaced',
+    assert (set(one) == set(two) >= {'loss', 'recon', 'semantic', 'adversarial', 'discriminator', 'replaced',
                                      'quantizer'})
     for name in one: assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
 
 
 def test_parts_of_a_batch(tmp_path):
-    "Without a game: a critic's spectral norm iterates, and its balance is struck, once a part"
+    "Without a game: a discriminator's spectral norm iterates, and its balance is struck, once a part"
     whole = losses(tmp_path/'whole', adversarial=0)
     parts = losses(tmp_path/'parts', adversarial=0, accumulate=4)
     for name in whole.keys()-{'usage'}:
@@ -93,7 +93,7 @@ def test_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path):
 
 @pytest.mark.parametrize('changes',
                          [dict(), dict(semantic=.1),
-                          dict(adversarial=.1, adversarial_start=.2, critic_augment=1., critic_blur=.5)])
+                          dict(adversarial=.1, adversarial_start=.2, discriminator_augment=1., discriminator_blur=.5)])
 def test_killed_and_resumed(tmp_path, changes):
     "Killed in the second epoch and taken up again: the same weights, bit for bit"
     def play(work, kill=False):

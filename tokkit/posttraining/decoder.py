@@ -245,7 +245,7 @@ def finetune_decoder(
     *,
     freeze:str = 'all',            # 'all' but the decoder, or 'official'
     lora:int = 0,                  # rank of the change of each of the decoder's matrices; 0: they learn whole
-    critic:str|Path|None = None,   # discriminator kept by `train_tokenizer`; None: fresh, if adversarial
+    discriminator:str|Path|None = None,   # discriminator kept by `train_tokenizer`; None: fresh, if adversarial
     probe:Callable|None = None,    # tokenizer -> card; the best epoch by it is kept
     patience:int = 1,              # epochs the probe may be worse before training ends
     extra:nn.Module|None = None,   # a further loss, which moves along and is kept in checkpoints
@@ -261,10 +261,10 @@ def finetune_decoder(
         if freeze == 'official': _freeze_backbone(healed)
         layers = add_low_rank(healed.decoder, lora, healed.last_layer) if lora else []
         loss = _HealingLoss(cfg, healed, seed, extra, tok if remember else None)
-        if critic: loss.load_critic(critic)
+        if discriminator: loss.load_discriminator(discriminator)
         learn = step(healed, loss, loss.original)
         phases = [Phase(learn, _optimizer(healed, loss, cfg), _schedule(cfg), cfg.clip), *loss.phases()]
-        told = dict(asked or {}, critic=critic and tensors_hash(loss.critic.state_dict()))
+        told = dict(asked or {}, discriminator=discriminator and tensors_hash(loss.discriminator.state_dict()))
         if probe: told |= dict(patience=patience, probe=getattr(probe, 'hash', None))
         fit = partial(_fit, model, data, phases, loss, cfg, work, preview, device, seed, desc, told)
         history = _fit_and_keep_best(fit, model, healed, probe, patience, desc) if probe else fit()
@@ -311,7 +311,7 @@ def posttrain_decoder(
     consistency:float = 0.,        # weight of staying near the untouched decoder on clean latents
     moments:float = 0.,            # weight of the moments, which pictures of pairs should share with images
     loss:MomentLoss|None = None,   # one that was fitted to the images; None: a new one, of their size
-    critic:str|Path|None = None,   # discriminator kept by `train_tokenizer`; None: fresh, if adversarial
+    discriminator:str|Path|None = None,   # discriminator kept by `train_tokenizer`; None: fresh, if adversarial
     probe:Callable|None = None,    # tokenizer -> card, e.g. `Probe`; the best epoch by it is kept
     patience:int = 1,              # epochs the probe may be worse before training ends
 ) -> tuple[Tokenizer, pd.DataFrame]:
@@ -327,5 +327,5 @@ def posttrain_decoder(
     asked = dict(freeze=freeze, consistency=consistency, moments=moments,
                  to=extra and tensors_hash(extra.state_dict()))
     return finetune_decoder(tok, pairs, step, cfg, work, preview, device, seed, desc, freeze=freeze, lora=lora,
-                critic=critic, probe=probe, patience=patience, extra=extra,
+                discriminator=discriminator, probe=probe, patience=patience, extra=extra,
                 remember=official or consistency > 0, asked=asked)

@@ -63,7 +63,7 @@ class FreeSamples(Dataset):
 # %% ../../nbs/posttraining/05_distribution_matching.ipynb #d0fbb8c0
 def unpaired_step(
     tok:Tokenizer,                 # its decoder learns
-    loss:ImageLoss,                # its critic sees samples, its other terms clean latents
+    loss:ImageLoss,                # its discriminator sees samples, its other terms clean latents
     original:Tokenizer,            # the tokenizer as it was
     moments:MomentLoss|None,       # of real images
     weight:float,                  # of the moments
@@ -98,7 +98,7 @@ def heal_unpaired(
     moments:float = 1.,
     consistency:float = .1,               # weight of staying near the untouched decoder on the samples
     loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one, of their size
-    **options,                            # lora, critic, probe, patience of `posttrain_decoder`
+    **options,                            # lora, discriminator, probe, patience of `posttrain_decoder`
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
     check_options(tok, lora=options.get('lora', 0), consistency=consistency, moments=moments)

@@ -105,7 +105,7 @@ def choose_sigma(
     seed:int = 0,               # of all draws
     device:str|None = None,     # where; None: the best there is
     sampling:dict|None = None,  # further arguments of `sample`: guidance, temperature, ...
-    **options,                  # of `posttrain_decoder`: lora, consistency, moments, critic
+    **options,                  # of `posttrain_decoder`: lora, consistency, moments, discriminator
 ) -> SigmaRace:
     "Race the candidates by successive halving, the control beside them"
     racers = sorted({float(s) for s in sigmas})

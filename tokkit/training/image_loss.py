@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core import check_range, load_strictly, read_tensors, save_tensors
-from .adversarial import adaptive_weight, ADVERSARIAL, CRITICS, LeCAM, make_critic
+from .adversarial import adaptive_weight, ADVERSARIAL, DISCRIMINATORS, LeCAM, make_discriminator
 from .discriminators import blur_schedule, DiffAug
 from .learner import Callback, Learner, Phase
 from .losses import PERCEPTUAL, perceptual_loss, recon_loss
@@ -48,17 +48,17 @@ class ImageTraining:
     semantic_options:dict = field(default_factory=dict)
     adversarial:float = 0.        # weight of the adversarial loss
     adversarial_kind:str = 'hinge' # 'hinge', 'non-saturating' or 'vanilla'
-    # fraction of training after which the decoder feels it; the critic learns from the first step
+    # fraction of training after which the decoder feels it; the discriminator learns from the first step
     adversarial_start:float = .5
-    critic:str = 'patch'          # the discriminator, of `tokkit.training.adversarial.CRITICS`
-    # further arguments of the critic, e.g. width, or backbone of 'dino'
-    critic_options:dict = field(default_factory=dict)
-    critic_lr:float = 1e-3        # learning rate of the critic
+    discriminator:str = 'patch'          # the discriminator, of `tokkit.training.adversarial.DISCRIMINATORS`
+    # further arguments of the discriminator, e.g. width, or backbone of 'dino'
+    discriminator_options:dict = field(default_factory=dict)
+    discriminator_lr:float = 1e-3        # learning rate of the discriminator
     adaptive:bool = True          # balance it by `adaptive_weight`
-    critic_augment:float = 0.     # probability of each kind of DiffAug on what the critic sees
-    # fraction of training, from `adversarial_start`, over which a blur before the critic fades
-    critic_blur:float = 0.
-    lecam:float = .001            # weight of the critic's LeCAM regularisation
+    discriminator_augment:float = 0.     # probability of each kind of DiffAug on what the discriminator sees
+    # fraction of training, from `adversarial_start`, over which a blur before the discriminator fades
+    discriminator_blur:float = 0.
+    lecam:float = .001            # weight of the discriminator's LeCAM regularisation
     ema:float = .99               # decay of the averaged weights, which are the result
     clip:float = 1.               # largest gradient norm; 0: any
     # steps between revivals of dead codes, over the first 70% of training; 0 never
@@ -90,7 +90,7 @@ _CHOICES = dict(
     semantic_kind=('class','patch'),
     perceptual_kind=tuple(PERCEPTUAL),
     adversarial_kind=tuple(ADVERSARIAL),
-    critic=tuple(CRITICS),
+    discriminator=tuple(DISCRIMINATORS),
     reconstruction_kind=('l2','l1'),
 )
 
@@ -117,9 +117,9 @@ def _check_every_step(cfg:ImageTraining):
 # %% ../../nbs/training/08_image_loss.ipynb #a0c84b46
 def _check_image_training(cfg:ImageTraining):
     "Raise one line about settings that no training on images can use"
-    for name in ('adversarial_start', 'critic_augment', 'critic_blur'): check_range(name, getattr(cfg, name))
+    for name in ('adversarial_start', 'discriminator_augment', 'discriminator_blur'): check_range(name, getattr(cfg, name))
     _check_optimiser(cfg)
-    check_range('critic_lr', cfg.critic_lr, 1e-12, 10)
+    check_range('discriminator_lr', cfg.discriminator_lr, 1e-12, 10)
     check_range('revive', cfg.revive, 0, float('inf'))
     check_range('perceptual_every', cfg.perceptual_every, 1, float('inf'))
     _check_weights(cfg)
@@ -176,7 +176,7 @@ class ImageLoss(Callback):
         channels:int,               # image channels
         last:Tensor,                # weight of the decoder's last layer, for the adaptive weight
         device:torch.device,        # where the networks go
-        seed:int = 0,               # of the initial weights of critic and projection
+        seed:int = 0,               # of the initial weights of discriminator and projection
         dim:int = 0,                # channels of the latents, for the semantic loss
     ):
         if cfg.semantic and not dim:
@@ -189,17 +189,17 @@ class ImageLoss(Callback):
         self.perceptual = perceptual_loss(cfg.perceptual_kind, **size) if cfg.perceptual else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.critic = make_critic(cfg.critic, channels, **cfg.critic_options) if cfg.adversarial else None
+            self.discriminator = make_discriminator(cfg.discriminator, channels, **cfg.discriminator_options) if cfg.adversarial else None
             kind = dict(kind=cfg.semantic_kind, **cfg.semantic_options)
             self.semantic = SemanticLoss(dim, **kind) if cfg.semantic else None
         self.lecam = LeCAM()
-        self.augment = DiffAug(cfg.critic_augment)
-        self.critic_loss,self.decoder_loss = ADVERSARIAL[cfg.adversarial_kind]
+        self.augment = DiffAug(cfg.discriminator_augment)
+        self.discriminator_loss,self.decoder_loss = ADVERSARIAL[cfg.adversarial_kind]
         self.to(device)
 
     def to(self, device:torch.device) -> 'ImageLoss':
         "Move the networks"
-        for part in (self.perceptual, self.critic, self.semantic, self.lecam):
+        for part in (self.perceptual, self.discriminator, self.semantic, self.lecam):
             if part is not None: part.to(device)
         return self
 
@@ -221,14 +221,14 @@ def _likeness(self:ImageLoss, learner, xh, x) -> tuple[Tensor|float, dict]:
 # %% ../../nbs/training/08_image_loss.ipynb #cc0a8e9a
 @patch
 def _scores(self:ImageLoss, learner, x, who):
-    "What the critic says of images, blurred and augmented as the moment asks"
+    "What the discriminator says of images, blurred and augmented as the moment asks"
     c = self.cfg
     fade = 0.
-    if c.critic_blur:
+    if c.discriminator_blur:
         start = round(c.adversarial_start*learner.total)
-        fade = blur_schedule(learner.step, start, round(c.critic_blur*learner.total))
-    if fade or c.critic_augment: x = self.augment(x, learner.own_rng('augment', who), fade)
-    return self.critic(x, learner.own_rng('crop', who)).float()
+        fade = blur_schedule(learner.step, start, round(c.discriminator_blur*learner.total))
+    if fade or c.discriminator_augment: x = self.augment(x, learner.own_rng('augment', who), fade)
+    return self.discriminator(x, learner.own_rng('crop', who)).float()
 
 @patch
 def _adversarial(self:ImageLoss, learner, fake, likeness) -> tuple[Tensor, Tensor|float]:
@@ -244,14 +244,14 @@ def __call__(self:ImageLoss,
     xh:Float[Tensor, "b c h w"],                   # decoded images
     x:Float[Tensor, "b c h w"],                    # true images
     zq:Float[Tensor, "b n d"]|None = None,         # latents that the semantic term looks at
-    judged:Float[Tensor, "b c h w"]|None = None,   # images that the critic sees instead of `xh`
+    judged:Float[Tensor, "b c h w"]|None = None,   # images that the discriminator sees instead of `xh`
 ) -> dict:
     "The loss and its parts"
     c = self.cfg
     xh = xh.float()
     fake = xh if judged is None else judged.float()
     loss,out = self._likeness(learner, xh, x)
-    if self.critic is not None:
+    if self.discriminator is not None:
         self.real[learner.part] = x
         self.fake[learner.part] = fake.detach()
         if learner.done >= c.adversarial_start:
@@ -264,19 +264,19 @@ def __call__(self:ImageLoss,
 
 # %% ../../nbs/training/08_image_loss.ipynb #8a04ecfb
 @patch
-def _critic_step(self:ImageLoss, learner, batch):
-    "The critic's step, on the images that the decoder's step left behind"
+def _discriminator_step(self:ImageLoss, learner, batch):
+    "The discriminator's step, on the images that the decoder's step left behind"
     real = self._scores(learner, self.real[learner.part], 'real')
     fake = self._scores(learner, self.fake[learner.part], 'fake')
-    loss = self.critic_loss(real, fake)
-    return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), critic=loss.detach())
+    loss = self.discriminator_loss(real, fake)
+    return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), discriminator=loss.detach())
 
 @patch
 def phases(self:ImageLoss) -> list[Phase]:
-    "The critic's own phase, if there is a critic"
-    if self.critic is None: return []
-    weights = [p for p in self.critic.parameters() if p.requires_grad]
-    return [Phase(self._critic_step, torch.optim.AdamW(weights, lr=self.cfg.critic_lr, betas=(.5,.9)))]
+    "The discriminator's own phase, if there is a discriminator"
+    if self.discriminator is None: return []
+    weights = [p for p in self.discriminator.parameters() if p.requires_grad]
+    return [Phase(self._discriminator_step, torch.optim.AdamW(weights, lr=self.cfg.discriminator_lr, betas=(.5,.9)))]
 
 @patch
 def weights(self:ImageLoss) -> list[Tensor]:
@@ -287,7 +287,7 @@ def weights(self:ImageLoss) -> list[Tensor]:
 @patch
 def _learned(self:ImageLoss) -> dict:
     "The modules that learn, by name"
-    game = dict(critic=self.critic, lecam=self.lecam) if self.critic is not None else {}
+    game = dict(discriminator=self.discriminator, lecam=self.lecam) if self.discriminator is not None else {}
     return game|(dict(semantic=self.semantic) if self.semantic is not None else {})
 
 @patch
@@ -299,19 +299,19 @@ def restore(self:ImageLoss, state:dict):
 
 # %% ../../nbs/training/08_image_loss.ipynb #92bbb15f
 @patch
-def save_critic(self:ImageLoss,
+def save_discriminator(self:ImageLoss,
     path:str|Path, # one file, replaced whole
 ):
     "Keep the discriminator"
-    save_tensors(self.critic.state_dict(), path)
+    save_tensors(self.discriminator.state_dict(), path)
 
 @patch
-def load_critic(self:ImageLoss,
-    path:str|Path, # written by `save_critic`
+def load_discriminator(self:ImageLoss,
+    path:str|Path, # written by `save_discriminator`
 ) -> ImageLoss:    # itself
     "Go on with a discriminator, or say in one line why not"
-    if self.critic is None:
+    if self.discriminator is None:
         raise ValueError("a discriminator was given, but adversarial is 0: give it a weight, or leave "
-                         "critic out")
-    load_strictly(self.critic, read_tensors(path), path)
+                         "discriminator out")
+    load_strictly(self.discriminator, read_tensors(path), path)
     return self

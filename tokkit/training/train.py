@@ -179,11 +179,11 @@ def train_tokenizer(
     seed:int = 0,                                 # moves order, perturbation and revival
     desc:str = 'tokenizer',                       # for the bar
     # file that keeps the discriminator, for post-training to go on with
-    critic:str|Path|None = None,
+    discriminator:str|Path|None = None,
 ) -> pd.DataFrame:
     "Train a tokenizer; returns the losses, one row an epoch"
-    if critic and not cfg.adversarial:
-        raise ValueError("adversarial is 0, so there is no discriminator to keep; leave critic out")
+    if discriminator and not cfg.adversarial:
+        raise ValueError("adversarial is 0, so there is no discriminator to keep; leave discriminator out")
     tok.train()
     loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed, tok.spec.shape[1])
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
@@ -193,7 +193,7 @@ def train_tokenizer(
     with _compiled(cfg.compile, tok.encoder, tok.decoder):
         history = _fit(tok, images, [phase, *loss.phases()], loss, cfg, work=work, preview=preview,
                        device=device, seed=seed, desc=desc, asked=perturbation)
-    if critic: loss.save_critic(critic)
+    if discriminator: loss.save_discriminator(discriminator)
     return history
 
 # %% ../../nbs/training/09_train.ipynb #4f24710d
