@@ -264,7 +264,7 @@ def test_posttrain_refuses_classes_the_generator_does_not_know(own, tmp_path, ca
                           ['--mode', 'unpaired', '--moments', '.1']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):
     # two steps: the last layer of the head starts at zero, so those before it move in the second
-    from tokkit.posttraining import official_trainable
+    from tokkit.posttraining import robustok_trainable
     from tokkit.tokenizers import Tokenizer
     assert main(['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator',
                  str(own/'generator'), '--data', str(own/'images'),
@@ -273,7 +273,7 @@ def test_every_way_of_posttrain(own, tmp_path, choice):
     before = tok.state_dict()
     after = Tokenizer.load(tmp_path/'healed').state_dict()
     learn = ({k for k, _ in tok.named_parameters() if k.startswith('decoder.')} if 'official' not in choice
-             else set(official_trainable(tok)))
+             else set(robustok_trainable(tok)))
     moved = {k for k, _ in tok.named_parameters() if not before[k].equal(after[k])}
     assert moved and moved <= learn and len(moved) > .9*len(learn), moved ^ learn
 

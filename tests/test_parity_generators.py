@@ -6,7 +6,7 @@ import pytest, torch
 from safetensors import safe_open
 
 from tokkit.generators import autoregressive as ar, autoregressive_sampler as sampler
-from tokkit.generators import (AR_PRESETS, ARCfg, ARGenerator, load_official_generator, official_state,
+from tokkit.generators import (AR_PRESETS, ARCfg, ARGenerator, load_robustok_generator, robustok_generator_state,
                                random_ratio, released_decay)
 from tokkit.core import make_rng
 from tokkit.generators import Guidance, drop_labels
@@ -30,8 +30,8 @@ def gen(recorded):
                 c['intermediate']/c['hidden_size'], order='random', modulated=True, qk_norm=True,
                 target_aware=True)
     state = {k[3:]: v for k, v in recorded.items() if k.startswith('sd.')}
-    gen = load_official_generator(ARGenerator(cfg), state).eval()
-    assert all(torch.equal(v, state[k]) for k, v in official_state(gen).items())
+    gen = load_robustok_generator(ARGenerator(cfg), state).eval()
+    assert all(torch.equal(v, state[k]) for k, v in robustok_generator_state(gen).items())
     return gen
 
 
@@ -63,7 +63,7 @@ def test_loss_and_gradients(gen, recorded, monkeypatch):
     near(out['loss'].detach(), recorded['train.random.loss'])
     assert out['accuracy'].item() == pytest.approx(recorded['train.random.correct'].item(), abs=1e-6)
     out['loss'].backward()
-    grads = {official: p.grad for official, p in zip(official_state(gen), gen.parameters())}
+    grads = {official: p.grad for official, p in zip(robustok_generator_state(gen), gen.parameters())}
     for k in [k for k in recorded if k.startswith('grad.')]:
         name = k[5:].removesuffix('.first20')
         near(grads[name][:, :20] if k.endswith('first20') else grads[name], recorded[k], 1e-4)
@@ -140,7 +140,7 @@ def test_weight_decay(fixtures):
     want = json.loads((fixtures/'rar_weight_decay_groups.json').read_text())
     cfg = ARCfg(4, 8, 2, 16, 1, 2, order='random', modulated=True, qk_norm=True, target_aware=True)
     gen = ARGenerator(cfg)
-    names = {id(p): name for name, p in zip(official_state(gen), gen.parameters())}
+    names = {id(p): name for name, p in zip(robustok_generator_state(gen), gen.parameters())}
     spared, others = ({names[id(p)] for p in group['params']} for group in released_decay(gen, .03))
     assert (spared, others) == (set(want['no_decay']), set(want['decay']))
 
@@ -150,5 +150,5 @@ def test_full_size(fixtures, name, size):
     "Keys, shapes and number of parameters of the released models"
     want = json.loads((fixtures/'state_dict_shapes.json').read_text())[name.replace('-', '_')]
     with torch.device('meta'): gen = ARGenerator(AR_PRESETS[name])
-    assert {k: [list(v.shape), 'float32'] for k, v in official_state(gen).items()} == want
+    assert {k: [list(v.shape), 'float32'] for k, v in robustok_generator_state(gen).items()} == want
     assert sum(p.numel() for p in gen.parameters()) == size

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from tokkit.layers import ViT, load_vit, to_timm
 from tokkit.training import VitTeacher, contrastive_loss
-from tokkit.tokenizers import (init_from_dinov2, load_official, official_names, official_state,
-                               official_teacher, read_official_checkpoint)
+from tokkit.tokenizers import (init_from_dinov2, load_robustok, robustok_names, robustok_state,
+                               robustok_teacher, read_robustok_checkpoint)
 from tokkit.perturbation import OFFICIAL, LatentPerturbation
 from tokkit.tokenizers import codebook_usage
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, make_tokenizer
@@ -47,7 +47,7 @@ def paper_tokenizer(config, state, **changes):
                        codebook_size=config['codebook_size'],
                        code_dim=config['codebook_embed_dim']*config['product_quant'],
                        refine=0, **changes)
-    return load_official(Tokenizer(cfg), state).eval()
+    return load_robustok(Tokenizer(cfg), state).eval()
 
 
 @pytest.fixture(scope='module')
@@ -87,7 +87,7 @@ def test_decoder(dino):
 def test_teacher(dino):
     config, sd, given, out, *_ = dino
     tok = paper_tokenizer(config, sd)
-    teacher = official_teacher(sd, heads=config['num_heads'])
+    teacher = robustok_teacher(sd, heads=config['num_heads'])
     x = (given['images']*.5+.5-MEAN)/STD
     close(x, out['sem_input'])
     feature = teacher(x)[:, 0]
@@ -136,7 +136,7 @@ def test_gradients(dino, monkeypatch):
     _, _, given, _, _, grad = dino
     tok, q, p, xh, semantic = trained(dino, monkeypatch)
     (10*(xh*given['loss_weight']).mean()+q.loss+semantic).backward()
-    names = official_names(tok)
+    names = robustok_names(tok)
     ours = dict(tok.named_parameters())
     assert grad
     for name, want in grad.items(): close(ours[names[name]].grad.view(want.shape), want, 1e-4)
@@ -155,7 +155,7 @@ def test_product_quantizer(fixtures):
     close(tok.decode(q.zq), train['decode'])
     close(q.codebook_loss, train['vq_loss'])
     close(q.commitment_loss, train['commit_loss'])
-    feature = official_teacher(sd, heads=config['num_heads'])((x*.5+.5-MEAN)/STD)[:, 0]
+    feature = robustok_teacher(sd, heads=config['num_heads'])((x*.5+.5-MEAN)/STD)[:, 0]
     # the released code lets the last group carry the meaning
     last = q.zq.chunk(2, -1)[-1].mean(1)
     semantic = contrastive_loss(F.linear(feature, tok.encoder.out.weight, tok.encoder.out.bias), last)
@@ -169,8 +169,8 @@ def test_convolutional_tokenizer(fixtures):
                                  multipliers=config['ch_mult'],
                                  z_channels=config['z_channels']))
     # the recording has encoder and decoder only
-    own = {k: v for k, v in official_state(tok).items() if 'quant' in k}
-    load_official(tok, own | {k: v.float() for k, v in sd.items()}).eval()
+    own = {k: v for k, v in robustok_state(tok).items() if 'quant' in k}
+    load_robustok(tok, own | {k: v.float() for k, v in sd.items()}).eval()
     close(tok.encoder.features(given['images']), out['z'])
     close(tok.decoder.from_features(out['z']), out['rec'])
 
@@ -179,7 +179,7 @@ def test_convolutional_tokenizer(fixtures):
                          [('base', 'tokenizer_main_train', True), ('base-cnn', 'tokenizer_cnn_vq16', False)])
 def test_names_and_shapes_at_full_size(preset, recording, teacher, fixtures):
     with torch.device('meta'):
-        state = official_state(Tokenizer(TOKENIZERS[preset]), ViT(256, 16) if teacher else None)
+        state = robustok_state(Tokenizer(TOKENIZERS[preset]), ViT(256, 16) if teacher else None)
     got = {k: [list(v.shape), str(v.dtype).removeprefix('torch.')] for k, v in state.items()}
     assert got == json.loads((fixtures/'state_dict_shapes.json').read_text())[recording]
 
@@ -230,17 +230,17 @@ def test_checkpoint_with_foreign_objects_and_a_command(protocol, tmp_path, monke
     average = tiny(2)
     optimizer = dict(state={0: dict(step=torch.tensor(3.), exp_avg=torch.zeros(2))},
                      param_groups=[dict(lr=1e-4, params=[0])])
-    torch.save(dict(model=official_state(raw, ViT(16, 4, 3, 32, 1, 2)), ema=official_state(average),
+    torch.save(dict(model=robustok_state(raw, ViT(16, 4, 3, 32, 1, 2)), ema=robustok_state(average),
                     optimizer=optimizer, steps=7,
                     args=settings(monkeypatch), wish=Wish(tmp_path/'ran')), tmp_path/'main-train.pt',
                pickle_protocol=protocol)
     monkeypatch.delitem(sys.modules, 'gone_scalars')
-    assert load_official(tiny(), tmp_path/'main-train.pt').fingerprint == average.fingerprint
-    assert load_official(tiny(), tmp_path/'main-train.pt', 'model').fingerprint == raw.fingerprint
-    assert official_teacher(tmp_path/'main-train.pt', 'model', heads=2).grid == (4, 4)
+    assert load_robustok(tiny(), tmp_path/'main-train.pt').fingerprint == average.fingerprint
+    assert load_robustok(tiny(), tmp_path/'main-train.pt', 'model').fingerprint == raw.fingerprint
+    assert robustok_teacher(tmp_path/'main-train.pt', 'model', heads=2).grid == (4, 4)
     assert not (tmp_path/'ran').exists()
     with pytest.raises(ValueError, match="holds no 'best'; it has model, ema, optimizer, steps, args, wish"):
-        read_official_checkpoint(tmp_path/'main-train.pt', 'best')
+        read_robustok_checkpoint(tmp_path/'main-train.pt', 'best')
 
 
 def test_the_command_would_have_run_otherwise(tmp_path):
@@ -253,17 +253,17 @@ def test_parameters_are_read_and_what_is_not_read_is_named(tmp_path):
     noted = torch.nn.Parameter(torch.ones(2))
     noted.note = Wish(tmp_path/'ran')
     torch.save(dict(ema=dict(a=torch.nn.Parameter(torch.zeros(2)), b=noted)), tmp_path/'x.pt')
-    back = read_official_checkpoint(tmp_path/'x.pt')
+    back = read_robustok_checkpoint(tmp_path/'x.pt')
     assert (torch.equal(back['a'], torch.zeros(2)) and torch.equal(back['b'], torch.ones(2))
             and not hasattr(back['b'], 'note'))
     torch.save(dict(ema=dict(a=torch.zeros(2), b=torch.eye(2).to_sparse())), tmp_path/'y.pt')
     with pytest.raises(ValueError, match=r'1 weights are of a kind .* \(b: _rebuild_sparse_tensor\)') as e:
-        read_official_checkpoint(tmp_path/'y.pt')
+        read_robustok_checkpoint(tmp_path/'y.pt')
     assert '\n' not in str(e.value) and not (tmp_path/'ran').exists()
 
 
 def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
-    torch.save(dict(model=official_state(tiny())), tmp_path/'whole.pt')
+    torch.save(dict(model=robustok_state(tiny())), tmp_path/'whole.pt')
     data = (tmp_path/'whole.pt').read_bytes()
     (tmp_path/'half.pt').write_bytes(data[:len(data)//2])
     (tmp_path/'text.pt').write_text('hello')
@@ -272,16 +272,16 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
                        ('text.pt', "no checkpoint in torch's zip format"),
                        ('list.pt', 'holds no dictionary'), ('none.pt', 'no file')):
         with pytest.raises((ValueError, FileNotFoundError), match=said) as e:
-            read_official_checkpoint(tmp_path/name)
+            read_robustok_checkpoint(tmp_path/name)
         assert '\n' not in str(e.value)
 
 
 def test_weights_that_do_not_fit_are_named_in_their_own_names(tmp_path):
-    state = official_state(tiny())
+    state = robustok_state(tiny())
     moved = {k: v for k, v in state.items() if k != 'decoder.mask_token'}
     moved |= {'extra': torch.zeros(1), 'quant_conv.weight': torch.zeros(4, 16, 1, 1)}
     save_file(moved, tmp_path/'x.safetensors')
-    with pytest.raises(ValueError) as e: load_official(tiny(), tmp_path/'x.safetensors')
+    with pytest.raises(ValueError) as e: load_robustok(tiny(), tmp_path/'x.safetensors')
     said = str(e.value)
     assert '1 missing (decoder.mask_token)' in said and '1 unknown (extra)' in said and '\n' not in said
     assert 'quant_conv.weight: (4, 16, 1, 1) instead of (4, 32, 1, 1)' in said and 'x.safetensors' in said
@@ -310,8 +310,8 @@ def test_start_from_dinov2_in_a_file(tmp_path):
 
 
 def test_usage_of_loaded_weights_is_not_overwritten_by_the_first_step():
-    state = official_state(tiny())
+    state = robustok_state(tiny())
     state['quantize.ema_vocab_hit_SV'] += 5
-    tok = load_official(tiny(), state).train()
+    tok = load_robustok(tiny(), state).train()
     tok.quantize(tok.encode(torch.zeros(2, 3, 16, 16)))
     assert (tok.quantizer.usage > 4).all()

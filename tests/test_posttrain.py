@@ -13,11 +13,11 @@ from tokkit.metrics import Card
 from tokkit.generators import FlowCfg, FlowGenerator
 from tokkit.generators import MaskedCfg, MaskedGenerator
 from tokkit.training import MomentLoss
-from tokkit.tokenizers import official_names
+from tokkit.tokenizers import robustok_names
 from tokkit.posttraining import (LatentPairs, check_fit, check_latents, check_same, clean_pairs,
                                  latent_pairs, open_pairs, row_sigmas, write_pairs)
 from tokkit.tokenizers import decode_all, encode_all
-from tokkit.posttraining import Probe, check_options, official_trainable, posttrain_decoder
+from tokkit.posttraining import Probe, check_options, robustok_trainable, posttrain_decoder
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, make_tokenizer
 from tokkit.training import ImageTraining
 from tokkit.posttraining import heal_unpaired
@@ -58,8 +58,8 @@ def test_frozen_means_frozen(preset, how, images):
 
 def test_official_list_of_what_learns(fixtures):
     with torch.device('meta'): tok = Tokenizer(TOKENIZERS['base'])
-    theirs = {ours: name for name, ours in official_names(tok).items()}
-    got = sorted(theirs[n] for n in official_trainable(tok))
+    theirs = {ours: name for name, ours in robustok_names(tok).items()}
+    got = sorted(theirs[n] for n in robustok_trainable(tok))
     recorded = json.loads((fixtures/'state_dict_shapes.json').read_text())
     assert got == sorted(recorded['post_training_trainable_names'])
 
@@ -70,7 +70,7 @@ def test_official_trains_exactly_its_list(images):
     healed, _ = posttrain_decoder(tok, latent_pairs(gen, tok, images, .5, 'tokens'), BRIEF, device='cpu',
                                   freeze='official')
     moved = {n for n, p in healed.named_parameters() if not torch.equal(p, dict(tok.named_parameters())[n])}
-    assert (moved <= set(official_trainable(tok))
+    assert (moved <= set(robustok_trainable(tok))
             and {'quantizer.embedding.weight', 'encoder.out.weight'} <= moved)
 
 
