@@ -14,7 +14,7 @@ from tokkit.generators import FlowCfg, FlowGenerator
 from tokkit.generators import MaskedCfg, MaskedGenerator
 from tokkit.training import MomentLoss
 from tokkit.tokenizers import robustok_names
-from tokkit.posttraining import (LatentPairs, check_fit, check_latents, check_same, clean_pairs,
+from tokkit.posttraining import (LatentPairs, check_fit, check_decodable, check_same, clean_pairs,
                                  latent_pairs, open_pairs, row_sigmas, write_pairs)
 from tokkit.tokenizers import decode_all, encode_all
 from tokkit.posttraining import Probe, check_options, robustok_trainable, posttrain_decoder
@@ -292,7 +292,7 @@ def test_wrong_pairs_are_named(images, tmp_path):
     with pytest.raises(ValueError, match="source must be 'reencode' or 'tokens'"):
         latent_pairs(gen, tok, images, .5, 'png')
     with pytest.raises(ValueError, match='got no latents at all'):
-        check_latents(tok, encode_all(tok, images)[:0], images)
+        check_decodable(tok, encode_all(tok, images)[:0], images)
     write_pairs(tmp_path, None, tok, images)
     with pytest.raises(ValueError, match='was made with images'):
         open_pairs(tmp_path, fashion_mnist('test', 50))

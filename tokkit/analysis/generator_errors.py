@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import bar, check_range, make_rng
 from ..data import Indexed, TokenCache
 from ..features import check_images
-from ..generators import token_probabilities, check_latents, sample_categorical, LatentGenerator
+from ..generators import token_probabilities, check_generator_latents, sample_categorical, LatentGenerator
 from ..perturbation import split_levels
 from ..tokenizers import Quantizer
 
@@ -149,7 +149,7 @@ def _given(generator, tok, images, labels, n, seed) -> tuple[Tensor,Tensor]:
         labels = torch.as_tensor(labels).cpu()[at]
         if given.ndim == 4 and given.is_floating_point(): given = _encoded(tok, given)
     labels = torch.as_tensor(labels).long()
-    check_latents(generator, given, len(labels), 'latents of the images')
+    check_generator_latents(generator, given, len(labels), 'latents of the images')
     return given.long() if generator.codebook_size else given.float(),labels
 
 def _drawn(size, n, seed):

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from ..core import check_range, check_sizes, load_strictly
 from .autoregressive_sampler import ARSampler, sample_ar
-from .base import check_labels, check_latents, drop_labels, LatentGenerator
+from .base import check_generator_labels, check_generator_latents, drop_labels, LatentGenerator
 from .token_orders import delay, draw_orders, random_ratio
 from ..layers import from_timm, ModulatedBlock, to_timm, transformer
 
@@ -195,8 +195,8 @@ def logits(self:ARGenerator, ids:Int[Tensor, "b *t"], labels:Int[Tensor, "b"],
 # %% ../../nbs/generators/04_autoregressive.ipynb #66ead6d9
 def _losses(generator, latents, labels, rng, done) -> dict[str,Tensor]:
     "Mean cross-entropy of the next code in nats, and how often the likeliest code is the right one"
-    check_labels(generator, labels)
-    check_latents(generator, latents, len(labels))
+    check_generator_labels(generator, labels)
+    check_generator_latents(generator, latents, len(labels))
     n = generator.cfg.n
     ratio = random_ratio(done) if generator.cfg.order == 'random' else 0.
     latents = latents.long()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUIDANCE_KINDS', 'check_grid', 'Guidance', 'guide', 'guided', 'row_seeds', 'row_noise', 'token_probabilities',
-           'sample_categorical', 'LatentGenerator', 'drop_labels', 'check_labels', 'check_latents', 'check_sampling',
-           'check_steps', 'free_memory', 'fit_batch', 'sample_batches']
+           'sample_categorical', 'LatentGenerator', 'drop_labels', 'check_generator_labels', 'check_generator_latents',
+           'check_sampling', 'check_steps', 'free_memory', 'fit_batch', 'sample_batches']
 
 # %% ../../nbs/generators/00_base.ipynb #96f8ec6d
 import math, os, warnings
@@ -218,7 +218,7 @@ def drop_labels(
     return labels.masked_fill(u < rate, null)
 
 # %% ../../nbs/generators/00_base.ipynb #7fed9051
-def check_labels(
+def check_generator_labels(
     generator:LatentGenerator, # what they are for
     labels:Tensor,             # what arrived
 ):
@@ -231,7 +231,7 @@ def check_labels(
                          f"{int(labels.min())}..{int(labels.max())}")
 
 # %% ../../nbs/generators/00_base.ipynb #336622c9
-def check_latents(
+def check_generator_latents(
     generator:LatentGenerator, # what they are for
     latents:Tensor,            # what arrived
     b:int,                     # rows there should be
@@ -260,7 +260,7 @@ def check_sampling(
     keep:tuple[Tensor,float]|None = None,  # likewise
 ) -> Guidance:
     "Raise one line about whatever cannot be sampled; returns the guidance"
-    check_labels(generator, labels)
+    check_generator_labels(generator, labels)
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0, got {temperature}; for the likeliest code use top_k=1")
@@ -272,7 +272,7 @@ def check_sampling(
         raise ValueError(f"top_p must be in (0, 1], got {top_p}; for the likeliest code use top_k=1")
     if keep is not None:
         check_range('sigma', keep[1], hint='1 keeps all of the real latents, 0 nothing')
-        check_latents(generator, keep[0], len(labels), 'keep')
+        check_generator_latents(generator, keep[0], len(labels), 'keep')
     if guidance.scale not in (0, 1) and not generator.label_dropout:
         warnings.warn(f"{type(generator).__name__} was trained with label_dropout 0: guidance {guidance} "
                       "pulls away from a prediction "

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import nn, Tensor
 
 from ..core import check_count, check_range, check_sizes
-from .base import (check_grid, check_labels, check_latents, check_sampling, check_steps,
+from .base import (check_grid, check_generator_labels, check_generator_latents, check_sampling, check_steps,
                                     drop_labels, Guidance, guided, LatentGenerator, row_noise, row_seeds)
 from ..layers import modulate, ModulatedBlock, sincos_pos
 
@@ -218,8 +218,8 @@ class FlowGenerator(LatentGenerator):
         return (da*a+ds*s)/q**2*zt+(a*ds-s*da)/q*rest
 
     def losses(self, latents, labels, rng=None, done=1.):
-        check_labels(self, labels)
-        check_latents(self, latents, len(labels))
+        check_generator_labels(self, labels)
+        check_generator_latents(self, latents, len(labels))
         c = self.cfg
         where = rng.device if rng else None
         labels = drop_labels(labels, c.label_dropout, self.classes, rng)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn, Tensor
 
 from ..core import check_count, check_range, check_sizes
-from .base import (check_grid, check_labels, check_latents, check_sampling, check_steps,
+from .base import (check_grid, check_generator_labels, check_generator_latents, check_sampling, check_steps,
                                     sample_categorical, drop_labels, Guidance, guided, LatentGenerator, row_noise,
                                     row_seeds)
 from ..layers import transformer
@@ -137,8 +137,8 @@ def masked_losses(
     rng:torch.Generator|None = None,    # of masks and left-out labels
 ) -> dict[str, Tensor]:
     "Cross-entropy of the hidden entries in nats and the fraction guessed right, means over images"
-    check_labels(generator, labels)
-    check_latents(generator, latents, len(labels))
+    check_generator_labels(generator, labels)
+    check_generator_latents(generator, latents, len(labels))
     c = generator.cfg
     latents = latents.long()
     hidden = random_mask(len(labels), c.n*c.levels, c.masks, rng).to(latents.device)              # (b m)

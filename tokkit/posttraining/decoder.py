@@ -25,7 +25,7 @@ from ..data import from_uint8, to_uint8
 from ..metrics import Card, gfid
 from .low_rank import _linear, add_low_rank, merge_low_rank
 from .pairs import LatentPairs
-from .preservation import check_latents
+from .preservation import check_decodable
 from ..tokenizers import decode_all, Tokenizer
 from ..training import (adamw, Callback, EMA, ema_weights, ImageLoss, ImageTraining, matrices_decay,
                              MomentLoss, moments_to_train, only_train, Phase, recon_loss)
@@ -317,7 +317,7 @@ def posttrain_decoder(
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
     check_options(tok, freeze, getattr(pairs, 'about', {}).get('source'), lora, consistency, moments)
-    if isinstance(pairs, LatentPairs): check_latents(tok, pairs.parts, pairs.images)
+    if isinstance(pairs, LatentPairs): check_decodable(tok, pairs.parts, pairs.images)
     official = freeze == 'official'
     if not official: cfg = replace(cfg, semantic=0.)  # latents are given: that term has nobody to teach
     extra = moments_to_train(pairs.images, moments, loss, device)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..core import make_rng, tensors_hash
 from ..data import ImageSet
 from .decoder import add_terms, check_options, finetune_decoder
-from .preservation import check_latents
+from .preservation import check_decodable
 from ..tokenizers import encode_all, Tokenizer
 from ..training import ImageLoss, ImageTraining, MomentLoss, moments_to_train, recon_loss
 
@@ -102,7 +102,7 @@ def heal_unpaired(
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
     check_options(tok, lora=options.get('lora', 0), consistency=consistency, moments=moments)
-    check_latents(tok, samples, images)
+    check_decodable(tok, samples, images)
     # in training mode encoding would move its statistics
     latents = encode_all(copy.deepcopy(tok).eval(), images)
     data = FreeSamples(samples.cpu(), latents, images, seed)
