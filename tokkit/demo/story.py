@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .demo import Demo, KINDS, STAGES
+from .demo import Demo, TOKENIZERS, STAGES
 from .settings import demo_cfg, DemoCfg
 from ..tokenizers import Tokenizer
 
@@ -30,10 +30,10 @@ def stages(
 ) -> dict[str, Callable]:
     "Every stage by name, in order"
     first = ('base',) if demo.cfg.base_epochs else ()
-    out = {f'{k} tokenizer':(lambda k=k: demo.tokenizer(k)) for k in first+KINDS}
-    for k in KINDS: out |= _stages_of(demo, k)
+    out = {f'{k} tokenizer':(lambda k=k: demo.tokenizer(k)) for k in first+TOKENIZERS}
+    for k in TOKENIZERS: out |= _stages_of(demo, k)
     out['classifier'] = demo.classifier
-    return out | {f'cards of {k}, {s}':lambda k=k,s=s: demo.cards(k, s) for k in KINDS for s in STAGES}
+    return out | {f'cards of {k}, {s}':lambda k=k,s=s: demo.cards(k, s) for k in TOKENIZERS for s in STAGES}
 
 # %% ../../nbs/demo/04_story.ipynb #e2e603bd
 def run_stages(
@@ -54,7 +54,7 @@ def demo_rows(
     demo:Demo, # finished or not; what is missing is made
 ) -> list[dict]:
     "All cards with tokenizer and stage, one row each"
-    return [dict(card=card, tokenizer=k, stage=s) for k in KINDS for s in STAGES for card in demo.cards(k, s)]
+    return [dict(card=card, tokenizer=k, stage=s) for k in TOKENIZERS for s in STAGES for card in demo.cards(k, s)]
 
 # %% ../../nbs/demo/04_story.ipynb #26a9c069
 def demo_tokenizer(
@@ -86,7 +86,7 @@ def differences(
     def all_of(tokenizer, stage, other, against):
         made = [card[tokenizer,stage,m]-card[*other,m] for m in ('rFID','pFID','gFID')]
         return [dict(card=c, tokenizer=tokenizer, stage=stage, against=against) for c in made]
-    healed = [row for k in KINDS for row in all_of(k, 'after', (k, 'control'), 'control')]
+    healed = [row for k in TOKENIZERS for row in all_of(k, 'after', (k, 'control'), 'control')]
     return all_of('perturbed', 'before', ('plain', 'before'), 'plain')+healed
 
 # %% ../../nbs/demo/04_story.ipynb #857daece
