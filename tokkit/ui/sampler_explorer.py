@@ -22,7 +22,7 @@ from ..core import make_rng
 from ..generators import LatentGenerator
 from .explorer import _evaluating, _grey, _version, _without_labels, Explorer
 from .tiles import code_colors, compose, difference_tiles, image_tiles
-from .trace import _drawn, _maps, _where, chart, Moment, record, veil
+from .trace import _drawn, _maps, _where, chart, SamplerStep, record, veil
 
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #14305aaf
 class SamplerStepper(Explorer):
@@ -143,7 +143,7 @@ def _move(self:SamplerStepper, state:dict):
 
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #f6964b96
 @patch
-def trace(self:SamplerStepper) -> list[Moment]:
+def trace(self:SamplerStepper) -> list[SamplerStep]:
     "All steps of the present samples; sampled anew only when a knob of the sampler or a weight has changed"
     knobs = tuple(v for k,v in self.state.items() if k not in ('sample', 'step'))
     key = (knobs, _version(self.generator, self.tok))
@@ -154,7 +154,7 @@ def trace(self:SamplerStepper) -> list[Moment]:
     return moments
 
 @patch
-def _sampled(self:SamplerStepper) -> list[Moment]:
+def _sampled(self:SamplerStepper) -> list[SamplerStep]:
     "Sample as the knobs say, and record every step"
     s = self.state
     moments = []
@@ -176,7 +176,7 @@ def labels(self:SamplerStepper) -> Int[Tensor, "n"]:
     return labels.to(self.device)
 
 @patch
-def _reach(self:SamplerStepper) -> list[Moment]:
+def _reach(self:SamplerStepper) -> list[SamplerStep]:
     "The trace, with the step's slider as long as it"
     moments = self.trace()
     last = len(moments)-1
@@ -186,19 +186,19 @@ def _reach(self:SamplerStepper) -> list[Moment]:
     return moments
 
 @patch
-def moment(self:SamplerStepper) -> Moment:
+def moment(self:SamplerStepper) -> SamplerStep:
     "The step that the slider points at"
     return self._reach()[self.state['step']]
 
 @patch
-def shown(self:SamplerStepper) -> Moment:
+def shown(self:SamplerStepper) -> SamplerStep:
     "What the view shows; sampled if need be"
     return self.moment()
 
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #bbb5dfcf
 @patch
 def numbers(self:SamplerStepper,
-    moment:Moment|None = None, # which step; None: the slider's
+    moment:SamplerStep|None = None, # which step; None: the slider's
 ) -> str:
     "One line: how far, and what happened in this step"
     m = moment or self.moment()
@@ -212,7 +212,7 @@ def numbers(self:SamplerStepper,
     return start+many+_drawn(m, sample, self.generator.shape, self.tok.spec.grid)
 
 @patch
-def _estimate(self:SamplerStepper, m:Moment) -> str:
+def _estimate(self:SamplerStepper, m:SamplerStep) -> str:
     "Of a flow: the time, and how far the estimate is from where it will end"
     with _evaluating(self.tok):
         now = self.tok.decode(m.clean.to(self.device))
@@ -220,7 +220,7 @@ def _estimate(self:SamplerStepper, m:Moment) -> str:
     return f"t = {m.t:.2f} · the estimate is {_grey(now, end):.1f} grey levels (RMSE) from the end"
 
 @patch
-def _counts(self:SamplerStepper, m:Moment, sample:int) -> str:
+def _counts(self:SamplerStepper, m:SamplerStep, sample:int) -> str:
     "How many codes this step set, and how many are hidden"
     new = int(m.new[sample].sum())
     hidden = int((~m.known[sample]).sum())
@@ -229,14 +229,14 @@ def _counts(self:SamplerStepper, m:Moment, sample:int) -> str:
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #be217b68
 @patch
 def rows(self:SamplerStepper,
-    moment:Moment, # which step
+    moment:SamplerStep, # which step
 ) -> list[tuple]:
     "What is shown of a step: names and tiles, as `compose` takes them"
     with _evaluating(self.tok):
         return self._flow_rows(moment) if moment.t is not None else self._code_rows(moment)
 
 @patch
-def _flow_rows(self:SamplerStepper, m:Moment) -> list[tuple]:
+def _flow_rows(self:SamplerStepper, m:SamplerStep) -> list[tuple]:
     "Of a flow: where it is, where it thinks it goes, and where it ends"
     decode = lambda z: self.tok.decode(z.to(self.device))
     estimate = decode(m.clean)
@@ -248,7 +248,7 @@ def _flow_rows(self:SamplerStepper, m:Moment) -> list[tuple]:
 
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #b93fcd8f
 @patch
-def _code_rows(self:SamplerStepper, m:Moment) -> list[tuple]:
+def _code_rows(self:SamplerStepper, m:SamplerStep) -> list[tuple]:
     "Of codes: the picture so far, the guess of the whole, the codes and their chances, and the end"
     tok = self.tok
     known = m.known.flatten(2).all(2) if m.known.ndim == 3 else m.known         # (b n): all levels are set
@@ -272,7 +272,7 @@ def _first_codebook(self:SamplerStepper) -> Float[Tensor, "k d"]:
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #86209eb6
 @patch
 def picture(self:SamplerStepper,
-    moment:Moment|None = None, # which step; None: the slider's
+    moment:SamplerStep|None = None, # which step; None: the slider's
     footer:bool = False,       # write the numbers under it
 ) -> Image.Image:
     "The samples at a step, and the most probable codes of one of them"
