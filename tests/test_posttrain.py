@@ -20,7 +20,7 @@ from tokkit.tokenizers import decode_all, encode_all
 from tokkit.posttraining import Probe, check_options, robustok_trainable, posttrain_decoder
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, make_tokenizer
 from tokkit.training import ImageTraining
-from tokkit.posttraining import heal_unpaired
+from tokkit.posttraining import match_distribution
 
 BRIEF = ImageTraining(epochs=1, batch=25, perceptual=0, lr=5e-3)
 QUANTIZERS = ['tiny', 'tiny-pq', 'tiny-rq', 'tiny-fsq', 'tiny-lfq', 'tiny-bsq', 'tiny-kl', 'tiny-msrq']
@@ -42,7 +42,7 @@ def test_frozen_means_frozen(preset, how, images):
     before = kept(tok)
     decoder = [v.clone() for k, v in tok.state_dict().items() if k.startswith('decoder.')]
     if how == 'unpaired':
-        healed, _ = heal_unpaired(tok, encode_all(tok, images).flip(0), images, BRIEF, device='cpu')
+        healed, _ = match_distribution(tok, encode_all(tok, images).flip(0), images, BRIEF, device='cpu')
     else:
         healed, _ = posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, device='cpu',
                                       **({} if how == 'plain' else {how: 2}))
@@ -162,7 +162,7 @@ def test_latents_of_another_tokenizer_are_refused(images):
         with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'):
             posttrain_decoder(tok, clean_pairs(other, few), how, device='cpu')
         with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'):
-            heal_unpaired(tok, encode_all(other, few), few, how, device='cpu', moments=0)
+            match_distribution(tok, encode_all(other, few), few, how, device='cpu', moments=0)
     with pytest.raises(ValueError, match='decodes continuous latents .* got ids'):
         posttrain_decoder(kl, clean_pairs(tok, few), how, device='cpu')
     with pytest.raises(ValueError, match='ids must be in 0..511 for 512 codes.*of another tokenizer'):
@@ -320,7 +320,7 @@ def test_healing_leaves_a_tokenizer_in_training_mode_as_it_is(images, name, opti
     tok = make_tokenizer(name, width=32, depth=1, **options)
     before = copy.deepcopy(tok.state_dict())
     how = ImageTraining(epochs=1, batch=10, perceptual=0)
-    healed, _ = heal_unpaired(tok, torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0)),
+    healed, _ = match_distribution(tok, torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0)),
                               images.subset(20), how, device='cpu', moments=0)
     assert tok.training and all(v.equal(before[k]) for k, v in tok.state_dict().items())
     assert all(v.equal(before[k]) for k, v in healed.state_dict().items() if not k.startswith('decoder.'))

@@ -217,7 +217,7 @@ def _train_decoder(tmp:Path, work:Path, plan:_Plan, given:tuple, device:str):
     "Fill the folder `tmp` with the tokenizer and its new decoder; what it took is kept in `work`"
     from tokkit.core import stable_hash
     from tokkit.generators import sample_batches
-    from tokkit.posttraining import heal_unpaired, latent_pairs, posttrain_decoder
+    from tokkit.posttraining import match_distribution, latent_pairs, posttrain_decoder
     from tokkit.training import ImageTraining
     tok, gen, images = given
     how = ImageTraining(epochs=plan.epochs, batch=min(128, len(images)), lr=1e-3,
@@ -229,7 +229,7 @@ def _train_decoder(tmp:Path, work:Path, plan:_Plan, given:tuple, device:str):
         healed, history = posttrain_decoder(tok, pairs, how, freeze=plan.freeze, **common)
     else:
         samples = sample_batches(gen, images.labels, **plan.drawing)[0]
-        healed, history = heal_unpaired(tok, samples, images, how, **common)
+        healed, history = match_distribution(tok, samples, images, how, **common)
     healed.save(tmp)
     history.to_csv(tmp/'history.csv', index=False)
 
