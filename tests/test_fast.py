@@ -9,7 +9,7 @@ from torch import nn
 
 from tokkit.generators import ARCfg, ARGenerator
 from tokkit.core import make_rng
-from tokkit.generators import FullLinear, Int8Linear, KeptSteps, fast, input_ranges
+from tokkit.generators import FullLinear, Int8Linear, KeptSteps, inference_copy, input_ranges
 from tokkit.generators import FlowCfg, FlowGenerator
 from tokkit.generators import LatentGenerator, row_seeds
 from tokkit.generators import MaskedCfg, MaskedGenerator
@@ -44,7 +44,7 @@ def seeds(b): return row_seeds(make_rng(1), b)
 @needs_int8
 def test_int8_for_every_generator(gen):
     before = gen.fingerprint
-    whole = fast(gen)
+    whole = inference_copy(gen)
     linears = [m for m in gen.modules() if isinstance(m, nn.Linear)]
     assert (sum(isinstance(m, Int8Linear) for m in whole.modules()) == len(linears)-1
             and gen.fingerprint == before != whole.fingerprint)
@@ -58,7 +58,7 @@ def test_int8_for_every_generator(gen):
 @needs_int8
 @pytest.mark.parametrize('b', [1, 7, 64])
 def test_int8_samples_do_not_depend_on_the_batch(gen, b):
-    whole = fast(gen)
+    whole = inference_copy(gen)
     many = whole.sample(labels(64), 2., rng=seeds(64))
     few = whole.sample(labels(b), 2., rng=seeds(b))
     if gen.codebook_size: assert torch.equal(few, many[:b])
@@ -71,13 +71,13 @@ def test_int8_keeps_the_frequencies(kind):
     gen = make(kind)
     n = 1500
     counts = [torch.bincount(g.sample(labels(n), 1.5, rng=make_rng(s, 'frequencies')).flatten(),
-                             minlength=7).double() for g,s in ((gen, 1), (fast(gen), 2))]
+                             minlength=7).double() for g,s in ((gen, 1), (inference_copy(gen), 2))]
     a,b = (c/c.sum() for c in counts)
     assert (a-b).abs().max() < .02, (a, b)
 
 @needs_int8
 def test_keep_and_labels_as_ever(gen):
-    whole = fast(gen)
+    whole = inference_copy(gen)
     real = gen.sample(labels(5), rng=seeds(5))
     assert torch.equal(whole.sample(labels(5), keep=(real, 1.), rng=seeds(5)), real)
     assert torch.equal(whole.sample(labels(5), keep=(real, 0.), rng=seeds(5)),
@@ -86,7 +86,7 @@ def test_keep_and_labels_as_ever(gen):
     with pytest.raises(ValueError, match=r'labels must be in 0\.\.2'): whole.sample(labels(3)+1)
 
 def test_fp32_is_the_generator_itself(gen):
-    same = fast(gen, 'fp32')
+    same = inference_copy(gen, 'fp32')
     for _ in range(2):
         assert torch.equal(same.sample(labels(7), 2., rng=seeds(7)), gen.sample(labels(7), 2., rng=seeds(7)))
     # the same kinds, other rows; then fewer kinds
@@ -96,7 +96,7 @@ def test_fp32_is_the_generator_itself(gen):
 
 @quiet
 def test_bf16_for_every_generator(gen):
-    half = fast(gen, 'bf16')
+    half = inference_copy(gen, 'bf16')
     out,exact = (g.sample(labels(6), 2., rng=seeds(6)) for g in (half, gen))
     assert (sum(isinstance(m, FullLinear) for m in half.modules()) == 1
             and next(half.blocks.parameters()).dtype == torch.bfloat16)
@@ -140,7 +140,7 @@ def test_replayed_steps(kind, guidance, bucket):
 
 def test_kept_modulations_are_those_of_the_labels():
     gen = make('rar')
-    kept = fast(gen, 'fp32')
+    kept = inference_copy(gen, 'fp32')
     for y in (torch.tensor([0,1]), torch.tensor([1,2]), torch.tensor([2,2]), torch.tensor([0,1])):
         assert torch.equal(kept.sample(y, 2., rng=seeds(2)), gen.sample(y, 2., rng=seeds(2)))
     assert kept.sampler.kinds == (0, 1, 3)
@@ -171,9 +171,9 @@ def test_refusals_are_one_line():
                         ("got 'magic'", dict(compile='magic')),
                         ("made of `blocks`, and Plain has none", dict(precision='fp32', compile='aot_eager')),
                         ("graphs are CUDA graphs, and this generator is on cpu", dict(graphs=True))):
-        with pytest.raises(ValueError) as e: fast(gen, **kwargs)
+        with pytest.raises(ValueError) as e: inference_copy(gen, **kwargs)
         assert line in str(e.value) and '\n' not in str(e.value)
-    assert fast(gen, 'fp32').sample(labels(2)).shape == (2,4)
+    assert inference_copy(gen, 'fp32').sample(labels(2)).shape == (2,4)
 
 @needs_int8
 def test_int8_goes_with_its_layers():
