@@ -7,3 +7,5 @@ from .hashes import *
 from .models import *
 from .folders import *
 from .locks import *
+from .bundles import *
+from .registry import *
