@@ -5,7 +5,7 @@ from datetime import timedelta
 import numpy as np
 import torch.distributed as dist
 
-from tokkit.metrics import FeatureStats, across_processes
+from tokkit.features import FeatureStats, across_processes
 
 folder = sys.argv[1]
 rank = int(sys.argv[2])

@@ -182,7 +182,8 @@ def test_metric_on_a_folder(own, tmp_path, capsys):
 def test_every_metric_on_a_folder(own, tmp_path, capsys):
     from tokkit.data import load_images
     from tokkit.features import default_extractor, extract
-    from tokkit.metrics import FeatureStats, save_stats
+    from tokkit.features import FeatureStats
+    from tokkit.metrics import save_stats
     def said(metric, *more, n=60):
         words = ['--device', 'cpu', 'metric', metric, '--tokenizer', own/'tokenizer', '--data', own/'images',
                  '-n', n, '--bootstrap', 0, *more]

@@ -10,9 +10,9 @@ from torch import nn
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
 from tokkit.metrics import Card, FeatureBank, Reference, pfid, pfid_deltas, rfid
-from tokkit.metrics.reference import _measured
-from tokkit.features import FeatureExtractor, extract
-from tokkit.metrics import FeatureStats, frechet_distance, load_stats, save_stats
+from tokkit.metrics.evaluator import _on_device
+from tokkit.features import extract, FeatureExtractor, FeatureStats
+from tokkit.metrics import frechet_distance, load_stats, save_stats
 from tokkit.perturbation import perturb_codes
 
 
@@ -148,13 +148,13 @@ def test_pfid_is_the_mean_of_fifteen_independent_passes(images):
 
 
 def test_pfid_without_perturbation_is_rfid(images):
-    a = pfid(Grey(), images, (0.,), (3,), extractor=judge(), bootstrap=3)
+    a = pfid(Grey(), images, alphas=(0.,), deltas=(3,), extractor=judge(), bootstrap=3)
     b = rfid(Grey(), images, judge(), bootstrap=3)
     assert a.value == pytest.approx(b.value) and a.replicates == pytest.approx(b.replicates)
 
 
 def test_same_seed_same_number(images):
-    a, b, c = (pfid(Grey(), images, (.5,), (9,), extractor=judge(), bootstrap=3, seed=s) for s in (0, 0, 1))
+    a, b, c = (pfid(Grey(), images, alphas=(.5,), deltas=(9,), extractor=judge(), bootstrap=3, seed=s) for s in (0, 0, 1))
     assert a == b and a.value != c.value
 
 
@@ -165,7 +165,7 @@ def test_prediction_interval_covers_an_independent_seed():
     e = judge()
     tok = Grey()
     def measure(seed, replicates):
-        return pfid(tok, whole, (.9, .5), (9,), extractor=e, n=200, seed=seed, bootstrap=replicates,
+        return pfid(tok, whole, alphas=(.9, .5), deltas=(9,), extractor=e, n=200, seed=seed, bootstrap=replicates,
                     bank=FeatureBank(), device='cpu')
     cards = [measure(s, 30) for s in range(20)]
     inside = [lo <= measure(100+s, 0).value <= hi for s,
@@ -225,9 +225,9 @@ def test_what_the_paper_leaves_open_is_on_the_card(images):
                   deltas_from='published', rounding='uint8', resize='none', covariance='n-1')
     assert ({k: c.settings[k] for k in wanted} == wanted
             and c.settings['neighbour'].startswith('nearest in the codebook'))
-    assert (pfid(Grey(300), images, (.5,), extractor=judge(),
+    assert (pfid(Grey(300), images, alphas=(.5,), extractor=judge(),
                  bootstrap=0).settings['deltas_from'] == '{200,280,360}*K/16384, rounded')
-    assert (pfid(Grey(300), images, (.5,), (4,), extractor=judge(),
+    assert (pfid(Grey(300), images, alphas=(.5,), deltas=(4,), extractor=judge(),
                  bootstrap=0).settings['deltas_from'] == 'given')
 
 
@@ -290,7 +290,7 @@ def test_images_that_are_none_are_refused_before_the_tokenizer(images, change, w
     "With a fixed reference nobody else would look at them"
     e = judge()
     stats = FeatureBank()(images, e, 'cpu').stats
-    for measure in (rfid, lambda *a, **k: pfid(*a[:2], (.5,), (3,), extractor=a[2], **k)):
+    for measure in (rfid, lambda *a, **k: pfid(*a[:2], alphas=(.5,), deltas=(3,), extractor=a[2], **k)):
         with pytest.raises(ValueError) as caught: measure(Grey(), change(images[:9][0]), e, reference=stats)
         assert words in str(caught.value) and '\n' not in str(caught.value)
 
@@ -298,8 +298,8 @@ def test_images_that_are_none_are_refused_before_the_tokenizer(images, change, w
 def test_a_module_is_measured_where_its_buffers_are():
     tok = nn.Module()
     tok.register_buffer('codebook', torch.zeros(4, 2, device='meta'))
-    with _measured(tok, None) as where: assert where.type == 'meta'
-    with _measured(nn.Module(), None) as where: assert where.type == 'cpu'
+    with _on_device(tok, None) as where: assert where.type == 'meta'
+    with _on_device(nn.Module(), None) as where: assert where.type == 'cpu'
 
 
 def test_reference_is_extracted_once(images):
@@ -314,15 +314,15 @@ def test_reference_is_extracted_once(images):
 
 @pytest.mark.parametrize('call,words', [
     (lambda x: pfid(Grey(64), x), 'at least 256 codes, got 64'),
-    (lambda x: pfid(Grey(), x, (1.5,)), 'alpha must be in'),
-    (lambda x: pfid(Grey(), x, (.5,), (301,)), 'delta must be a whole number in 1..300'),
-    (lambda x: pfid(Grey(), x, ()), 'at least one alpha'),
+    (lambda x: pfid(Grey(), x, alphas=(1.5,)), 'alpha must be in'),
+    (lambda x: pfid(Grey(), x, alphas=(.5,), deltas=(301,)), 'delta must be a whole number in 1..300'),
+    (lambda x: pfid(Grey(), x, alphas=()), 'at least one alpha'),
     (lambda x: pfid(Grey(), x, kind='gaussian', strengths=(.1,)), 'for continuous latents'),
     (lambda x: pfid(SimpleNamespace(codebook=None), x), "kind='gaussian' and strengths"),
     (lambda x: rfid(Grey(), [1, 2]), 'expected images as a tensor'),
     (lambda x: rfid(Grey(), x, 'vgg'), 'extractor must be'),
     (lambda x: rfid(Grey(), x, n=151), 'n must be in 2..150'),
-    (lambda x: pfid(Grey(), x, (50,)), 'alpha must be in [0, 1], got 50'),
+    (lambda x: pfid(Grey(), x, alphas=(50,)), 'alpha must be in [0, 1], got 50'),
     (lambda x: FeatureBank(keep=0), 'keep must be at least 1 set, got 0'),
     (lambda x: FeatureBank()([1, 2], judge()), 'expected images as a tensor'),
     (lambda x: FeatureBank()(x[:0][0], judge()), 'expected at least one image'),

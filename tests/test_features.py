@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tokkit.data import from_uint8
-from tokkit.features import (CLIP_MEAN, CLIP_STD, FeatureExtractor, check_images, chunks, clip, dinov2,
-                             extract, fingerprint, get_extractor)
+from tokkit.features import (check_images, chunks, clip, CLIP_MEAN, CLIP_STD, dinov2, extract,
+                             FeatureExtractor, fingerprint, get_extractor)
 from tokkit.features.extractor import _Prepare
 
 GOLDEN = Path(__file__).parent/'golden'/'timm_vit.npz'
@@ -202,7 +202,6 @@ SETTINGS = """
 import functools, torch
 from torch import nn
 from torch.nn import functional as F
-from tokkit.features import fingerprint
 class Scale:
     def __init__(self, by): self.by = by
     def __call__(self, x): return x*self.by

@@ -15,7 +15,7 @@ HOUSE = list(builder().HOUSE)        # from the ground up
 
 def pages() -> dict[str, str]:
     """Module -> the notebook that it is exported from, below nbs/;
-    as `metrics.card` -> `metrics/06_card.ipynb`"""
+    as `metrics.card` -> `metrics/05_card.ipynb`"""
     found = {}
     for p in sorted(NBS.rglob('*.ipynb')):
         exported = re.search(r'#\| default_exp ([\w.]+)', p.read_text(encoding='utf-8'))
@@ -64,7 +64,7 @@ def test_arrows_point_down(module):
 
 @pytest.mark.parametrize('module', PAGES)
 def test_notebook_mirrors_module(module):
-    "nbs/metrics/06_card.ipynb exports tokkit/metrics/card.py"
+    "nbs/metrics/05_card.ipynb exports tokkit/metrics/card.py"
     assert re.sub(r'(^|/)\d\d_', r'\1', PAGES[module]) == module.replace('.', '/')+'.ipynb'
     assert file_of(module).is_file()
 

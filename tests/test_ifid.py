@@ -11,7 +11,8 @@ from tokkit.data import fashion_mnist
 from tokkit.metrics import Card, rfid
 from tokkit.metrics.ifid import _nearest
 from tokkit.metrics import draw_near, ifid, nearest_latents, slerp
-from tokkit.metrics import FeatureStats, frechet_distance
+from tokkit.features import FeatureStats
+from tokkit.metrics import frechet_distance
 from tokkit.tokenizers import make_tokenizer
 
 

@@ -10,13 +10,11 @@ from hypothesis import given, settings, strategies as st
 from scipy.linalg import sqrtm
 from torch import nn
 
-from tokkit.features import efficientnet, extractors
+from tokkit.features import (across_processes, efficientnet, efficientnet_lite0, efficientnet_taps,
+                             extract, extractors, FeatureExtractor, FeatureStats, get_extractor)
 from tokkit.metrics import pixel
 from tokkit.data import fashion_mnist, from_uint8, to_uint8
-from tokkit.features import FeatureExtractor, efficientnet_lite0, efficientnet_taps, extract, get_extractor
-from tokkit.metrics import (FeatureStats, across_processes, bootstrap_frechet, bootstrap_weights, fd_infinity,
-                            frechet_distance, load_samples, load_stats, mse, psnr, save_samples, save_stats,
-                            ssim, weighted_stats)
+from tokkit.metrics import bootstrap_frechet, bootstrap_weights, fd_infinity, frechet_distance, load_samples, load_stats, mse, psnr, save_samples, save_stats, ssim, weighted_stats
 
 GOLDEN = Path(__file__).parent/'golden'
 stats = FeatureStats.from_features

@@ -59,7 +59,8 @@ def home(folder:Path) -> Path:
     from tokkit.data import load_images
     from tokkit.features import default_extractor, extract
     from tokkit.generators import save_generator
-    from tokkit.metrics import FeatureStats, save_stats
+    from tokkit.features import FeatureStats
+    from tokkit.metrics import save_stats
     from tokkit.runs import run_experiment
     from tokkit.tokenizers import make_tokenizer
     make_images(folder/'images', 64)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .token_use import _classes
 from ..core import make_rng
-from ..features import default_extractor, extract, FeatureExtractor
-from ..metrics import bootstrap_frechet, FeatureStats, frechet_distance, mmd2
+from ..features import default_extractor, extract, FeatureExtractor, FeatureStats
+from ..metrics import bootstrap_frechet, frechet_distance, mmd2
 
 # %% ../../nbs/analysis/02_feature_shift.ipynb #793d719b
 def _dealt(g:Tensor, r:Tensor, seed, deals=10) -> list[float]:

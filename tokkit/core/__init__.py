@@ -9,3 +9,4 @@ from .folders import *
 from .locks import *
 from .bundles import *
 from .registry import *
+from .evaluation import *

@@ -5,3 +5,4 @@ from .vision_transformers import *
 from .extractors import *
 from .lpips import *
 from .power_spectrum import *
+from .statistics import *

@@ -1,5 +1,4 @@
 "Distances between sets of images, as cards with an error"
-from .statistics import *
 from .frechet import *
 from .pixel import *
 from .exchange import *
@@ -7,6 +6,7 @@ from .mmd import *
 from .precision_recall import *
 from .card import *
 from .reference import *
+from .evaluator import *
 from .reconstruction import *
 from .ifid import *
 from .generation import *
