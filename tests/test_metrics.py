@@ -14,7 +14,8 @@ from tokkit.features import (across_processes, efficientnet, efficientnet_lite0,
                              extract, extractors, FeatureExtractor, FeatureStats, get_extractor)
 from tokkit.metrics import pixel
 from tokkit.data import fashion_mnist, from_uint8, to_uint8
-from tokkit.metrics import bootstrap_frechet, bootstrap_weights, fd_infinity, frechet_distance, load_samples, load_stats, mse, psnr, save_samples, save_stats, ssim, weighted_stats
+from tokkit.metrics import (bootstrap_frechet, bootstrap_weights, fd_infinity, frechet_distance, load_samples,
+                            load_stats, mse, psnr, save_samples, save_stats, ssim, weighted_stats)
 
 GOLDEN = Path(__file__).parent/'golden'
 stats = FeatureStats.from_features

@@ -6,8 +6,8 @@ import pytest, torch
 from safetensors import safe_open
 
 from tokkit.generators import autoregressive as ar, autoregressive_sampler as sampler
-from tokkit.generators import (AR_PRESETS, ARCfg, ARGenerator, load_robustok_generator, robustok_generator_state,
-                               random_ratio, released_decay)
+from tokkit.generators import (AR_PRESETS, ARCfg, ARGenerator, load_robustok_generator, random_ratio,
+                               released_decay, robustok_generator_state)
 from tokkit.core import make_rng
 from tokkit.generators import Guidance, drop_labels
 

@@ -54,7 +54,8 @@ def demo_rows(
     demo:Demo, # finished or not; what is missing is made
 ) -> list[dict]:
     "All cards with tokenizer and stage, one row each"
-    return [dict(card=card, tokenizer=k, stage=s) for k in TOKENIZERS for s in STAGES for card in demo.cards(k, s)]
+    return [dict(card=card, tokenizer=k, stage=s) for k in TOKENIZERS for s in STAGES
+            for card in demo.cards(k, s)]
 
 # %% ../../nbs/demo/04_story.ipynb #26a9c069
 def demo_tokenizer(

@@ -77,7 +77,8 @@ def clip(
     state,where,vit,kind = _vit('clip_vitb32', weights, size, layer_scale=None)
     tower = _Summary(vit, len(state.get('head.weight', [0])))
     ends = {k:state.pop(k) for k in list(state) if k.startswith(('norm_pre.', 'head.'))}
-    if wrong := state_dict_mismatch({k:v for k,v in tower.state_dict().items() if not k.startswith('vit.')}, ends):
+    own = {k:v for k,v in tower.state_dict().items() if not k.startswith('vit.')}
+    if wrong := state_dict_mismatch(own, ends):
         raise ValueError(f"{where}: {', '.join(wrong)}; expected CLIP's image tower in timm's names")
     tower.load_state_dict(ends, strict=False)
     load_vit(vit, {'patch_embed.proj.bias': torch.zeros(vit.norm.normalized_shape), **state}, where)

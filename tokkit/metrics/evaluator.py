@@ -184,7 +184,8 @@ def frechet(self:Measurement,
     ref = self.reference
     seed = self.evaluator.seed
     value = frechet_distance(FeatureStats.from_features(features, ref.extractor), ref.stats)
-    return value, bootstrap_frechet(features, lambda i: ref.replicate(i, seed), self.evaluator.bootstrap, seed)
+    replicates = self.evaluator.bootstrap
+    return value, bootstrap_frechet(features, lambda i: ref.replicate(i, seed), replicates, seed)
 
 @patch
 def distance(self:Measurement,

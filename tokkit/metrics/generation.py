@@ -299,7 +299,7 @@ def gfid(
     samples:Any,                   # as in `evaluate_generator`
     reference:Any,                 # real images: set, tensor, `Reference`, or `FeatureStats`
     evaluator:Evaluator|FeatureExtractor|str|None = None, # who judges; an extractor stands for its evaluator
-    **settings:Any,                # further arguments of `evaluate_generator`: n, settings, bootstrap, seed, ...
+    **settings:Any,                # further arguments of `evaluate_generator`: n, settings, bootstrap, ...
 ) -> Card:
     "Fréchet distance between samples and real images"
     return evaluate_generator(samples, reference, evaluator, metrics='gFID', **settings)[0]

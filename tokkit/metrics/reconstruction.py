@@ -152,7 +152,8 @@ def _choices(tok:Any, doses:Doses, rows:list[dict]) -> dict:
     k = tok.codebook.shape[-2]
     near = 'nearest in the codebook'
     if tok.codebook.ndim == 3: near += ' of the same level'
-    if getattr(getattr(tok, 'quantizer', None), 'lattice', None): near = 'fewest steps on the lattice of codes'
+    quantizer = getattr(tok, 'quantizer', None)
+    if getattr(quantizer, 'lattice', None): near = 'fewest steps on the lattice of codes'
     source = '{200,280,360}*K/16384, rounded'
     if k in PFID_DELTAS: source = 'published'
     if doses.deltas: source = 'given'

@@ -19,7 +19,8 @@ from ..core import Registry, sort_settings
 from ..data import from_uint8, to_uint8
 from ..features import efficientnet_taps, FeatureExtractor, stream
 from .card import Card
-from .evaluator import _alike, _on_device, _print, _se, _through, Evaluator, Measurement, METRICS
+from .evaluator import (_alike, _on_device, _print, _se, _through, Evaluator, Measurement,
+                                      METRICS)
 from .frechet import bootstrap_weights
 from .generation import _fidelity, _impossible, _wanted, Comparison, FEATURE_METRICS
 from .pixel import psnr, ssim
@@ -48,7 +49,8 @@ class FeatureDistance(nn.Module):
 # %% ../../nbs/metrics/11_scorecard.ipynb #8df2e08e
 DECIBELS = 100.    # PSNR of a copy without error
 
-IMAGE_METRICS = Registry('image metric', 'tokkit.image_metrics') # (reconstruction, image) -> a number an image
+# functions of reconstructions and images that give a number an image
+IMAGE_METRICS = Registry('image metric', 'tokkit.image_metrics')
 IMAGE_METRICS.register('PSNR', psnr)
 IMAGE_METRICS.register('SSIM', ssim)
 
@@ -63,7 +65,8 @@ def _mean_card(measurement:Measurement, metric:str, values:Tensor, by:str, how:d
     evaluator = measurement.evaluator
     replicates = [float(values@bootstrap_weights(n, i, evaluator.seed)/n) for i in range(evaluator.bootstrap)]
     return Card(metric, float(values.mean()), se=_se(replicates), n=n, extractor=by,
-                reference=measurement.images['name'], seed=evaluator.seed, settings=how, replicates=replicates)
+                reference=measurement.images['name'], seed=evaluator.seed, settings=how,
+                replicates=replicates)
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #5d537de6
 def _plain(how:dict) -> dict:
@@ -97,7 +100,8 @@ class _Seen(NamedTuple):
 
 def _measures(wanted:list[str], look:Callable|None, classifier:Callable|None) -> dict[str,Callable]:
     "What is measured of a reconstruction and its image"
-    measures = dict(IMAGE_METRICS) | {'IS': lambda xh, x: classifier(xh), 'LPIPS-style': lambda xh, x: look(x, xh)}
+    measures = dict(IMAGE_METRICS)
+    measures |= {'IS': lambda xh, x: classifier(xh), 'LPIPS-style': lambda xh, x: look(x, xh)}
     return {m:f for m,f in measures.items() if m in wanted}
 
 def _saved(x:Tensor) -> Tensor:
@@ -134,7 +138,8 @@ def _look(tok:Any, images:Any, wanted:list[str], evaluator:Evaluator) -> _Seen:
     return _Seen(of, each, ids, getattr(look, 'name', 'given'))
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #c3fc55c6
-_BY_NAME = {'rFID':'rfid', 'pFID':'pfid', 'iFID':'ifid'}   # cards of `METRICS` that the table calls by other names
+# metrics of `METRICS` by the names of their cards
+_BY_NAME = {'rFID':'rfid', 'pFID':'pfid', 'iFID':'ifid'}
 
 def tokenizer_metrics() -> list[str]:
     "Names of all numbers of a tokenizer's table, in its order; those of other packages come last"

@@ -52,7 +52,8 @@ def _rows(answer:Any) -> list[dict]:
     if isinstance(answer, (list, tuple)): return [row for one in answer for row in _rows(one)]
     if callable(getattr(answer, 'row', None)): return [answer.row()]
     if isinstance(answer, dict): return [answer]
-    raise ValueError(f"evaluate_grid: run must return a dict, a card or a list of them, got {type(answer).__name__}")
+    raise ValueError("evaluate_grid: run must return a dict, a card or a list of them, got "
+                     f"{type(answer).__name__}")
 
 def evaluate_grid(
     # answers one point: called with the grid's names as keywords; returns a dict, a card, or a list of them
