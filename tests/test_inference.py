@@ -106,7 +106,7 @@ def test_bf16_for_every_generator(gen):
 COMPILED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_fast import MAKE, fast, labels, make, seeds
+from test_inference import MAKE, fast, labels, make, seeds
 for kind,precision in ('rar', 'int8'), ('flow', 'fp32'):
     gen = make(kind)
     compiled,plain = fast(gen, precision, compile='aot_eager'),fast(gen, precision)
