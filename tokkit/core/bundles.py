@@ -15,6 +15,7 @@ Settings = TypeVar('Settings')
 def bundle(
     kind:type[Settings],         # a frozen dataclass
     given:Settings|None = None,  # one of them; None: the defaults
+    /,                           # so that a field may be called `kind` or `given`
     **changes:Any,               # fields that shall be different
 ) -> Settings:
     "An object of settings, with some of its fields changed"
