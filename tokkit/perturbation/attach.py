@@ -7,27 +7,34 @@ __all__ = ['Attached', 'attach']
 
 # %% ../../nbs/perturbation/08_attach.ipynb #3d8120eb
 import torch
-from torch import nn
+from fastcore.basics import patch
+from jaxtyping import Int
+from torch import nn, Tensor
 
 from ..core import make_rng
 from .foreign import (_is, _pair, find_quantizer, Foreign, from_tokens, Reading, swap,
                                          to_tokens)
 from .kinds import CodeKind
-from .module import LatentPerturbation
+from .module import LatentPerturbation, Perturbed
 from ..tokenizers import check_delta, NoQuantizer, Quantized
 
 # %% ../../nbs/perturbation/08_attach.ipynb #ebbc9ad1
 class Attached:
     "A perturbation inside a module; in training mode only"
-    def __init__(self, perturbation, reading, rng, shard):
+    def __init__(self,
+        perturbation:LatentPerturbation|None,   # what to do; None: nothing
+        reading:Reading|None,                   # how the module is read
+        rng:torch.Generator|None,               # all draws
+        shard:tuple[int,int],                   # (rank, world), as in `Draws`
+    ):
         self.perturbation = perturbation
         self.reading = reading
         self.rng = rng
         self.shard = shard
-        self.epoch = 0.
-        self.gradient = None
-        self.last = None
-        self.hook = None  # gradient: of the loss by the leaving latents
+        self.epoch = 0.         # for the annealing
+        self.gradient = None    # of the loss by the leaving latents
+        self.last = None        # what the last batch became
+        self.hook = None        # in the module
 
     @property
     def rate(self) -> float:
@@ -41,53 +48,102 @@ class Attached:
     # a copy of the model (an average of weights, a file) is not perturbed
     def __reduce__(self): return _absent,()
 
-    def after(self, module, args, output):
-        "Forward hook of a quantizer"
-        if not module.training or self.perturbation is None: return None
-        zq,ids = self.reading.read(args[0], output)
-        return swap(output, zq, self.damaged(args[0], zq, ids))
+def _absent():
+    "What a copy of an `Attached` is: nothing"
+    return Attached(None, None, None, (0, 1))
 
-    def before(self, module, args):
-        "Forward hook of a module that continuous latents enter"
-        return ((self.damaged(args[0], args[0], None), *args[1:]) if module.training
-                and self.perturbation is not None else None)
 
-    def damaged(self, z, zq, ids):
-        "Perturbed latents in the layout of `zq`"
-        codes = self.reading.codes
-        first = self.reading.channels_first(zq)
-        rows = to_tokens(zq, first)
-        entering = to_tokens(z, first)
-        given = ids
-        gradient = (to_tokens(self.gradient, first) if self.perturbation.needs_gradient
-                    and self.gradient is not None else None)
-        if foreign := isinstance(codes, Foreign):
-            ids = ids.long().reshape(*rows.shape[:2], *[codes.levels]*(codes.levels > 1))
-            given = ids.clamp_min(0)
-            codes.grid = tuple(zq.shape[2:] if first else zq.shape[1:-1])
-            entering = entering.detach()
-            codes.to(rows.device).count(given)
-            gradient = gradient if gradient is None else codes.back(gradient)
-        clean = Quantized(rows, given, rows.new_zeros(()), rows.new_zeros(()))
-        p = self.last = self.perturbation(entering, clean, codes, self.epoch, self.rng, gradient, self.shard)
-        if foreign and isinstance(self.perturbation.chosen_kind(False), CodeKind):
-            p = _kept_form(p, rows, ids, codes)
-        return from_tokens(p.zq, zq, first)
-
-def _kept_form(p, rows, ids, codes):
+# %% ../../nbs/perturbation/08_attach.ipynb #c82a70db
+def _kept_form(p:Perturbed, rows, ids, codes) -> Perturbed:
     "New codes with the gradient the module's own had, and to what stands behind its codes"
     new = torch.where(ids < 0, ids, p.ids)             # a level that was dropped stays so
     value = codes.codes(new)
     was = codes.codes(ids)
     moved = rows+(value-rows).detach()+((value-was)-(value-was).detach())
-    return p._replace(zq=torch.where((new != ids).flatten(2).any(2)[...,None] if ids.ndim > 2
-                                     else (new != ids)[...,None], moved, rows))
+    changed = (new != ids).flatten(2).any(2) if ids.ndim > 2 else new != ids
+    return p._replace(zq=torch.where(changed[...,None], moved, rows))
 
-def _absent():
-    "What a copy of an `Attached` is: nothing"
-    return Attached(None, None, None, (0, 1))
+
+# %% ../../nbs/perturbation/08_attach.ipynb #5659640d
+@patch
+def damaged(self:Attached,
+    z:Tensor,                       # latents that enter the quantizer
+    zq:Tensor,                      # latents that leave it
+    ids:Int[Tensor, "..."]|None,    # their ids; None: continuous latents
+) -> Tensor:
+    "Perturbed latents in the layout of `zq`"
+    codes = self.reading.codes
+    first = self.reading.channels_first(zq)
+    rows = to_tokens(zq, first)
+    entering = to_tokens(z, first)
+    gradient = None
+    if self.perturbation.needs_gradient and self.gradient is not None:
+        gradient = to_tokens(self.gradient, first)
+    if not isinstance(codes, Foreign):
+        self.last = self._perturb(entering, rows, ids, gradient)
+        return from_tokens(self.last.zq, zq, first)
+    levels = [codes.levels]*(codes.levels > 1)
+    ids = ids.long().reshape(*rows.shape[:2], *levels)
+    codes.grid = tuple(zq.shape[2:] if first else zq.shape[1:-1])
+    return from_tokens(self._foreign(entering.detach(), rows, ids, gradient).zq, zq, first)
+
+@patch
+def _foreign(self:Attached, entering, rows, ids, gradient) -> Perturbed:
+    "A perturbed batch of another package's quantizer"
+    codes = self.reading.codes
+    given = ids.clamp_min(0)
+    codes.to(rows.device).count(given)
+    if gradient is not None: gradient = codes.back(gradient)
+    p = self.last = self._perturb(entering, rows, given, gradient)
+    recoded = isinstance(self.perturbation.chosen_kind(False), CodeKind)
+    return _kept_form(p, rows, ids, codes) if recoded else p
+
+@patch
+def _perturb(self:Attached, entering, rows, ids, gradient) -> Perturbed:
+    "What the perturbation makes of a batch"
+    nothing = rows.new_zeros(())
+    clean = Quantized(rows, ids, nothing, nothing)
+    return self.perturbation(entering, clean, self.reading.codes, self.epoch, self.rng, gradient, self.shard)
+
+
+# %% ../../nbs/perturbation/08_attach.ipynb #a2009104
+@patch
+def after(self:Attached, module:nn.Module, args:tuple, output):
+    "Forward hook of a quantizer"
+    if not module.training or self.perturbation is None: return None
+    zq,ids = self.reading.read(args[0], output)
+    return swap(output, zq, self.damaged(args[0], zq, ids))
+
+@patch
+def before(self:Attached, module:nn.Module, args:tuple):
+    "Forward hook of a module that continuous latents enter"
+    if not module.training or self.perturbation is None: return None
+    return self.damaged(args[0], args[0], None), *args[1:]
+
 
 # %% ../../nbs/perturbation/08_attach.ipynb #5ab15242
+def _target(module, latents):
+    "The module that is hooked, how it is read, and whether latents enter it"
+    enters = module if latents else None
+    if not latents and _is(module, 'diffusers', 'AutoencoderKL'):
+        enters = module.post_quant_conv or module.decoder
+    if enters is None: return *find_quantizer(module), False
+    return enters, Reading(NoQuantizer(), _pair, lambda z: z.ndim == 4), True
+
+def _check_fit(perturbation, module, target, codes):
+    "Raise where the perturbation cannot treat these codes, or somebody is there already"
+    name = type(module).__name__
+    why = perturbation.why_not(codes)
+    if why: raise ValueError(f"{name}: {why}")
+    kind = perturbation.chosen_kind(not codes.codebook_size)
+    if codes.codebook_size and isinstance(kind, CodeKind) and kind.by_neighbours:
+        check_delta(perturbation.delta, codes.codebook_size, perturbation.include_self)
+    hooks = (*target._forward_hooks.values(), *target._forward_pre_hooks.values())
+    if any(isinstance(getattr(h, '__self__', None), Attached) for h in hooks):
+        raise ValueError(f"{name} is perturbed already; remove() the handle it has first")
+
+
+# %% ../../nbs/perturbation/08_attach.ipynb #99a51954
 def attach(
     perturbation:LatentPerturbation,      # what to do
     module:nn.Module,                     # a quantizer, or a model that holds one
@@ -95,25 +151,15 @@ def attach(
     latents:bool = False,                 # the module is one that continuous latents enter, such as a decoder
     rng:torch.Generator|None = None,      # all draws; None: a stream of its own from `seed`
     seed:int = 0,                         # moves all draws
-    shard:tuple[int,int] = (0, 1),        # (rank, world), as in `perturb_codes`
+    shard:tuple[int,int] = (0, 1),        # (rank, world), as in `Draws`
 ) -> Attached:
     "Perturb what leaves a quantizer, or what enters a decoder, while it trains"
-    enters = module if latents else None
-    if not latents and _is(module, 'diffusers', 'AutoencoderKL'):
-        enters = module.post_quant_conv or module.decoder
-    first = lambda z: z.ndim == 4
-    target,reading = ((enters, Reading(NoQuantizer(), _pair, first)) if enters is not None
-                      else find_quantizer(module))
-    why = perturbation.why_not(reading.codes)
-    if why: raise ValueError(f"{type(module).__name__}: {why}")
-    if reading.codes.codebook_size and getattr(perturbation.chosen_kind(False), 'by_neighbours', False):
-        check_delta(perturbation.delta, reading.codes.codebook_size, perturbation.include_self)
-    hooks = (*target._forward_hooks.values(), *target._forward_pre_hooks.values())
-    if any(isinstance(getattr(h, '__self__', None), Attached) for h in hooks):
-        raise ValueError(f"{type(module).__name__} is perturbed already; remove() the handle it has first")
+    target,reading,enters = _target(module, latents)
+    _check_fit(perturbation, module, target, reading.codes)
     handle = Attached(perturbation, reading, rng or make_rng(seed, 'plugin'), shard)
-    handle.hook = (target.register_forward_pre_hook(handle.before) if enters is not None
-                   else target.register_forward_hook(handle.after))
+    if enters: handle.hook = target.register_forward_pre_hook(handle.before)
+    else: handle.hook = target.register_forward_hook(handle.after)
     return handle
 
 LatentPerturbation.attach = attach     # the same as a method
+
