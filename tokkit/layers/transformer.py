@@ -51,6 +51,11 @@ class BlockOptions:
         if self.gelu not in ('erf', 'tanh'): raise ValueError(f"gelu must be erf or tanh, got {self.gelu!r}")
 
 
+# %% ../../nbs/layers/01_transformer.ipynb #c9908dbc
+def _mlp(dim, hidden, gelu):
+    activation = nn.GELU('tanh' if gelu == 'tanh' else 'none')
+    return nn.Sequential(nn.Linear(dim, hidden), activation, nn.Linear(hidden, dim))
+
 # %% ../../nbs/layers/01_transformer.ipynb #dde32d9c
 class ViTBlock(nn.Module):
     "Pre-norm transformer block"
@@ -76,11 +81,6 @@ class ViTBlock(nn.Module):
         return x+self._branch(self.mlp(self.norm2(x)), 1)
 
     def _branch(self, y, i): return self.drop_path(self.dropout(y if self.gamma is None else self.gamma[i]*y))
-
-def _mlp(dim, hidden, gelu):
-    activation = nn.GELU('tanh' if gelu == 'tanh' else 'none')
-    return nn.Sequential(nn.Linear(dim, hidden), activation, nn.Linear(hidden, dim))
-
 
 # %% ../../nbs/layers/01_transformer.ipynb #40067450
 @patch
@@ -141,15 +141,16 @@ class ModulatedBlock(ViTBlock):
         "Shifts, scales and gates of a condition, side by side: six times d channels"
         return self.adaLN_modulation(c)
 
-    def forward(self,
-        x:Float[Tensor, "b n d"],                       # tokens
-        modulation:Float[Tensor, "b one_or_n m"],       # of `modulation`, one for all tokens or one each
-        cache:KVCache|None = None,                      # of the tokens before
-    ) -> Float[Tensor, "b n d"]:
-        b1,s1,g1,b2,s2,g2 = modulation.chunk(6, -1)
-        x = x+g1*self._branch(self.attn(modulate(self.norm1(x), b1, s1), cache), 0)
-        return x+g2*self._branch(self.mlp(modulate(self.norm2(x), b2, s2)), 1)
-
+# %% ../../nbs/layers/01_transformer.ipynb #7b0cbda9
+@patch
+def forward(self:ModulatedBlock,
+    x:Float[Tensor, "b n d"],                       # tokens
+    modulation:Float[Tensor, "b one_or_n m"],       # of `modulation`, one for all tokens or one each
+    cache:KVCache|None = None,                      # of the tokens before
+) -> Float[Tensor, "b n d"]:
+    b1,s1,g1,b2,s2,g2 = modulation.chunk(6, -1)
+    x = x+g1*self._branch(self.attn(modulate(self.norm1(x), b1, s1), cache), 0)
+    return x+g2*self._branch(self.mlp(modulate(self.norm2(x), b2, s2)), 1)
 
 # %% ../../nbs/layers/01_transformer.ipynb #55d86335
 @patch
@@ -160,8 +161,7 @@ def folded(self:ModulatedBlock, c:Float[Tensor, "*b d"]) -> Float[Tensor, "*b 6 
     b2,a2 = _fold(self.norm2, b2, s2)
     return torch.stack([b1, a1, g1, b2, a2, g2], -2)
 
-@patch
-def step(self:ModulatedBlock,
+def _step(self,
     x:Float[Tensor, "b d"],             # one new token a row
     folded:Float[Tensor, "b 6 d"],      # of `folded`
     cache:KVCache,                      # of the tokens before
@@ -175,6 +175,7 @@ def step(self:ModulatedBlock,
     x = torch.addcmul(x, g1, self.attn.step(torch.addcmul(b1, norm(x), a1), cache, at, length, mask))
     return torch.addcmul(x, g2, self.mlp(torch.addcmul(b2, norm(x), a2)))
 
+ModulatedBlock.step = _step
 
 # %% ../../nbs/layers/01_transformer.ipynb #b96a9879
 class PatchEmbed(nn.Module):
@@ -184,6 +185,16 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, patch)
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]: return self.proj(x).flatten(2).mT
+
+# %% ../../nbs/layers/01_transformer.ipynb #be1f63c6
+def _refiner(channels, width):
+    "Three convolutions whose last one starts at zero"
+    def conv(i, o): return nn.Conv2d(i, o, 3, padding=1)
+    layers = nn.Sequential(conv(channels, width), nn.GELU(), conv(width, width), nn.GELU(),
+                           conv(width, channels))
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    return layers
 
 # %% ../../nbs/layers/01_transformer.ipynb #3f0a3dd2
 class PixelHead(nn.Module):
@@ -197,16 +208,7 @@ class PixelHead(nn.Module):
         self.patch = patch
         self.grid = grid
         self.proj = nn.Linear(dim, channels*patch**2)
-        self.refine = self._refiner(channels, refine) if refine else None
-
-    @staticmethod
-    def _refiner(channels, width):
-        def conv(i, o): return nn.Conv2d(i, o, 3, padding=1)
-        layers = nn.Sequential(conv(channels, width), nn.GELU(), conv(width, width), nn.GELU(),
-                               conv(width, channels))
-        nn.init.zeros_(layers[-1].weight)
-        nn.init.zeros_(layers[-1].bias)  # starts as the identity
-        return layers
+        self.refine = _refiner(channels, refine) if refine else None
 
     def forward(self, x:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         h,w = self.grid
@@ -287,6 +289,7 @@ def place(self:ViT, x:Float[Tensor, "b n d"], grid:tuple[int,int]|None = None) -
     if self.cls_token is not None: x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (b 1+n d)
     return x+resize_positions(self.pos_embed, self.grid, grid or self.grid, self.prefix)
 
+# %% ../../nbs/layers/01_transformer.ipynb #3c501b2b
 @patch
 def embed(self:ViT, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
     "Images to the tokens that enter the first block"

@@ -52,7 +52,7 @@ class Nearest(CodeKind):
         return torch.randint(delta, shape, generator=rng, device=rng.device if rng else None)
     def redraw(self, tokens): return tokens.neighbour(tokens.places)
 
-PERTURBATIONS.register('official', Preset('nearest',
+_official = PERTURBATIONS.register('official', Preset('nearest',
     "the same, as released: around the latent, coin per token, the batch's first images",
     'its released code', OFFICIAL))
 
@@ -121,8 +121,9 @@ class Adversarial(CodeKind, NoiseKind):
     def noise(self, z, how, draws, gradient=None):
         return how.std*z.shape[-1]**.5*F.normalize(gradient, dim=-1).to(z)
 
-PERTURBATIONS.register('blocks', Preset('nearest', 'nearest, all in one block', 'errors come in clusters',
-                                        dict(where='blocks', alpha=.25, beta=.5)))
+_blocks = PERTURBATIONS.register('blocks', Preset(
+    'nearest', 'nearest, all in one block', 'errors come in clusters',
+    dict(where='blocks', alpha=.25, beta=.5)))
 
 # %% ../../nbs/perturbation/03_codes.ipynb #fc0b80b0
 _SCALES = ("a code of one scale reaches the latents resized and mixed: take neighbours='code' and a kind "
@@ -188,8 +189,8 @@ def _redraw(kind, tokens, hit):
     chosen = tokens.at(hit)
     new = kind.redraw(chosen)
     if new.shape != chosen.ids.shape:
-        raise ValueError(f"{type(kind).__name__}.redraw must give one code for each of {len(chosen.ids)} tokens, "
-                         f"got {tuple(new.shape)}; return ids in the shape of tokens.ids")
+        raise ValueError(f"{type(kind).__name__}.redraw must give one code for each of {len(chosen.ids)} "
+                         f"tokens, got {tuple(new.shape)}; return ids in the shape of tokens.ids")
     return tokens.ids.masked_scatter(hit, new)
 
 # %% ../../nbs/perturbation/03_codes.ipynb #b10ba588

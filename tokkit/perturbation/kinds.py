@@ -85,7 +85,7 @@ class CodeKind(Kind):
         delta:int,                    # neighbours
         rng:torch.Generator|None,     # all draws
     ) -> Shaped[Tensor, "b n"]:
-        "One number for each token, drawn whether it is hit or not; uniform in 0..1 unless a kind says otherwise"
+        "One number for each token, hit or not; uniform in 0..1 unless a kind says otherwise"
         return _uniform(shape, rng, dtype=torch.double)
 
     def redraw(self,

@@ -82,8 +82,8 @@ class Interpolate(NoiseKind):
 
     def mix(self, z, strength, noise): return (1-strength)*z+strength*noise
 
-PERTURBATIONS.register('rae', Preset('gaussian', 'noise, its strength by image', 'arXiv 2510.11690',
-                                     dict(strength=.8, draw='uniform', beta=1.)))
+_rae = PERTURBATIONS.register('rae', Preset('gaussian', 'noise, its strength by image', 'arXiv 2510.11690',
+                                            dict(strength=.8, draw='uniform', beta=1.)))
 
 # %% ../../nbs/perturbation/04_latents.ipynb #2b360cb2
 def _check_noise(strength, kind, name, draw, gradient):

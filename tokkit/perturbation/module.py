@@ -44,7 +44,7 @@ class LatentPerturbation:
     neighbours:str = 'code'             # as in `CodeSwap`
     include_self:bool = True            # as in `CodeSwap`
     select:str = 'random'               # as in `Selection`
-    kind:str|None = None                # see `PERTURBATIONS`; None: 'nearest', 'gaussian' for continuous latents
+    kind:str|None = None                # a kind; None: 'nearest', 'gaussian' for continuous latents
     strength:float = .5                 # of noise and of adversarial steps, annealed, as in `perturb_latents`
     where:str = 'tokens'                # as in `Selection`
     gamma:float = 1.                    # as in `Noise`
@@ -55,7 +55,8 @@ class LatentPerturbation:
         check_range('alpha', self.alpha)
         check_range('beta', self.beta)
         check_count('delta', self.delta, hint='1 redraws nothing')
-        check_range('strength', self.strength, 0, Kind.most if self.kind is None else choose_kind(self.kind).most)
+        kind = Kind if self.kind is None else choose_kind(self.kind)
+        check_range('strength', self.strength, 0, kind.most)
         if self.annealing is not None and not callable(self.annealing):
             raise ValueError("annealing must be a function of the epoch, such as annealing('half', epochs), "
                              f"got {self.annealing!r}")
