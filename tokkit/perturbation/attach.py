@@ -36,13 +36,6 @@ class Attached:
         self.last = None        # what the last batch became
         self.hook = None        # in the module
 
-    @property
-    def rate(self) -> float:
-        "Fraction of the ids (dropped tokens; images under noise) that the last batch lost"
-        return self.last.rate if self.last else 0.
-    def remove(self):
-        "Leave the module as it was"
-        if self.hook is not None: self.hook.remove()
     def __enter__(self): return self
     def __exit__(self, *error): self.remove()
     # a copy of the model (an average of weights, a file) is not perturbed
@@ -52,6 +45,17 @@ def _absent():
     "What a copy of an `Attached` is: nothing"
     return Attached(None, None, None, (0, 1))
 
+
+# %% ../../nbs/perturbation/08_attach.ipynb #30c91eec
+@patch(as_prop=True)
+def rate(self:Attached) -> float:
+    "Fraction of the ids (dropped tokens; images under noise) that the last batch lost"
+    return self.last.rate if self.last else 0.
+
+@patch
+def remove(self:Attached):
+    "Leave the module as it was"
+    if self.hook is not None: self.hook.remove()
 
 # %% ../../nbs/perturbation/08_attach.ipynb #c82a70db
 def _kept_form(p:Perturbed, rows, ids, codes) -> Perturbed:
@@ -63,6 +67,25 @@ def _kept_form(p:Perturbed, rows, ids, codes) -> Perturbed:
     changed = (new != ids).flatten(2).any(2) if ids.ndim > 2 else new != ids
     return p._replace(zq=torch.where(changed[...,None], moved, rows))
 
+
+# %% ../../nbs/perturbation/08_attach.ipynb #afc7c6d7
+@patch
+def _perturb(self:Attached, entering, rows, ids, gradient) -> Perturbed:
+    "What the perturbation makes of a batch"
+    nothing = rows.new_zeros(())
+    clean = Quantized(rows, ids, nothing, nothing)
+    return self.perturbation(entering, clean, self.reading.codes, self.epoch, self.rng, gradient, self.shard)
+
+@patch
+def _foreign(self:Attached, entering, rows, ids, gradient) -> Perturbed:
+    "A perturbed batch of another package's quantizer"
+    codes = self.reading.codes
+    given = ids.clamp_min(0)
+    codes.to(rows.device).count(given)
+    if gradient is not None: gradient = codes.back(gradient)
+    p = self.last = self._perturb(entering, rows, given, gradient)
+    recoded = isinstance(self.perturbation.chosen_kind(False), CodeKind)
+    return _kept_form(p, rows, ids, codes) if recoded else p
 
 # %% ../../nbs/perturbation/08_attach.ipynb #5659640d
 @patch
@@ -86,25 +109,6 @@ def damaged(self:Attached,
     ids = ids.long().reshape(*rows.shape[:2], *levels)
     codes.grid = tuple(zq.shape[2:] if first else zq.shape[1:-1])
     return from_tokens(self._foreign(entering.detach(), rows, ids, gradient).zq, zq, first)
-
-@patch
-def _foreign(self:Attached, entering, rows, ids, gradient) -> Perturbed:
-    "A perturbed batch of another package's quantizer"
-    codes = self.reading.codes
-    given = ids.clamp_min(0)
-    codes.to(rows.device).count(given)
-    if gradient is not None: gradient = codes.back(gradient)
-    p = self.last = self._perturb(entering, rows, given, gradient)
-    recoded = isinstance(self.perturbation.chosen_kind(False), CodeKind)
-    return _kept_form(p, rows, ids, codes) if recoded else p
-
-@patch
-def _perturb(self:Attached, entering, rows, ids, gradient) -> Perturbed:
-    "What the perturbation makes of a batch"
-    nothing = rows.new_zeros(())
-    clean = Quantized(rows, ids, nothing, nothing)
-    return self.perturbation(entering, clean, self.reading.codes, self.epoch, self.rng, gradient, self.shard)
-
 
 # %% ../../nbs/perturbation/08_attach.ipynb #a2009104
 @patch

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
@@ -66,14 +67,17 @@ class Foreign(Quantizer):
         c = self._inner(ids) if self._inner else self._side_by_side(ids)
         return self._behind()(c) if self._behind() else c
 
-    def _side_by_side(self, ids):
-        book = self.codebook
-        if book.ndim == 2: return book[ids]
-        return torch.cat([e[i] for e,i in zip(book, ids.unbind(-1))], -1)
+# %% ../../nbs/perturbation/07_foreign.ipynb #8e4464ab
+@patch
+def _side_by_side(self:Foreign, ids):
+    book = self.codebook
+    if book.ndim == 2: return book[ids]
+    return torch.cat([e[i] for e,i in zip(book, ids.unbind(-1))], -1)
 
-    def back(self, gradient):
-        "A gradient by what leaves the module, as one by the codes"
-        return gradient@self._behind().weight.detach() if self._behind() else gradient
+@patch
+def back(self:Foreign, gradient:Tensor) -> Tensor:
+    "A gradient by what leaves the module, as one by the codes"
+    return gradient@self._behind().weight.detach() if self._behind() else gradient
 
 # %% ../../nbs/perturbation/07_foreign.ipynb #32f784cd
 def _is(module, package, *names) -> bool:
@@ -171,6 +175,28 @@ def _tensors(output) -> list[Tensor]:
     if not isinstance(output, (tuple, list)): return []
     return [t for o in output for t in _tensors(o)]
 
+# %% ../../nbs/perturbation/07_foreign.ipynb #d3ec714b
+def _find_latents(output, d):
+    "The first tensor of real numbers with an axis of d channels, or None"
+    for t in _tensors(output):
+        if t.is_floating_point() and t.ndim >= 3 and d in (t.shape[1], t.shape[-1]): return t
+
+def _find_ids(output, count):
+    "The first tensor of that many whole numbers, or None"
+    for t in _tensors(output):
+        whole = not t.is_floating_point() and t.dtype != torch.bool
+        if whole and t.numel() == count: return t
+
+# %% ../../nbs/perturbation/07_foreign.ipynb #53b006be
+def _rows(m, rows, codes):
+    "Ids of latents that are rows of a codebook"
+    near = [(e, nearest_codes(rows, e)[...,0]) for e in (codes.codebook, F.normalize(codes.codebook, dim=-1))]
+    off,ids = min((((e[i]-rows).abs().max().item(), i) for e,i in near), key=itemgetter(0))
+    if off > 1e-3:
+        raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by "
+                         f"{off:.2g})")
+    return ids
+
 # %% ../../nbs/perturbation/07_foreign.ipynb #30ffb3ba
 def _read_rows(m) -> Reading|None:
     "A module whose output is made of rows of a codebook it shows"
@@ -188,27 +214,6 @@ def _read_rows(m) -> Reading|None:
         return zq,(_rows(m, rows, codes) if ids is None else ids.reshape(rows.shape[:2]))
     return Reading(codes, read, first)
 
-def _find_latents(output, d):
-    "The first tensor of real numbers with an axis of d channels, or None"
-    for t in _tensors(output):
-        if t.is_floating_point() and t.ndim >= 3 and d in (t.shape[1], t.shape[-1]): return t
-
-def _find_ids(output, count):
-    "The first tensor of that many whole numbers, or None"
-    for t in _tensors(output):
-        whole = not t.is_floating_point() and t.dtype != torch.bool
-        if whole and t.numel() == count: return t
-
-# %% ../../nbs/perturbation/07_foreign.ipynb #724571fc
-def _rows(m, rows, codes):
-    "Ids of latents that are rows of a codebook"
-    near = [(e, nearest_codes(rows, e)[...,0]) for e in (codes.codebook, F.normalize(codes.codebook, dim=-1))]
-    off,ids = min((((e[i]-rows).abs().max().item(), i) for e,i in near), key=itemgetter(0))
-    if off > 1e-3:
-        raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by "
-                         f"{off:.2g})")
-    return ids
-
 # %% ../../nbs/perturbation/07_foreign.ipynb #4f5e496d
 def _known(m) -> bool:
     "Whether the class of the module says how to read it"
@@ -223,6 +228,7 @@ def _reading(m) -> Reading|None:
     if hasattr(m, 'num_codebooks'): return _read_signs(m)
     return _read_vq(m)
 
+# %% ../../nbs/perturbation/07_foreign.ipynb #a9606fd3
 def _outermost(found):
     "Of named modules those that lie in no other one of them"
     inside = lambda n,o: o != n and (not o or n.startswith(f'{o}.'))

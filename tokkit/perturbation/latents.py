@@ -93,6 +93,7 @@ def _check_noise(strength, kind, name, draw, gradient):
     if kind.needs_gradient and gradient is None:
         raise ValueError(f"kind={name!r} follows the loss; pass its gradient as gradient")
 
+# %% ../../nbs/perturbation/04_latents.ipynb #7925303f
 def perturb_latents(
     z:Float[Tensor, "b n d"],   # clean latents
     strength:float,             # >= 0, in standard deviations; interpolate: 0..1

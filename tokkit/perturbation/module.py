@@ -83,6 +83,13 @@ def needs_gradient(self:LatentPerturbation) -> bool:
     "Whether it must be told the gradient of the reconstruction loss"
     return self.chosen_kind(False).needs_gradient
 
+# %% ../../nbs/perturbation/06_module.ipynb #b8cf062f
+def _without_codes(name):
+    "What to take instead of a kind that redraws codes; kinds that never do come first"
+    others = [*kind_names(DropKind), *kind_names(NoiseKind)]
+    *most,last = sorted(others, key=lambda other: other in kind_names(CodeKind))
+    return f"{name!r} redraws codes, and continuous latents have none: take {', '.join(most)} or {last}"
+
 @patch
 def why_not(self:LatentPerturbation,
     codes:Tensor|Quantizer|None, # codebook, quantizer, or None for continuous latents
@@ -91,16 +98,9 @@ def why_not(self:LatentPerturbation,
     continuous = codes is None or isinstance(codes, Quantizer) and codes.codebook_size is None
     kind = self.chosen_kind(continuous)
     if not isinstance(kind, CodeKind): return None
-    if continuous: return None if isinstance(kind, NoiseKind) else _without_codes(self.kind)
+    if continuous: return None if isinstance(kind, NoiseKind|DropKind) else _without_codes(self.kind)
     looks_around = kind.needs_gradient or kind.by_neighbours and self.neighbours == 'latent'
     return _SCALES if looks_around and multi_scale(codes) else None
-
-def _without_codes(name):
-    "What to take instead of a kind that redraws codes; kinds that never do come first"
-    others = [*kind_names(DropKind), *kind_names(NoiseKind)]
-    *most,last = sorted(others, key=lambda other: other in kind_names(CodeKind))
-    return f"{name!r} redraws codes, and continuous latents have none: take {', '.join(most)} or {last}"
-
 
 # %% ../../nbs/perturbation/06_module.ipynb #f8bbe938
 def _with_codes(z, q, codes, ids):
@@ -118,6 +118,7 @@ def _with_codes(z, q, codes, ids):
     new = straight_through(through, new.detach()).to(q.zq.dtype)
     return torch.where(same[...,None], q.zq, new)
 
+# %% ../../nbs/perturbation/06_module.ipynb #aaeaff85
 @patch
 def _swap(self:LatentPerturbation):
     "Its settings, as `perturb_codes` and `drop_tokens` take them"
@@ -129,7 +130,6 @@ def _recode(self:LatentPerturbation, q, codes, context):
     "Latents of a batch with other codes, at the strength of this object"
     ids = perturb_codes(q.ids, codes, self.alpha, self.delta, self.beta, self._swap(), context)
     return Perturbed(_with_codes(context.z, q, codes, ids), ids, effective_rate(q.ids, ids))
-
 
 # %% ../../nbs/perturbation/06_module.ipynb #5dc2383b
 @patch

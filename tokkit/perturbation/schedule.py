@@ -28,6 +28,7 @@ class Annealing:
         if epoch >= self.end: return self.end_ratio
         return 1-(1-self.end_ratio)*(epoch-self.start)/(self.end-self.start)
 
+# %% ../../nbs/perturbation/05_schedule.ipynb #1b7608aa
 ANNEALINGS = dict(none=1., half=.5, zero=0.)   # name -> strength that is left
 
 def annealing(
