@@ -100,17 +100,23 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(dim//heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim//heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x:Float[Tensor, "b n d"], cache:KVCache|None = None) -> Float[Tensor, "b n d"]:
-        q,k,v = rearrange(self.qkv(x), 'b n (three h c) -> three b h n c', three=3, h=self.heads)
-        q = self.q_norm(q)
-        k = self.k_norm(k)
-        if cache is not None: k,v = cache.add(k, v)                              # (b h n+past c)
-        whole = q.shape[2] == k.shape[2]    # a single new token sees everything before it: no mask
-        if self.causal and not whole and q.shape[2] > 1:
-            raise ValueError("a cache takes the whole prefix once, then one token at a time")
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout*self.training,
-                                           is_causal=self.causal and whole)
-        return self.proj(rearrange(x, 'b h n c -> b n (h c)'))
+# %% ../../nbs/layers/00_attention.ipynb #b76d0c6b
+@patch
+def forward(self:Attention,
+    x:Float[Tensor, "b n d"],       # tokens
+    cache:KVCache|None = None,      # of the tokens before
+) -> Float[Tensor, "b n d"]:
+    "Each token looks at all, or at those before it"
+    q,k,v = rearrange(self.qkv(x), 'b n (three h c) -> three b h n c', three=3, h=self.heads)
+    q = self.q_norm(q)
+    k = self.k_norm(k)
+    if cache is not None: k,v = cache.add(k, v)                              # (b h n+past c)
+    whole = q.shape[2] == k.shape[2]    # a single new token sees everything before it: no mask
+    if self.causal and not whole and q.shape[2] > 1:
+        raise ValueError("a cache takes the whole prefix once, then one token at a time")
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout*self.training,
+                                       is_causal=self.causal and whole)
+    return self.proj(rearrange(x, 'b h n c -> b n (h c)'))
 
 # %% ../../nbs/layers/00_attention.ipynb #44682af6
 @patch

@@ -185,7 +185,7 @@ def robustok_teacher(
     (width,channels,patch,_),n = state['patch_embed.proj.weight'].shape,state['pos_embed'].shape[1]-1
     depth = 1+max(int(k.split('.')[1]) for k in state if k.startswith('blocks.'))
     scale = 1e-5 if any('.ls1.' in k for k in state) else None
-    vit = ViT(patch*int(n**.5), patch, channels, width, depth, heads or max(1, width//64), scale)
+    vit = ViT(patch*int(n**.5), patch, channels, width, depth, heads or max(1, width//64), layer_scale=scale)
     return load_vit(vit, state).eval().requires_grad_(False)
 
 # %% ../../nbs/tokenizers/10_robustok.ipynb #ec4e9a28

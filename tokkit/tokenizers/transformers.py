@@ -62,8 +62,8 @@ BACKBONES['vit'] = ViTEncoder, ViTDecoder
 
 # %% ../../nbs/tokenizers/06_transformers.ipynb #01d11dec
 def _vit(cfg, channels):
-    return ViT(cfg.size, cfg.patch, channels, cfg.width, cfg.depth, cfg.heads, cfg.layer_scale, cfg.drop_path,
-               class_token=cfg.class_token)
+    return ViT(cfg.size, cfg.patch, channels, cfg.width, cfg.depth, cfg.heads, layer_scale=cfg.layer_scale,
+               drop_path=cfg.drop_path, class_token=cfg.class_token)
 
 class RobusTokEncoder(nn.Module):
     "Image to latents, as the paper has it: a DINOv2 network with latent tokens"
