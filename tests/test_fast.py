@@ -152,6 +152,7 @@ def test_ranges_name_the_last_layer_last(gen):
 
 class Plain(LatentGenerator):
     "Has neither blocks nor steps"
+    kind = 'plain'
     shape = (4,)
     classes = 3
     label_dropout = 0.
@@ -161,7 +162,7 @@ class Plain(LatentGenerator):
         self.inner = nn.Linear(3, 8)
         self.head = nn.Linear(8, 5)
     def losses(self, latents, labels, rng=None, done=1.): return {}
-    def sample(self, labels, *args, **kwargs):
+    def sample(self, labels, sampling=None, **how):
         return self.head(self.inner(nn.functional.one_hot(labels, 3).float())).argmax(-1)[:,None].expand(-1,
                                                                                                          4)
 

@@ -41,11 +41,11 @@ EVERY = ([pytest.param(name, None, id=name) for name in FITS]
 def test_a_sample_does_not_depend_on_its_neighbours(name, tok, guidance):
     gen = generator(name, tok)
     labels = torch.arange(64)%3
-    whole = sample_batches(gen, labels, 64, seed=3, guidance=guidance)[0]
+    whole = sample_batches(gen, labels, guidance, batch=64, seed=3)[0]
     assert whole.shape == (64, *gen.shape)
     for batch in (1, 7):
-        assert same(gen, sample_batches(gen, labels[:14], batch, seed=3, guidance=guidance)[0], whole[:14])
-    assert not same(gen, sample_batches(gen, labels, 64, seed=4, guidance=guidance)[0], whole)
+        assert same(gen, sample_batches(gen, labels[:14], guidance, batch=batch, seed=3)[0], whole[:14])
+    assert not same(gen, sample_batches(gen, labels, guidance, batch=64, seed=4)[0], whole)
 
 
 @pytest.mark.parametrize('name,tok', EVERY)
