@@ -44,14 +44,16 @@ class ARSampler:
         self.at = torch.arange(self.length, device=like.device)
         self.relabel(labels)
 
-    def relabel(self, labels:Int[Tensor, "b"]):
-        "Begin again with as many other labels; the tensors that `step` reads stay where they are"
-        if self.guided: labels = torch.cat([labels, torch.full_like(labels, self.g.classes)])
-        # distinct labels; which of them a row has
-        self.kinds,rows = labels.unique(return_inverse=True)
-        self.rows.copy_(rows)
-        self.table = []
-        self.first = 0
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #3592ea98
+@patch
+def relabel(self:ARSampler, labels:Int[Tensor, "b"]):
+    "Begin again with as many other labels; the tensors that `step` reads stay where they are"
+    if self.guided: labels = torch.cat([labels, torch.full_like(labels, self.g.classes)])
+    # distinct labels; which of them a row has
+    self.kinds,rows = labels.unique(return_inverse=True)
+    self.rows.copy_(rows)
+    self.table = []
+    self.first = 0
 
 # %% ../../nbs/generators/03_autoregressive_sampler.ipynb #9eed793c
 @patch
@@ -117,6 +119,7 @@ def step(self:ARSampler,
         else: x = block.step(x, cache, at, length, mask)
     return self._head(x, folded[-1] if folded else None)
 
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #1dd16001
 @patch
 def __call__(self:ARSampler, s:int, frame:Int[Tensor, "b l"]|None) -> Float[Tensor, "r l k"]:
     "The scores of step `s`, given what the step before set"

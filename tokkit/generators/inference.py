@@ -19,21 +19,26 @@ from ..core import make_rng
 from .base import LatentGenerator
 
 # %% ../../nbs/generators/08_inference.ipynb #fa0a582f
+def _prepacked(weight, scales, bias):
+    "Weights in whole numbers, in the layout of the kernel"
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = 'fbgemm'
+    try:
+        with warnings.catch_warnings():
+            # quantized tensors are on their way out of PyTorch
+            warnings.simplefilter('ignore')
+            q = torch.quantize_per_channel(weight, scales.double(),
+                                           torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(q, bias)
+    finally: torch.backends.quantized.engine = engine
+
+# %% ../../nbs/generators/08_inference.ipynb #dcd2306f
 class _Packed:
-    "Weights in the layout of the kernel, and the grid of the inputs; kept as long as a layer holds it"
+    "Packed weights, and the grid of the inputs; kept as long as a layer holds it"
     made = weakref.WeakValueDictionary()
     count = 0
-    def __init__(self, weight, scales, bias, scale, zero):
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = 'fbgemm'
-        try:
-            with warnings.catch_warnings():
-                # quantized tensors are on their way out of PyTorch
-                warnings.simplefilter('ignore')
-                q = torch.quantize_per_channel(weight, scales.double(),
-                                               torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
-            self.weight = torch.ops.quantized.linear_prepack(q, bias)
-        finally: torch.backends.quantized.engine = engine
+    def __init__(self, weight, scale, zero):
+        self.weight = weight
         self.scale = scale
         self.zero = zero
         self.key = _Packed.count
@@ -56,6 +61,14 @@ if not hasattr(torch.ops.tokkit, 'int8_linear'):
     torch.library.register_fake('tokkit::int8_linear', _int8_linear_shape, lib=_ops)
 
 # %% ../../nbs/generators/08_inference.ipynb #1ceb6b07
+def _check_fbgemm():
+    "Raise one line where whole numbers cannot be multiplied"
+    there = 'fbgemm' in torch.backends.quantized.supported_engines and hasattr(torch, 'quantize_per_channel')
+    if not there:
+        raise ValueError("int8 needs a PyTorch with FBGEMM, which this one lacks (it is for x86 CPUs); "
+                         "take precision='fp32'")
+
+# %% ../../nbs/generators/08_inference.ipynb #f6237078
 class Int8Linear(nn.Module):
     "A linear layer that multiplies whole numbers, on a CPU"
     def __init__(self,
@@ -64,17 +77,14 @@ class Int8Linear(nn.Module):
         high:float,         # largest input that was seen; a little room is left above, none below
     ):
         super().__init__()
-        if not ('fbgemm' in torch.backends.quantized.supported_engines
-                and hasattr(torch, 'quantize_per_channel')):
-            raise ValueError("int8 needs a PyTorch with FBGEMM, which this one lacks (it is for x86 CPUs); "
-                             "take precision='fp32'")
+        _check_fbgemm()
         w = linear.weight.detach().float().cpu()
         scales = (w.abs().amax(1)/127).clamp(min=1e-12)
         low = min(low, 0.)
         high = max(high, 0.)
         scale = max((high-low)/127, 1e-12)
         bias = None if linear.bias is None else linear.bias.detach().float().cpu()
-        self.packed = _Packed(w, scales, bias, scale, round(-low/scale))
+        self.packed = _Packed(_prepacked(w, scales, bias), scale, round(-low/scale))
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         whole = (w/scales[:,None]).round().to(torch.int8)
@@ -83,11 +93,14 @@ class Int8Linear(nn.Module):
             self.register_buffer(name, t)
         self.register_buffer('key', torch.tensor(self.packed.key), persistent=False)
 
-    def forward(self, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        if not torch.compiler.is_compiling(): return self.packed(x)
-        return torch.ops.tokkit.int8_linear(x, self.key, self.out_features)
+# %% ../../nbs/generators/08_inference.ipynb #86266435
+@patch
+def forward(self:Int8Linear, x:Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    if not torch.compiler.is_compiling(): return self.packed(x)
+    return torch.ops.tokkit.int8_linear(x, self.key, self.out_features)
 
-    def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}"
+@patch
+def extra_repr(self:Int8Linear): return f"in_features={self.in_features}, out_features={self.out_features}"
 
 # %% ../../nbs/generators/08_inference.ipynb #d187e743
 @torch.no_grad()
@@ -153,15 +166,17 @@ class KeptSteps:
         self.shape = None
         self.steps = None
 
-    def __call__(self, labels:Int[Tensor, "b"], guided:bool) -> Callable:
-        shape = len(labels),guided,len(labels.unique()),labels.device
-        if shape == self.shape: self.steps.relabel(labels)
-        else:
-            self.steps = None
-            self.graphs = {}  # their memory first
-            self.shape = shape
-            self.steps = self._keep(self.make(labels, guided))
-        return self._step if self.capture or self.compiled else self.steps
+# %% ../../nbs/generators/08_inference.ipynb #47276e5e
+@patch
+def __call__(self:KeptSteps, labels:Int[Tensor, "b"], guided:bool) -> Callable:
+    shape = len(labels),guided,len(labels.unique()),labels.device
+    if shape == self.shape: self.steps.relabel(labels)
+    else:
+        self.steps = None
+        self.graphs = {}  # their memory first
+        self.shape = shape
+        self.steps = self._keep(self.make(labels, guided))
+    return self._step if self.capture or self.compiled else self.steps
 
 # %% ../../nbs/generators/08_inference.ipynb #e31eba4f
 @patch
@@ -252,6 +267,24 @@ def _compile(generator, how):
         if hasattr(block, 'step'): block.step = torch.compile(block.step, backend=how)
 
 # %% ../../nbs/generators/08_inference.ipynb #aef7f7c8
+def _check_copy(precision, samples, how):
+    "Raise one line about a precision, a number of samples or a compiler that there is not"
+    if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    known = torch._dynamo.list_backends(exclude_tags=()) if how else []
+    if how and how not in known:
+        raise ValueError(f"compile must be a backend of torch.compile ({', '.join(known)}) or '', got "
+                         f"{how!r}")
+
+def _check_graphs(generator, device, stepwise):
+    "Raise one line where there are no steps that a GPU could replay"
+    if device.type != 'cuda':
+        raise ValueError(f"graphs are CUDA graphs, and this generator is on {device}; take graphs=False")
+    if not stepwise:
+        raise ValueError(f"graphs replay steps, and {type(generator).__name__} has none; take graphs=False")
+
+# %% ../../nbs/generators/08_inference.ipynb #cb5aff23
 def inference_copy(
     generator:LatentGenerator,      # stays as it is
     precision:str|None = None,      # 'fp32', 'bf16' or 'int8'; None: int8 on a CPU, bf16 on a GPU
@@ -263,19 +296,10 @@ def inference_copy(
     "A copy that only samples"
     device = next(generator.parameters()).device
     precision = precision or ('bf16' if device.type == 'cuda' else 'int8')
-    if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    known = torch._dynamo.list_backends(exclude_tags=()) if compile else []
-    if compile and compile not in known:
-        raise ValueError(f"compile must be a backend of torch.compile ({', '.join(known)}) or '', got "
-                         f"{compile!r}")
+    _check_copy(precision, samples, compile)
     stepwise = hasattr(generator, 'sampler')
     if graphs is None: graphs = device.type == 'cuda' and stepwise
-    if graphs and device.type != 'cuda':
-        raise ValueError(f"graphs are CUDA graphs, and this generator is on {device}; take graphs=False")
-    if graphs and not stepwise:
-        raise ValueError(f"graphs replay steps, and {type(generator).__name__} has none; take graphs=False")
+    if graphs: _check_graphs(generator, device, stepwise)
     new = copy.deepcopy(generator).eval().requires_grad_(False)
     if precision == 'int8': _int8(new, samples)
     if precision == 'bf16': _bf16(new)
