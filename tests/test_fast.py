@@ -106,10 +106,11 @@ def test_bf16_for_every_generator(gen):
 COMPILED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_fast import MAKE, fast, labels, make, seeds
+from test_fast import MAKE, inference_copy, labels, make, seeds
 for kind,precision in ('rar', 'int8'), ('flow', 'fp32'):
     gen = make(kind)
-    compiled,plain = fast(gen, precision, compile='aot_eager'),fast(gen, precision)
+    compiled = inference_copy(gen, precision, compile='aot_eager')
+    plain = inference_copy(gen, precision)
     out,same = (g.sample(labels(4), 2., rng=seeds(4)) for g in (compiled, plain))
     torch.testing.assert_close(out, same, rtol=0, atol=1e-3 if kind == 'flow' else 0)
     counters = torch._dynamo.utils.counters

@@ -72,6 +72,7 @@ def _groups(self:ErrorProfile, by, bins) -> np.ndarray:
         raise ValueError(f"by must be 'position', 'depth', 'class' or 'region', got {by!r}")
     return np.broadcast_to(groups[by], (n, m))
 
+# %% ../../nbs/analysis/00_generator_errors.ipynb #f26c9344
 @patch
 def frame(self:ErrorProfile,
     by:str = 'position', # 'position' | 'depth' | 'class' | 'region' (thirds of the grid)

@@ -249,6 +249,7 @@ def _labels(generator, labels) -> Int[Tensor, "b"]:
     check_count('labels', labels, hint='it is how many images to draw, or a tensor of their labels', least=0)
     return torch.arange(labels)%generator.classes
 
+# %% ../../nbs/generators/01_base.ipynb #b9a8d255
 @torch.no_grad()
 def sample_batches(
     generator:LatentGenerator,         # in eval mode
