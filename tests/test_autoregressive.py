@@ -68,11 +68,11 @@ def test_cached_as_uncached(gen, guidance):
 def test_any_batch(gen):
     "Sample i is the same one alone, among 7 and among 64"
     labels = torch.arange(64) % 3
-    got = {b: sample_batches(gen, labels[:n], b, seed=1, guidance=3.)[0] for b,
+    got = {b: sample_batches(gen, labels[:n], 3., batch=b, seed=1)[0] for b,
            n in ((1, 12), (7, 64), (64, 64))}
     assert torch.equal(got[1], got[64][:12]) and torch.equal(got[7], got[64])
     assert len(got[64].flatten(1).unique(dim=0)) > 32
-    assert not torch.equal(sample_batches(gen, labels, 64, seed=2, guidance=3.)[0], got[64])
+    assert not torch.equal(sample_batches(gen, labels, 3., batch=64, seed=2)[0], got[64])
 
 
 def test_keep(gen):

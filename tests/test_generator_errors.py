@@ -39,7 +39,7 @@ def ar(**more):
 def test_teacher_forcing_is_one_pass(some, guidance, temperature):
     ids, book = some
     gen = ar()
-    prof = error_profile(gen, book, ids, LABELS, guidance=guidance, temperature=temperature, batch=25)
+    prof = error_profile(gen, book, (ids, LABELS), guidance=guidance, temperature=temperature)
     with torch.no_grad():
         cond, free = (gen.logits(ids[:, :-1], y) for y in (LABELS, torch.full_like(LABELS, 10)))
     if guidance == 1:
@@ -65,9 +65,9 @@ def test_a_sure_generator_errs_nowhere(some):
     gen = ar()
     torch.nn.init.zeros_(gen.lm_head.weight)
     with torch.no_grad(): gen.lm_head.bias[3] = 50
-    prof = error_profile(gen, book, ids, LABELS[:10])
+    prof = error_profile(gen, book, (ids, LABELS[:10]))
     assert prof.mean('p')[0] == pytest.approx(1) and prof.mean('wrong')[0] == 0 and prof.mean('rank')[0] == 0
-    other = error_profile(gen, book, ids*0+5, LABELS[:10])
+    other = error_profile(gen, book, (ids*0+5, LABELS[:10]))
     far = torch.cdist(book[5:6], book)[0]
     assert other.mean('neighbour')[0] == int((far <= far[3]).sum())
     assert other.mean('distance')[0] == pytest.approx(float(far[3]/torch.pdist(book).mean()), rel=1e-5)
@@ -77,10 +77,10 @@ def test_free_running_keeps_a_fraction(some):
     ids, book = some
     for gen in (ar(), MaskedGenerator(MaskedCfg(n=16, codebook_size=32, width=16, depth=1, heads=2)).eval()):
         masked = isinstance(gen, MaskedGenerator)
-        free = error_profile(gen, book, ids, LABELS, 'free', .25)
+        free = error_profile(gen, book, (ids, LABELS), 'free', .25)
         asked = np.isfinite(free.values['p']).mean()
         assert asked == pytest.approx(.75, abs=.06) if masked else asked == 1
-    seen = error_profile(gen, book, ids, LABELS, sigma=.25)
+    seen = error_profile(gen, book, (ids, LABELS), sigma=.25)
     assert np.isfinite(seen.values['p']).mean() == pytest.approx(.75, abs=.06)
     assert np.isfinite(seen.values['p']).sum(1)+seen.depth.max(1) == pytest.approx(16)
 
@@ -90,7 +90,7 @@ def test_codes_may_lie_on_another_device(some):
     q = Away(32, 4, l2_norm=False)
     with torch.no_grad(): q.embedding.weight.copy_(some[1])
     q.here = False
-    here, away = (error_profile(ar(), codes, ids, LABELS) for codes in (some[1], q))
+    here, away = (error_profile(ar(), codes, (ids, LABELS)) for codes in (some[1], q))
     assert np.array_equal(here.values['distance'], away.values['distance'], equal_nan=True)
     pair = ids[:30], ids[30:]
     assert token_use(*pair, q, bootstrap=2).equals(token_use(*pair, some[1], bootstrap=2))
@@ -101,7 +101,7 @@ def test_codes_may_lie_on_another_device(some):
 def test_a_few_images_are_drawn_not_the_first(some):
     "n of a tensor, whose images may lie class by class, are those that n of a set would be"
     ids, book = some
-    prof = error_profile(ar(), book, ids, LABELS.sort().values, n=20)
+    prof = error_profile(ar(), book, (ids, LABELS.sort().values), n=20)
     assert len(set(prof.labels)) > 5 and len(prof.labels) == 20
 
 
@@ -117,7 +117,7 @@ def test_drift_is_no_error():
         opt.zero_grad()
         loss.backward()
         opt.step()
-    asked = dict(tok=torch.eye(2), images=two, labels=torch.zeros(64).long())
+    asked = dict(tok=torch.eye(2), images=(two, torch.zeros(64).long()))
     teacher = error_profile(gen.eval(), **asked)
     free = error_profile(gen, **asked, mode='free', sigma=0.)
     assert teacher.mean('p')[0] > .93 and free.mean('p')[0] < .7
@@ -128,7 +128,7 @@ def test_p_is_how_often_the_real_token_is_drawn(some, how):
     ids = some[0][:1].expand(3000, -1)
     book = some[1]
     gen = ar()
-    prof = error_profile(gen, book, ids, torch.zeros(3000).long(), n=None, batch=3000, **how)
+    prof = error_profile(gen, book, (ids, torch.zeros(3000).long()), n=None, **how)
     p = prof.values['p'][0]
     drawn = 1-prof.values['wrong'].mean(0)
     assert np.allclose(prof.values['p'], p, atol=1e-5) and (p == 0).any()
@@ -139,7 +139,7 @@ def test_several_levels(some):
     ids = torch.randint(32, (20, 9, 2), generator=make_rng(2))
     pq = ProductQuantizer(32, 8, 2)
     gen = ar(n=9, levels=2)
-    prof = error_profile(gen, pq, ids, LABELS[:20])
+    prof = error_profile(gen, pq, (ids, LABELS[:20]))
     assert np.isfinite(prof.values['p']).all() and len(prof.frame()) == 9
     # (b s l k), level l one step late
     with torch.no_grad(): want = gen.logits(ids, LABELS[:20]).softmax(-1)
@@ -151,9 +151,9 @@ def test_several_levels(some):
 def test_flow_errs_less_near_the_end():
     z = torch.randn(40, 16, 4, generator=make_rng(3))
     gen = FlowGenerator(FlowCfg(n=16, dim=4, width=16, depth=1, heads=2)).eval()
-    values = [error_profile(gen, None, z, LABELS[:40], sigma=s).mean('distance')[0] for s in (.1, .5, .9)]
+    values = [error_profile(gen, None, (z, LABELS[:40]), sigma=s).mean('distance')[0] for s in (.1, .5, .9)]
     assert values == sorted(values, reverse=True)
-    free = error_profile(gen, None, z, LABELS[:40], 'free', .5, steps=4)
+    free = error_profile(gen, None, (z, LABELS[:40]), 'free', .5, steps=4)
     assert np.isfinite(free.values['distance']).all() and 'distance' in repr(free)
     with pytest.raises(ValueError, match="this profile has distance, not 'p'"): free.mean('p')
 
@@ -166,8 +166,8 @@ def test_images_tokens_and_sets_are_one(tmp_path):
     gen = ar(codebook_size=tok.spec.codebook_size)
     with torch.no_grad(): ids = tok.tokenize(ds[:][0])
     cache = TokenCache.build(tmp_path/'c', ds, tok.tokenize, codebook_size=tok.spec.codebook_size)
-    profiles = [error_profile(gen, tok, *given, n=20)
-                for given in ((ds,), (cache,), (ids, LABELS[:20]), (ds[:][0], LABELS[:20]))]
+    profiles = [error_profile(gen, tok, given, n=20)
+                for given in (ds, cache, (ids, LABELS[:20]), (ds[:][0], LABELS[:20]))]
     for p in profiles[1:]: assert np.allclose(p.values['p'], profiles[0].values['p'], atol=1e-6)
     by = {b: profiles[0].frame(b) for b in ('position', 'depth', 'class', 'region')}
     assert (len(by['position']), len(by['class'])) == (16, 10)
@@ -254,11 +254,11 @@ def test_after_decoding():
 def test_bad_input(some):
     ids, book = some
     gen = ar()
-    for args, says in (((gen, book, ids, LABELS, 'forced'), "mode must be 'teacher' or 'free'"),
+    for args, says in (((gen, book, (ids, LABELS), 'forced'), "mode must be 'teacher' or 'free'"),
                        ((gen, book, ids), 'a tensor has no labels'),
-                       ((gen, book, ids, LABELS, 'teacher', .5), 'sigma is 1'),
-                       ((gen, book, ids, LABELS, 'free', 1.5), 'sigma must be in'),
-                       ((gen, book, ids[:, :9], LABELS), 'must be ids')):
+                       ((gen, book, (ids, LABELS), 'teacher', .5), 'sigma is 1'),
+                       ((gen, book, (ids, LABELS), 'free', 1.5), 'sigma must be in'),
+                       ((gen, book, (ids[:, :9], LABELS)), 'must be ids')):
         with pytest.raises(ValueError, match=says): error_profile(*args)
     with pytest.raises(ValueError, match='take one tokenizer for both'): token_use(ids, ids[:, :4], book)
     with pytest.raises(ValueError, match='at least 2 images'): token_use(ids, ids[:0], book)

@@ -1,12 +1,15 @@
 "One contract for every kind of generator: what is the same for all of them is tested once, here"
 import warnings
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 
+from tokkit.analysis import error_profile
 from tokkit.core import make_rng
-from tokkit.generators import Guidance, fit_batch, sample_batches
-from tokkit.generators import load_generator, make_generator, save_generator
+from tokkit.generators import (GENERATORS, check_sampling, fit_batch, GeneratorCfg, Guidance, ids_sizes,
+                               IdsCfg, LatentGenerator, load_generator, make_generator, row_noise, row_seeds,
+                               sample_batches, sample_categorical, Sampling, save_generator)
 from tokkit.training import WarmupCosine
 from tokkit.tokenizers import make_tokenizer
 from tokkit.training import RELEASED_TRAINING, GeneratorTraining, TensorPairs, train_generator
@@ -41,11 +44,11 @@ EVERY = ([pytest.param(name, None, id=name) for name in FITS]
 def test_a_sample_does_not_depend_on_its_neighbours(name, tok, guidance):
     gen = generator(name, tok)
     labels = torch.arange(64)%3
-    whole = sample_batches(gen, labels, 64, seed=3, guidance=guidance)[0]
+    whole = sample_batches(gen, labels, guidance, batch=64, seed=3)[0]
     assert whole.shape == (64, *gen.shape)
     for batch in (1, 7):
-        assert same(gen, sample_batches(gen, labels[:14], batch, seed=3, guidance=guidance)[0], whole[:14])
-    assert not same(gen, sample_batches(gen, labels, 64, seed=4, guidance=guidance)[0], whole)
+        assert same(gen, sample_batches(gen, labels[:14], guidance, batch=batch, seed=3)[0], whole[:14])
+    assert not same(gen, sample_batches(gen, labels, guidance, batch=64, seed=4)[0], whole)
 
 
 @pytest.mark.parametrize('name,tok', EVERY)
@@ -181,3 +184,108 @@ def test_progress_reaches_the_generator():
     train_generator(gen, TensorPairs(real(gen, 8), torch.zeros(8, dtype=torch.long)),
                     GeneratorTraining(epochs=2, batch=4), device='cpu')
     assert seen == [0., .25, .5, .75]
+
+
+@pytest.mark.parametrize('name', FITS)
+def test_sampling_comes_whole_or_in_parts(name):
+    gen = generator(name)
+    y = torch.tensor([0, 1])
+    def draw(*given, **how): return gen.sample(y, *given, rng=make_rng(0), **how)
+    whole = draw(Sampling(2., .8))
+    ways = (draw(2., temperature=.8), draw(guidance=2., temperature=.8), draw(Guidance(2.), temperature=.8),
+            draw(Sampling(temperature=.8), guidance=2.), draw(sampling=Sampling(2., .8)),
+            draw(Sampling(2., .8), steps=None, top_k=None, churn=None))
+    for other in ways: assert torch.equal(whole, other)
+    with pytest.raises(TypeError, match='guidance'): draw(2., guidance=3.)
+
+
+@pytest.mark.parametrize('name,asked,takes', [
+    ('ar', dict(steps=8), "ARGenerator takes no 'steps'; it takes guidance, temperature, top_k, top_p"),
+    ('ar', dict(sharpness=2.), "ARGenerator takes no 'sharpness'; it takes guidance, temperature"),
+    ('masked', dict(churn=.5), "MaskedGenerator takes no 'churn'; it takes guidance, .*choice_temperature"),
+    ('flow', dict(choice_temperature=1.), "FlowGenerator takes no 'choice_temperature'; it takes guidance, "
+                                          "temperature, steps, method, churn")])
+def test_what_a_generator_does_not_know_is_refused(name, asked, takes):
+    gen = generator(name)
+    with pytest.raises(TypeError, match=takes): gen.sample(torch.tensor([1]), **asked)
+    with pytest.raises(TypeError, match=takes): sample_batches(gen, 3, **asked)
+
+
+COMMON = ['classes', 'width', 'depth', 'heads', 'ratio', 'dropout', 'label_dropout']
+
+@pytest.mark.parametrize('name,fields', [
+    ('ar', ['n', 'codebook_size', *COMMON, 'levels', 'order', 'modulated', 'qk_norm', 'target_aware']),
+    ('masked', ['n', 'codebook_size', *COMMON, 'levels', 'schedule', 'masks', 'grid', 'near',
+                'label_smoothing']),
+    ('flow', ['n', 'dim', *COMMON, 'grid', 'mean', 'std', 'path', 'predict', 'times'])])
+def test_saved_configurations_keep_their_order(name, fields):
+    gen = generator(name)
+    assert list(asdict(gen.cfg)) == fields and gen.kind == name and isinstance(gen.cfg, gen.Cfg)
+
+
+@dataclass(frozen=True)
+class HistogramCfg(GeneratorCfg, IdsCfg):
+    "A table of scores needs no more"
+
+class Histogram(LatentGenerator):
+    "A kind of another package: how often each code occurs in images of a class"
+    kind = 'histogram'
+    Cfg = HistogramCfg
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.shape = (cfg.n,)
+        self.classes = cfg.classes
+        self.label_dropout = cfg.label_dropout
+        self.codebook_size = cfg.codebook_size
+        self.scores = torch.nn.Embedding(cfg.classes, cfg.codebook_size)
+    @classmethod
+    def sizes(cls, spec): return ids_sizes(cls.kind, spec)
+    def losses(self, latents, labels, rng=None, done=1.):
+        return dict(loss=-self.scores(labels).log_softmax(-1).gather(1, latents.long()).mean())
+    def sample(self, labels, sampling=None, *, keep=None, rng=None, callback=None, **how):
+        sampling = check_sampling(self, labels, sampling, keep, **how)
+        seeds = row_seeds(rng, len(labels))
+        logits = self.scores(labels).detach()[:,None].expand(-1, *self.shape, -1)
+        known = torch.zeros(len(labels), *self.shape, dtype=torch.bool)
+        if keep is not None: known = row_noise(seeds, self.shape, 'keep') < keep[1]
+        ids = sample_categorical(logits, row_noise(seeds, self.shape, 'draw'), **sampling.of_codes)
+        if keep is not None: ids = torch.where(known, keep[0], ids)
+        if callback: callback(dict(i=0, steps=1, latents=ids, known=known | True, new=~known, logits=logits))
+        return ids
+
+
+class Offered:
+    "An entry point of another package"
+    name = 'histogram'
+    value = 'elsewhere:Histogram'
+    def load(self): return Histogram
+
+
+@pytest.mark.parametrize('offered', [False, True], ids=['registered', 'entry point'])
+def test_a_kind_of_another_package(offered, monkeypatch, tmp_path):
+    "One registration, and it is made, trained, saved, read back, sampled and looked into"
+    monkeypatch.setattr(GENERATORS, '_things', dict(GENERATORS._things))
+    monkeypatch.setattr(GENERATORS, '_looked', not offered)
+    if offered: monkeypatch.setattr('tokkit.core.registry.entry_points', lambda group: [Offered()])
+    else: GENERATORS.register('histogram', Histogram)
+    assert list(GENERATORS) == ['ar', 'rar', 'masked', 'flow', 'rar-b', 'rar-l', 'histogram']
+    tok = make_tokenizer('tiny-16', width=16, depth=1, heads=2)
+    gen = make_generator('histogram', tok.spec, 3)
+    ids = torch.full((32, *gen.shape), 7)
+    labels = torch.arange(32)%3
+    train_generator(gen, TensorPairs(ids, labels), GeneratorTraining(epochs=40, batch=16, lr=.3),
+                    device='cpu')
+    gen = load_generator(save_generator(gen, tmp_path/'g'))
+    drawn, _ = sample_batches(gen, 12, temperature=.1, seed=1)
+    assert (drawn == 7).float().mean() > .9
+    with pytest.raises(TypeError, match="Histogram takes no 'steps'"): sample_batches(gen, 3, steps=4)
+    taught = error_profile(gen, tok, (ids, labels), sigma=.25)
+    free = error_profile(gen, tok, (ids, labels), 'free', .25, temperature=.5)
+    assert taught.mean('p')[0] > .5 and free.mean('p')[0] > taught.mean('p')[0]
+    assert taught.settings['temperature'] == 1. and 'steps' not in taught.settings
+
+
+def test_a_kind_needs_a_name():
+    class Nameless(Histogram): kind = LatentGenerator.kind
+    with pytest.raises(TypeError, match='kind'): Nameless(HistogramCfg())

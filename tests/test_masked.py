@@ -131,7 +131,7 @@ def test_one_step_cannot_agree():
                           dict(guidance=Guidance(4., interval=(.2, .7)), temperature=.8, top_k=5, top_p=.9,
                                steps=6)], ids=['plain', 'all'])
 def test_a_sample_does_not_depend_on_the_batch(gen, how):
-    made = [sample_batches(gen, 64, b, seed=2, keep=(real(gen, 64), .3), **how)[0] for b in (1, 7, 64)]
+    made = [sample_batches(gen, 64, batch=b, seed=2, keep=(real(gen, 64), .3), **how)[0] for b in (1, 7, 64)]
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
     assert len(made[0].flatten(1).unique(dim=0)) > 40
 

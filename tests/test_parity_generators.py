@@ -9,7 +9,7 @@ from tokkit.generators import autoregressive as ar, autoregressive_sampler as sa
 from tokkit.generators import (AR_PRESETS, ARCfg, ARGenerator, load_robustok_generator, random_ratio,
                                released_decay, robustok_generator_state)
 from tokkit.core import make_rng
-from tokkit.generators import Guidance, drop_labels
+from tokkit.generators import Guidance, Sampling, drop_labels
 
 
 def near(got, want, rel=1e-5):
@@ -108,7 +108,8 @@ def test_sampled_ids(gen, recorded, case, monkeypatch):
             rand if stream == 'keep' else noise(seeds, shape, stream, **k)))
     seen = []
     want = recorded[f'gen.{case}.ids']
-    ids = gen.sample(y, guidance, how['temperature'], keep=keep, rng=make_rng(0), callback=seen.append)
+    ids = gen.sample(y, Sampling(guidance, how['temperature']), keep=keep, rng=make_rng(0),
+                     callback=seen.append)
     assert torch.equal(ids, want)
     logits = torch.stack([s['logits'] for s in seen], 1)
     near(logits, recorded[f'gen.{case}.logits'], 2e-5)

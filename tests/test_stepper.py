@@ -46,7 +46,7 @@ def test_moments_are_those_of_the_sampler(kind):
     s = stepper(kind, guidance=2., temperature=.8, seed=3)
     g, _ = pair(kind)
     seen = []
-    out = g.sample(torch.arange(3), 2., .8, rng=make_rng(3, 'stepper'), callback=seen.append)
+    out = g.sample(torch.arange(3), 2., temperature=.8, rng=make_rng(3, 'stepper'), callback=seen.append)
     trace = s.trace()
     assert torch.equal(trace[-1].latents, out) and len(trace) == len(seen) == trace[0].steps
     for m, raw in zip(trace, seen):

@@ -7,7 +7,7 @@ __all__ = ['RECORDED', 'ErrorProfile', 'as_ids', 'as_codes', 'error_profile']
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #274183fb
 import copy, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..core import bar, check_range, make_rng
 from ..data import Indexed, TokenCache
 from ..features import check_images
-from ..generators import token_probabilities, check_generator_latents, sample_categorical, LatentGenerator
+from ..generators import (check_generator_latents, LatentGenerator, sample_categorical, Sampling,
+                               token_probabilities)
 from ..perturbation import split_levels
 from ..tokenizers import Quantizer
 
@@ -71,6 +72,7 @@ def _groups(self:ErrorProfile, by, bins) -> np.ndarray:
         raise ValueError(f"by must be 'position', 'depth', 'class' or 'region', got {by!r}")
     return np.broadcast_to(groups[by], (n, m))
 
+# %% ../../nbs/analysis/00_generator_errors.ipynb #f26c9344
 @patch
 def frame(self:ErrorProfile,
     by:str = 'position', # 'position' | 'depth' | 'class' | 'region' (thirds of the grid)
@@ -137,109 +139,81 @@ class _Codes:
         return away,number
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #6b76853a
-def _given(generator, tok, images, labels, n, seed) -> tuple[Tensor,Tensor]:
+def _given(generator, tok, images, n, seed) -> tuple[Tensor,Tensor]:
     "Latents and labels of real images, of whatever kind they came"
     if isinstance(images, Indexed):
         given,labels = images[_drawn(len(images), n, seed)]
         if not isinstance(images, TokenCache): given = _encoded(tok, given)
     else:
-        if labels is None: raise ValueError("a tensor has no labels; pass them as labels")
-        at = _drawn(len(images), n, seed)
-        given = images[at].cpu()
-        labels = torch.as_tensor(labels).cpu()[at]
+        given,labels = _some_of_pair(images, n, seed)
         if given.ndim == 4 and given.is_floating_point(): given = _encoded(tok, given)
     labels = torch.as_tensor(labels).long()
     check_generator_latents(generator, given, len(labels), 'latents of the images')
     return given.long() if generator.codebook_size else given.float(),labels
 
-def _drawn(size, n, seed):
+def _some_of_pair(pair, n, seed) -> tuple[Tensor,Tensor]:
+    "Some rows of a tensor and their labels"
+    if not isinstance(pair, tuple|list) or len(pair) != 2:
+        raise ValueError("a tensor has no labels; give images as a pair (tensor, labels)")
+    at = _drawn(len(pair[0]), n, seed)
+    return pair[0][at].cpu(), torch.as_tensor(pair[1]).cpu()[at]
+
+# %% ../../nbs/analysis/00_generator_errors.ipynb #126a4138
+def _drawn(size, n, seed) -> Int[Tensor, "n"]:
     "Places of `n` images, whatever the order they lie in"
     return torch.randperm(size, generator=make_rng(seed, 'error_profile'))[:n].sort().values
 
 @torch.no_grad()
-def _encoded(tok, x):
+def _encoded(tok, x) -> Tensor:
+    "Latents of images, on the CPU"
     where = next(tok.parameters()).device
     check_images(x)
     return torch.cat([tok.to_latents(some.to(where)).cpu() for some in x.split(256)])
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #8a0f63e8
-@torch.no_grad()
-def error_profile(
-    generator:LatentGenerator,          # in eval mode
-    tok,                                # its tokenizer; for ids also a quantizer or code vectors (k d)
-    # real: a set of images, a `TokenCache`, or a tensor of images or of latents
-    images:Any,
-    labels:Int[Tensor, "b"]|None = None,# of a tensor
-    mode:str = 'teacher',               # 'teacher' | 'free'
-    # fraction that stays real; None: 1 for autoregressive teacher forcing, else 0.5
-    sigma:float|None = None,
-    *,
-    n:int|None = 1000,                  # images looked at, drawn by `seed`; None: all
-    guidance:float = 1.,                # as in sampling
-    temperature:float = 1.,             # likewise
-    top_k:int|None = None,              # likewise
-    top_p:float|None = None,            # likewise
-    batch:int = 250,                    # images at once
-    seed:int = 0,                       # of images and draws
-    **options,                          # further arguments of the generator's `sample`, e.g. steps
-) -> ErrorProfile:
-    "Probability and rank of real tokens, distance of wrong ones; of continuous latents the squared error"
-    if mode not in ('teacher', 'free'): raise ValueError(f"mode must be 'teacher' or 'free', got {mode!r}")
-    given,labels = _given(generator, tok, images, labels, n, seed)
-    kind,sigma = _kind_and_sigma(generator, mode, sigma)
-    how = dict(guidance=guidance, temperature=temperature)|options
-    if kind == 'flow': record = _Flow(mode, given)
-    else:
-        how |= dict(top_k=top_k, top_p=top_p)
-        codes = _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape)
-        record = _Tokens(kind, mode, given, codes, temperature, top_k, top_p, seed)
-    if mode == 'teacher' and kind != 'ar': how |= dict(steps=1)                # one look is enough
-    _ask(generator, record, given, labels, sigma, how, batch, seed)
-    grid = getattr(generator.cfg, 'grid', None) or Quantizer.grids(None, generator.shape[0])[0]
-    return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, float(sigma),
-                        how|dict(n=len(labels), seed=seed))
-
-# %% ../../nbs/analysis/00_generator_errors.ipynb #1d5f91b6
-# how a generator is asked, and the fraction of real tokens it sees
-def _kind_and_sigma(generator, mode, sigma) -> tuple[str,float]:
-    kind = 'flow' if not generator.codebook_size else 'masked' if generator.default_steps else 'ar'
-    if sigma is None: sigma = 1. if (kind, mode) == ('ar', 'teacher') else .5
+# a generator that sets its ids in order can be shown nothing but real ones; any other is shown a part
+def _real_part(generator, mode, sigma) -> float:
+    "The fraction of real tokens that a generator sees"
+    taught = generator.in_order and mode == 'teacher'
+    if sigma is None: sigma = 1. if taught else .5
     check_range('sigma', sigma, hint='it is the fraction of real tokens')
-    if kind == 'ar' and mode == 'teacher' and sigma != 1:
+    if taught and sigma != 1:
         raise ValueError("under teacher forcing an autoregressive generator sees only real tokens: sigma is "
                          f"1, got {sigma}")
-    if kind != 'ar' and sigma == 1:
+    if not generator.in_order and sigma == 1:
         raise ValueError(f"at sigma 1 nothing is left for {type(generator).__name__} to say; take sigma < 1")
-    return kind,sigma
+    return float(sigma)
 
-# sample beside the real latents, batch by batch, while `record` looks on
-def _ask(generator, record, given, labels, sigma, how, batch, seed):
+# %% ../../nbs/analysis/00_generator_errors.ipynb #1d5f91b6
+_BATCH = 250        # images at once
+
+def _ask(generator, record, given, labels, sampling, sigma, seed):
+    "Sample beside the real latents, batch by batch, while `record` looks on"
     where = next(generator.parameters()).device
-    for i in bar(range(0, len(labels), batch), 'error profile'):
-        some = slice(i, min(i+batch, len(labels)))
+    for i in bar(range(0, len(labels), _BATCH), 'error profile'):
+        some = slice(i, min(i+_BATCH, len(labels)))
         record.some = some
-        made = generator.sample(labels[some].to(where), keep=(given[some].to(where), sigma),
-                                rng=make_rng(seed, 'profile', i), callback=record, **how)
+        made = generator.sample(labels[some].to(where), sampling, keep=(given[some].to(where), sigma),
+                                rng=make_rng(seed, 'profile', i), callback=record)
         record.end(made.cpu())
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #c676264a
 class _Tokens:
     "A callback of `sample` that looks up what the logits say about the real ids"
-    def __init__(self, kind, mode, real, codes, temperature, top_k, top_p, seed):
-        self.kind = kind
-        self.mode = mode
+    def __init__(self, generator, mode, real, codes, sampling, seed):
+        self.in_order = generator.in_order
+        self.teacher = mode == 'teacher'
         self.codes = codes
-        self.how = (temperature, top_k, top_p)
+        self.how = sampling.of_codes
         self.seed = seed
         self.real = real.flatten(1)
-        shape = (len(real), math.prod(real.shape[1:]))
-        self.values = {k: np.full(shape, np.nan, np.float32) for k in RECORDED}
-        self.depth = np.zeros(shape, np.int64)
+        self.values = {k: np.full(self.real.shape, np.nan, np.float32) for k in RECORDED}
+        self.depth = np.zeros(self.real.shape, np.int64)
 
     def __call__(self, at):
         logits = at['logits'].float().cpu()
-        if self.kind == 'ar': self._look_in_order(at, logits)
-        else: self._look_at_masked(at, logits)
+        if self.in_order: self._look_in_order(at, logits)
+        elif not self.teacher or at['i'] == 0: self._look_at_all(at, logits)
     def end(self, made): pass
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #e255a244
@@ -257,12 +231,13 @@ def _look_in_order(self:_Tokens, at, logits):
     before = sum(min(max(at['i']-l, 0), m//levels) for l in range(levels))
     self._note(image, entry.flatten(), logits.flatten(0, 1), before, at['i'])
 
+# %% ../../nbs/analysis/00_generator_errors.ipynb #6a8600cc
 # logits of all entries; what is new is looked at, under teacher forcing all that is not known
 @patch
-def _look_at_masked(self:_Tokens, at, logits):
+def _look_at_all(self:_Tokens, at, logits):
     new = at['new'].flatten(1).cpu()
     known = at['known'].flatten(1).cpu()
-    image,entry = (new | ~known if self.mode == 'teacher' else new).nonzero(as_tuple=True)
+    image,entry = (new | ~known if self.teacher else new).nonzero(as_tuple=True)
     asked = logits.reshape(*new.shape, -1)[image, entry]
     self._note(image, entry, asked, (known & ~new).sum(1)[image], at['i'])
 
@@ -273,10 +248,10 @@ def _note(self:_Tokens, image, entry, logits, known, i):
     row = image+self.some.start
     real = self.real[row, entry]
     u = torch.rand(len(row), generator=make_rng(self.seed, 'look', self.some.start, i))
-    drawn = sample_categorical(logits, u, *self.how).clamp(max=logits.shape[-1]-1)
+    drawn = sample_categorical(logits, u, **self.how).clamp(max=logits.shape[-1]-1)
     away,number = self.codes.compare(entry, real, drawn)
     wrong = drawn != real
-    found = dict(p=token_probabilities(logits, *self.how).gather(1, real[:,None])[:,0],
+    found = dict(p=token_probabilities(logits, **self.how).gather(1, real[:,None])[:,0],
                  rank=(logits > logits.gather(1, real[:,None])).sum(1), wrong=wrong,
                  distance=away.masked_fill(~wrong, math.nan),
                  neighbour=number.masked_fill(~wrong, math.nan))
@@ -284,7 +259,7 @@ def _note(self:_Tokens, image, entry, logits, known, i):
     self.depth[row, entry] = known
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #432a5126
-class _Flow:
+class _Continuous:
     "A callback that compares predicted latents with the real ones, in units of their variance"
     def __init__(self, mode, real):
         self.mode = mode
@@ -299,3 +274,34 @@ class _Flow:
         if self.mode == 'free': self._note(made)
     def _note(self, z):
         self.values['distance'][self.some] = (z-self.real[self.some]).square().mean(-1)/self.scale
+
+# %% ../../nbs/analysis/00_generator_errors.ipynb #dd2fa18e
+@torch.no_grad()
+def error_profile(
+    generator:LatentGenerator,          # in eval mode
+    tok:Any,                            # its tokenizer; for ids also a quantizer or code vectors (k d)
+    images:Any,                         # real: a set, a `TokenCache`, or (images or latents, labels)
+    mode:str = 'teacher',               # 'teacher' | 'free'
+    # fraction that stays real; None: 1 for teacher forcing of a generator that goes in order, else 0.5
+    sigma:float|None = None,
+    *,
+    n:int|None = 1000,                  # images looked at, drawn by `seed`; None: all
+    seed:int = 0,                       # of images and draws
+    **how:Any,                          # fields of `Sampling`
+) -> ErrorProfile:
+    "Probability and rank of real tokens, distance of wrong ones; of continuous latents the squared error"
+    if mode not in ('teacher', 'free'): raise ValueError(f"mode must be 'teacher' or 'free', got {mode!r}")
+    given,labels = _given(generator, tok, images, n, seed)
+    sigma = _real_part(generator, mode, sigma)
+    sampling = Sampling.of(**how)
+    if mode == 'teacher' and 'steps' in generator.sampling_fields:
+        sampling = replace(sampling, steps=1)                                  # one look is enough
+    if generator.codebook_size:
+        codes = _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape)
+        record = _Tokens(generator, mode, given, codes, sampling, seed)
+    else: record = _Continuous(mode, given)
+    _ask(generator, record, given, labels, sampling, sigma, seed)
+    grid = getattr(generator.cfg, 'grid', None) or Quantizer.grids(None, generator.shape[0])[0]
+    asked = {name: getattr(sampling, name) for name in generator.sampling_fields}
+    return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, sigma,
+                        asked|dict(n=len(labels), seed=seed))

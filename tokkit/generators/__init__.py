@@ -1,9 +1,10 @@
 "Labels to latents: autoregressive, masked and flow generators behind one contract"
+from .sampling import *
 from .base import *
-from .inference import *
 from .token_orders import *
 from .autoregressive_sampler import *
 from .autoregressive import *
 from .masked import *
 from .flow import *
 from .registry import *
+from .inference import *

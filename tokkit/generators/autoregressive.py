@@ -15,9 +15,10 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import check_range, check_sizes, load_strictly
+from ..core import check_sizes, load_strictly
 from .autoregressive_sampler import ARSampler, sample_ar
-from .base import check_generator_labels, check_generator_latents, drop_labels, LatentGenerator
+from .base import (check_generator_labels, check_generator_latents, drop_labels,
+                                    GeneratorCfg, ids_sizes, IdsCfg, LatentGenerator)
 from .token_orders import delay, draw_orders, random_ratio
 from ..layers import from_timm, ModulatedBlock, to_timm, transformer
 
@@ -25,17 +26,8 @@ from ..layers import from_timm, ModulatedBlock, to_timm, transformer
 ORDERS = 'raster', 'random'
 
 @dataclass(frozen=True)
-class ARCfg:
+class ARCfg(GeneratorCfg, IdsCfg):
     "Everything that shapes an autoregressive generator"
-    n:int = 49                  # tokens an image
-    codebook_size:int = 512     # K
-    classes:int = 10            # labels are 0..classes-1; class `classes` is the null class
-    width:int = 128             # channels
-    depth:int = 4               # blocks
-    heads:int = 4               # attention heads
-    ratio:float = 4.            # hidden channels of the MLP over `width`
-    dropout:float = 0.          # in the blocks
-    label_dropout:float = .1    # fraction of labels replaced by the null class in training
     levels:int = 1              # codes a token, each out of K
     # training order: 'raster', or 'random' at first and raster in the end; sampling is raster
     order:str = 'raster'
@@ -44,9 +36,8 @@ class ARCfg:
     target_aware:bool = False   # every token knows the place of the next one
 
     def __post_init__(self):
-        check_sizes(self, 'n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels')
-        check_range('label_dropout', self.label_dropout)
-        check_range('dropout', self.dropout, 0, .99)
+        super().__post_init__()
+        check_sizes(self, 'codebook_size', 'levels')
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if self.order == 'random' and not self.target_aware:
@@ -77,6 +68,9 @@ class ModulatedNorm(nn.Module):
 # %% ../../nbs/generators/04_autoregressive.ipynb #79448c51
 class ARGenerator(LatentGenerator):
     "A causal transformer over code ids"
+    kind = 'ar'
+    Cfg = ARCfg
+    in_order = True
     def __init__(self, cfg:ARCfg): # sizes and switches
         super().__init__()
         self.cfg = cfg
@@ -87,53 +81,74 @@ class ARGenerator(LatentGenerator):
         self.steps = cfg.n+cfg.levels-1
         self.prefix = 1+cfg.target_aware
         self.blank = cfg.levels*cfg.codebook_size
-        d = cfg.width
-        def table(n): return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, d), std=.02))
-        # codes of each level, no code, labels, no label
-        self.embeddings = nn.Embedding(self.blank+1+cfg.classes+1, d)
-        self.pos_embed = table(self.steps+(1024 if cfg.target_aware else 1))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if cfg.target_aware else None
-        self.target_aware_pos_embed = table(self.steps+1024) if cfg.target_aware else None
-        self.timesteps_embeddings = table(self.steps+100) if cfg.modulated else None
-        kwargs = dict(causal=True, ratio=cfg.ratio, dropout=cfg.dropout, qk_norm=cfg.qk_norm)
-        if cfg.modulated:
-            self.blocks = nn.ModuleList([ModulatedBlock(d, cfg.heads, **kwargs) for _ in range(cfg.depth)])
-        else: self.blocks = transformer(cfg.depth, d, cfg.heads, **kwargs)
-        self.norm = None if cfg.modulated else nn.LayerNorm(d, eps=1e-6)
-        self.adaln_before_head = ModulatedNorm(d) if cfg.modulated else None
-        self.lm_head = nn.Linear(d, self.blank)
+        self._make_tables()
+        self._make_blocks()
         self._init_weights()
-
-    def _init_weights(self):
-        "Small embeddings; a modulated model as released, where every block starts as the identity"
-        nn.init.trunc_normal_(self.embeddings.weight, std=.02)
-        if not self.cfg.modulated: return
-        for name,m in self.named_modules():
-            if not isinstance(m, nn.Linear): continue
-            nn.init.zeros_(m.bias)
-            if 'adaLN' in name: nn.init.zeros_(m.weight)
-            else: nn.init.trunc_normal_(m.weight, std=.02)
 
     def losses(self, latents, labels, rng=None, done=1.): return _losses(self, latents, labels, rng, done)
 
-    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
-               callback=None):
-        return sample_ar(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback)
+    def sample(self, labels, sampling=None, *, keep=None, rng=None, callback=None, **how):
+        return sample_ar(self, labels, sampling, keep=keep, rng=rng, callback=callback, **how)
 
-    def sampler(self, labels:Int[Tensor, "b"], guided:bool) -> ARSampler:
-        "The steps of one call of `sample`"
-        return ARSampler(self, labels, guided)
+    @classmethod
+    def sizes(cls, spec): return ids_sizes(cls.kind, spec)
 
-    def cache_bytes(self, rows:int) -> int:
-        "Size of the keys and values of so many sequences, in bytes"
-        numbers = 2*rows*self.cfg.depth*(self.prefix+self.steps-1)*self.cfg.width
-        return numbers*self.embeddings.weight.element_size()
+# %% ../../nbs/generators/04_autoregressive.ipynb #0da876c5
+@patch
+def _make_tables(self:ARGenerator):
+    "Embeddings of codes, labels and places"
+    cfg = self.cfg
+    def table(n): return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, cfg.width), std=.02))
+    # codes of each level, no code, labels, no label
+    self.embeddings = nn.Embedding(self.blank+1+cfg.classes+1, cfg.width)
+    self.pos_embed = table(self.steps+(1024 if cfg.target_aware else 1))
+    self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width)) if cfg.target_aware else None
+    self.target_aware_pos_embed = table(self.steps+1024) if cfg.target_aware else None
+    self.timesteps_embeddings = table(self.steps+100) if cfg.modulated else None
 
-    @property
-    def sample_bytes(self) -> int:
-        rows = 2
-        c = self.cfg
-        return self.cache_bytes(rows)+4*rows*(4*self.blank+(12+2*int(c.ratio))*c.width)
+# %% ../../nbs/generators/04_autoregressive.ipynb #9007ac7e
+@patch
+def _make_blocks(self:ARGenerator):
+    "Blocks, last norm and head"
+    cfg = self.cfg
+    d = cfg.width
+    kwargs = dict(causal=True, ratio=cfg.ratio, dropout=cfg.dropout, qk_norm=cfg.qk_norm)
+    if cfg.modulated:
+        self.blocks = nn.ModuleList([ModulatedBlock(d, cfg.heads, **kwargs) for _ in range(cfg.depth)])
+    else: self.blocks = transformer(cfg.depth, d, cfg.heads, **kwargs)
+    self.norm = None if cfg.modulated else nn.LayerNorm(d, eps=1e-6)
+    self.adaln_before_head = ModulatedNorm(d) if cfg.modulated else None
+    self.lm_head = nn.Linear(d, self.blank)
+
+@patch
+def _init_weights(self:ARGenerator):
+    "Small embeddings; a modulated model as released, where every block starts as the identity"
+    nn.init.trunc_normal_(self.embeddings.weight, std=.02)
+    if not self.cfg.modulated: return
+    for name,m in self.named_modules():
+        if not isinstance(m, nn.Linear): continue
+        nn.init.zeros_(m.bias)
+        if 'adaLN' in name: nn.init.zeros_(m.weight)
+        else: nn.init.trunc_normal_(m.weight, std=.02)
+
+# %% ../../nbs/generators/04_autoregressive.ipynb #bf728854
+@patch
+def sampler(self:ARGenerator, labels:Int[Tensor, "b"], guided:bool) -> ARSampler:
+    "The steps of one call of `sample`"
+    return ARSampler(self, labels, guided)
+
+@patch
+def cache_bytes(self:ARGenerator, rows:int) -> int:
+    "Size of the keys and values of so many sequences, in bytes"
+    numbers = 2*rows*self.cfg.depth*(self.prefix+self.steps-1)*self.cfg.width
+    return numbers*self.embeddings.weight.element_size()
+
+@patch(as_prop=True)
+def sample_bytes(self:ARGenerator) -> int:
+    "Memory of one guided sample: the caches of two rows, their scores, and a block's activations"
+    rows = 2
+    c = self.cfg
+    return self.cache_bytes(rows)+4*rows*(4*self.blank+(12+2*int(c.ratio))*c.width)
 
 # %% ../../nbs/generators/04_autoregressive.ipynb #84f767ea
 @patch
@@ -182,6 +197,7 @@ def scores(self:ARGenerator, frames:Int[Tensor, "b s l"], labels:Int[Tensor, "b"
         x = self.norm(x)
     return self.lm_head(x[:,self.prefix-1:]).unflatten(-1, (self.cfg.levels, -1))
 
+# %% ../../nbs/generators/04_autoregressive.ipynb #cb356ea5
 @patch
 def logits(self:ARGenerator, ids:Int[Tensor, "b *t"], labels:Int[Tensor, "b"],
            orders:Int[Tensor, "b n"]|None = None) -> Float[Tensor, "b *s"]:

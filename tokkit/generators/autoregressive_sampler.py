@@ -8,14 +8,15 @@ __all__ = ['ARSampler', 'sample_ar']
 # %% ../../nbs/generators/03_autoregressive_sampler.ipynb #ecbd3b70
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .base import (check_sampling, check_steps, sample_categorical, Guidance, guide, LatentGenerator,
-                                    row_noise, row_seeds)
+from .base import check_sampling, check_steps, LatentGenerator
+from .sampling import guide, Guidance, row_noise, row_seeds, sample_categorical, Sampling
 from .token_orders import delay, undelay
 from ..layers import KVCache
 
@@ -43,14 +44,16 @@ class ARSampler:
         self.at = torch.arange(self.length, device=like.device)
         self.relabel(labels)
 
-    def relabel(self, labels:Int[Tensor, "b"]):
-        "Begin again with as many other labels; the tensors that `step` reads stay where they are"
-        if self.guided: labels = torch.cat([labels, torch.full_like(labels, self.g.classes)])
-        # distinct labels; which of them a row has
-        self.kinds,rows = labels.unique(return_inverse=True)
-        self.rows.copy_(rows)
-        self.table = []
-        self.first = 0
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #3592ea98
+@patch
+def relabel(self:ARSampler, labels:Int[Tensor, "b"]):
+    "Begin again with as many other labels; the tensors that `step` reads stay where they are"
+    if self.guided: labels = torch.cat([labels, torch.full_like(labels, self.g.classes)])
+    # distinct labels; which of them a row has
+    self.kinds,rows = labels.unique(return_inverse=True)
+    self.rows.copy_(rows)
+    self.table = []
+    self.first = 0
 
 # %% ../../nbs/generators/03_autoregressive_sampler.ipynb #9eed793c
 @patch
@@ -116,6 +119,7 @@ def step(self:ARSampler,
         else: x = block.step(x, cache, at, length, mask)
     return self._head(x, folded[-1] if folded else None)
 
+# %% ../../nbs/generators/03_autoregressive_sampler.ipynb #1dd16001
 @patch
 def __call__(self:ARSampler, s:int, frame:Int[Tensor, "b l"]|None) -> Float[Tensor, "r l k"]:
     "The scores of step `s`, given what the step before set"
@@ -185,22 +189,21 @@ def _draw_all(g, labels, scales, seeds, choose, keep, callback) -> Int[Tensor, "
 # %% ../../nbs/generators/03_autoregressive_sampler.ipynb #6e1bbdd9
 @torch.no_grad()
 def sample_ar(
-    generator:LatentGenerator,             # in eval mode
-    labels:Tensor,                     # (b), 0..classes-1
-    guidance:float|Guidance = 1.,      # largest scale; 1 = none, 0 = conditional only
-    temperature:float = 1.,            # > 0, after guidance
-    top_k:int|None = None,             # only the best so many codes
-    top_p:float|None = None,           # only the best codes that together have this probability
-    keep:tuple[Tensor, float]|None = None, # (real ids, sigma in 0..1)
-    rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
+    generator:LatentGenerator,                    # in eval mode
+    labels:Tensor,                                # (b), 0..classes-1
+    sampling:Sampling|Guidance|float|None = None, # how; or the guidance alone
+    *,
+    keep:tuple[Tensor, float]|None = None,        # (real ids, sigma in 0..1)
+    rng:torch.Generator|Tensor|None = None,       # all draws; or one seed a row
     # gets dict(i, steps, latents, known, new, logits, position) after every step
     callback:Callable|None = None,
+    **how:Any,                                    # fields of `Sampling`
 ) -> Int[Tensor, "b *n"]:
     "Draw ids in raster order"
-    guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
-    scales = guidance.scales(generator.steps).tolist()
+    sampling = check_sampling(generator, labels, sampling, keep, **how)
+    scales = Guidance.of(sampling.guidance).scales(generator.steps).tolist()
     seeds = row_seeds(rng, len(labels))
     if not len(labels): return torch.zeros(0, *generator.shape, dtype=torch.long, device=labels.device)
-    choose = partial(sample_categorical, temperature=temperature, top_k=top_k, top_p=top_p)
+    choose = partial(sample_categorical, **sampling.of_codes)
     ids = _draw_all(generator, labels, scales, seeds, choose, keep=keep, callback=callback)
     return undelay(ids).reshape(len(labels), *generator.shape)

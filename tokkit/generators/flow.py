@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'PREDICTIONS', 'SMALLEST', 'TIMES', 'METHODS', 'PathPoint', 'path_at', 'convert', 'draw_times',
-           'sample_euler', 'sample_heun', 'sample_sde', 'FlowCfg', 'time_embedding', 'FlowGenerator', 'sample_flow']
+           'sample_euler', 'sample_heun', 'sample_sde', 'ContinuousCfg', 'FlowCfg', 'time_embedding', 'FlowGenerator',
+           'sample_flow']
 
 # %% ../../nbs/generators/06_flow.ipynb #99d3de64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
 from ..core import check_count, check_range, check_sizes
-from .base import (check_grid, check_generator_labels, check_generator_latents, check_sampling, check_steps,
-                                    drop_labels, Guidance, guided, LatentGenerator, row_noise, row_seeds)
+from .base import (check_generator_labels, check_generator_latents, check_grid,
+                                    check_sampling, check_steps, drop_labels, GeneratorCfg, LatentGenerator)
+from .sampling import guided, Guidance, row_noise, row_seeds, Sampling
 from ..layers import modulate, ModulatedBlock, sincos_pos
 
 # %% ../../nbs/generators/06_flow.ipynb #1f71f1b9
@@ -137,17 +140,14 @@ def sample_sde(
 
 # %% ../../nbs/generators/06_flow.ipynb #c9a9dcbd
 @dataclass(frozen=True)
-class FlowCfg:
-    "Everything that shapes a flow generator"
+class ContinuousCfg:
+    "What one latent is; these fields come before those of `GeneratorCfg`"
     n:int = 49                  # tokens an image
     dim:int = 8                 # channels of a token
-    classes:int = 10            # labels are 0..classes-1; class `classes` is the null class
-    width:int = 128             # channels of the network
-    depth:int = 4               # blocks
-    heads:int = 4               # attention heads
-    ratio:float = 4.            # hidden channels of the MLP over `width`
-    dropout:float = 0.          # in the blocks
-    label_dropout:float = .1    # fraction of labels replaced by the null class in training
+
+@dataclass(frozen=True)
+class FlowCfg(GeneratorCfg, ContinuousCfg):
+    "Everything that shapes a flow generator"
     grid:Sequence[int]|None = None # (rows, columns) on which the tokens lie, row by row; None: a line
     mean:float = 0.             # of the latents
     std:float = 1.              # of the latents
@@ -159,9 +159,8 @@ class FlowCfg:
         for name,known in dict(path=PATHS, predict=PREDICTIONS, times=TIMES).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        check_sizes(self, 'n', 'dim', 'classes', 'width', 'depth', 'heads')
-        check_range('label_dropout', self.label_dropout)
-        check_range('dropout', self.dropout, 0, .99)
+        super().__post_init__()
+        check_sizes(self, 'dim')
         object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
         if not 0 < self.std < math.inf:
             raise ValueError(f"std must be > 0, got {self.std}; it is LatentSpec's, as `fit_spec` measures "
@@ -180,73 +179,93 @@ def time_embedding(
 # %% ../../nbs/generators/06_flow.ipynb #ca633843
 class FlowGenerator(LatentGenerator):
     "A transformer that moves noise to latents"
+    kind = 'flow'
+    Cfg = FlowCfg
+    default_steps = 16
+    sampling_fields = 'guidance', 'temperature', 'steps', 'method', 'churn'
     def __init__(self, cfg:FlowCfg): # sizes, scale and kind of path
         super().__init__()
-        w = cfg.width
         self.cfg = cfg
         self.shape = (cfg.n, cfg.dim)
         self.classes = cfg.classes
         self.label_dropout = cfg.label_dropout
         self.codebook_size = None
-        self.embed = nn.Linear(cfg.dim, w)
-        # positions start as sines and cosines, and learn from there
-        self.pos = nn.Parameter(F.pad(sincos_pos(cfg.grid or (1, cfg.n), w//4*4), (0, w%4)))
-        self.time = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))
-        self.label = nn.Embedding(cfg.classes+1, w)
-        self.blocks = nn.ModuleList([
-            ModulatedBlock(dim=w, heads=cfg.heads, affine=False, dropout=cfg.dropout, ratio=cfg.ratio)
-            for _ in range(cfg.depth)])
-        self.norm = nn.LayerNorm(w, eps=1e-6, elementwise_affine=False)
-        self.final = nn.Sequential(nn.SiLU(), nn.Linear(w, 2*w))
-        self.head = nn.Linear(w, cfg.dim)
-        nn.init.normal_(self.label.weight, std=.02)
-        for layer in (self.final[1], self.head):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self._make_layers()
 
-    def forward(self, zt:Float[Tensor, "b n d"], t:Float[Tensor, "b"],
-                labels:Int[Tensor, "b"]) -> Float[Tensor, "b n d"]:
-        "Velocity of latents at unit scale; label `classes` is none"
-        a,s,da,ds = path_at(t.float()[:,None,None], self.cfg.path)                            # (b 1 1)
-        q = (a*a+s*s).sqrt()
-        kind = self.pos.dtype
-        c = (self.time(time_embedding(t).to(kind))+self.label(labels))[:,None]                 # (b 1 w)
-        x = self.embed((zt/q).to(kind))+self.pos                                              # (b n w)
-        for block in self.blocks: x = block(x, block.modulation(c))
-        shift,scale = self.final(c).chunk(2, -1)
-        rest = self.head(modulate(self.norm(x), shift, scale)).float()                        # (b n d)
-        return (da*a+ds*s)/q**2*zt+(a*ds-s*da)/q*rest
+    def losses(self, latents, labels, rng=None, done=1.): return _losses(self, latents, labels, rng)
 
-    def losses(self, latents, labels, rng=None, done=1.):
-        check_generator_labels(self, labels)
-        check_generator_latents(self, latents, len(labels))
-        c = self.cfg
-        where = rng.device if rng else None
-        labels = drop_labels(labels, c.label_dropout, self.classes, rng)
-        t = draw_times(len(labels), c.times, rng).to(latents.device)
-        z = (latents.float()-c.mean)/c.std
-        noise = torch.randn(latents.shape, generator=rng, device=where).to(latents.device)
-        at = t[:,None,None]
-        a,s,da,ds = path_at(at, c.path)
-        zt = a*z+s*noise                                                                      # (b n d)
-        v = self(zt, t, labels)
-        truth = dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict]
-        clean = convert(v.detach(), 'velocity', 'clean', zt, at, c.path)
-        return dict(loss=F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path), truth),
-                    clean_error=F.mse_loss(clean, z))
+    def sample(self, labels, sampling=None, *, keep=None, rng=None, callback=None, **how):
+        return sample_flow(self, labels, sampling, keep=keep, rng=rng, callback=callback, **how)
 
-    default_steps = 16
+    @classmethod
+    def sizes(cls, spec):
+        if spec.codebook_size is None:
+            return dict(n=spec.shape[0], dim=spec.shape[1], grid=spec.grid, mean=spec.mean, std=spec.std)
+        raise ValueError(f"{cls.kind} makes continuous latents, and this tokenizer has {spec.codebook_size} "
+                         "codes; take ar or masked, or a tokenizer without codes such as tiny-kl")
 
-    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
-               callback=None, steps=None, method='sde', churn=1.):
-        return sample_flow(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps,
-                           method, churn)
+# %% ../../nbs/generators/06_flow.ipynb #8feb691f
+@patch
+def _make_layers(self:FlowGenerator):
+    "Embeddings, blocks and head"
+    cfg = self.cfg
+    w = cfg.width
+    self.embed = nn.Linear(cfg.dim, w)
+    # positions start as sines and cosines, and learn from there
+    self.pos = nn.Parameter(F.pad(sincos_pos(cfg.grid or (1, cfg.n), w//4*4), (0, w%4)))
+    self.time = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))
+    self.label = nn.Embedding(cfg.classes+1, w)
+    self.blocks = nn.ModuleList([
+        ModulatedBlock(dim=w, heads=cfg.heads, affine=False, dropout=cfg.dropout, ratio=cfg.ratio)
+        for _ in range(cfg.depth)])
+    self.norm = nn.LayerNorm(w, eps=1e-6, elementwise_affine=False)
+    self.final = nn.Sequential(nn.SiLU(), nn.Linear(w, 2*w))
+    self.head = nn.Linear(w, cfg.dim)
+    nn.init.normal_(self.label.weight, std=.02)
+    for layer in (self.final[1], self.head):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
-    @property
-    def sample_bytes(self) -> int:
-        "An estimate: both rows of a guided sample in the widest block, and the noise of 64 steps"
-        c = self.cfg
-        return 4*(2*(int(c.n*c.width*(2*c.ratio+8))+c.heads*c.n**2)+c.n*c.dim*72)
+# %% ../../nbs/generators/06_flow.ipynb #7474ea2e
+@patch
+def forward(self:FlowGenerator, zt:Float[Tensor, "b n d"], t:Float[Tensor, "b"],
+            labels:Int[Tensor, "b"]) -> Float[Tensor, "b n d"]:
+    "Velocity of latents at unit scale; label `classes` is none"
+    a,s,da,ds = path_at(t.float()[:,None,None], self.cfg.path)                            # (b 1 1)
+    q = (a*a+s*s).sqrt()
+    kind = self.pos.dtype
+    c = (self.time(time_embedding(t).to(kind))+self.label(labels))[:,None]                 # (b 1 w)
+    x = self.embed((zt/q).to(kind))+self.pos                                              # (b n w)
+    for block in self.blocks: x = block(x, block.modulation(c))
+    shift,scale = self.final(c).chunk(2, -1)
+    rest = self.head(modulate(self.norm(x), shift, scale)).float()                        # (b n d)
+    return (da*a+ds*s)/q**2*zt+(a*ds-s*da)/q*rest
+
+@patch(as_prop=True)
+def sample_bytes(self:FlowGenerator) -> int:
+    "An estimate: both rows of a guided sample in the widest block, and the noise of 64 steps"
+    c = self.cfg
+    return 4*(2*(int(c.n*c.width*(2*c.ratio+8))+c.heads*c.n**2)+c.n*c.dim*72)
+
+# %% ../../nbs/generators/06_flow.ipynb #8524cbaa
+def _losses(generator, latents, labels, rng) -> dict[str,Tensor]:
+    "Squared error of what `predict` asks for, and that of the clean data"
+    check_generator_labels(generator, labels)
+    check_generator_latents(generator, latents, len(labels))
+    c = generator.cfg
+    where = rng.device if rng else None
+    labels = drop_labels(labels, c.label_dropout, generator.classes, rng)
+    t = draw_times(len(labels), c.times, rng).to(latents.device)
+    z = (latents.float()-c.mean)/c.std
+    noise = torch.randn(latents.shape, generator=rng, device=where).to(latents.device)
+    at = t[:,None,None]
+    a,s,da,ds = path_at(at, c.path)
+    zt = a*z+s*noise                                                                      # (b n d)
+    v = generator(zt, t, labels)
+    truth = dict(velocity=da*z+ds*noise, noise=noise, clean=z)[c.predict]
+    clean = convert(v.detach(), 'velocity', 'clean', zt, at, c.path)
+    return dict(loss=F.mse_loss(convert(v, 'velocity', c.predict, zt, at, c.path), truth),
+                clean_error=F.mse_loss(clean, z))
 
 # %% ../../nbs/generators/06_flow.ipynb #8b1e9fa2
 def _velocity(generator, labels, guidance, times) -> Callable:
@@ -277,39 +296,41 @@ def _watch(cfg, fine, callback) -> Callable:
 # %% ../../nbs/generators/06_flow.ipynb #502cc593
 METHODS = 'euler', 'heun', 'sde'
 
+def _plan(generator, sampling:Sampling) -> tuple[int, str, float]:
+    "Steps, method and churn: what was asked for, or this generator's own"
+    steps = generator.default_steps if sampling.steps is None else sampling.steps
+    method = 'sde' if sampling.method is None else sampling.method
+    if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_count('steps', steps, hint='16 is a good number')
+    return steps, method, 1. if sampling.churn is None else sampling.churn
+
+# %% ../../nbs/generators/06_flow.ipynb #50e351b0
 @torch.no_grad()
 def sample_flow(
-    generator:FlowGenerator,                # in eval mode
-    labels:Tensor,                          # (b), 0..classes-1
-    guidance:float|Guidance = 1.,           # over the time of the path
-    temperature:float = 1.,                 # scales all noise, > 0
-    top_k:int|None = None,                  # for ids only
-    top_p:float|None = None,                # for ids only
-    # (real latents, sigma in 0..1, the time at which to start from them)
-    keep:tuple[Tensor, float]|None = None,
-    rng:torch.Generator|Tensor|None = None, # all draws; or one seed a row
-    callback:Callable|None = None,          # gets dict(i, steps, t, latents, clean) after every step
-    steps:int|None = None,                  # of the whole path; None: 16
-    method:str = 'sde',                     # of `METHODS`
-    churn:float = 1.,                       # of the method 'sde', as in `sample_sde`
+    generator:FlowGenerator,                      # in eval mode
+    labels:Tensor,                                # (b), 0..classes-1
+    sampling:Sampling|Guidance|float|None = None, # how; or the guidance alone; 16 steps of 'sde' if not said
+    *,
+    keep:tuple[Tensor, float]|None = None,        # (real latents, sigma in 0..1, the time to start at)
+    rng:torch.Generator|Tensor|None = None,       # all draws; or one seed a row
+    callback:Callable|None = None,                # gets dict(i, steps, t, latents, clean) after every step
+    **how:Any,                                    # fields of `Sampling`
 ) -> Float[Tensor, "b n d"]:
     "From noise, or from real latents at time sigma, to latents at the tokenizer's scale"
-    guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
-    if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    steps = generator.default_steps if steps is None else steps
-    check_count('steps', steps, hint='16 is a good number')
-    check_range('churn', churn, hint='it is how much of the noise is replaced')
+    sampling = check_sampling(generator, labels, sampling, keep, **how)
+    steps,method,churn = _plan(generator, sampling)
     c = generator.cfg
     sigma = 0. if keep is None else float(keep[1])
     if sigma == 1: return keep[0].to(labels.device, torch.float32, copy=True)
     seeds = row_seeds(rng, len(labels))
     def noise(shape, stream):
-        return temperature*row_noise(seeds, shape, stream, normal=True, device=labels.device)
+        drawn = row_noise(seeds, shape, stream, normal=True, device=labels.device)
+        return sampling.temperature*drawn
     left = max(1, math.ceil(round(steps*(1-sigma), 6)))  # steps that remain
     times = torch.linspace(sigma, 1, left+1, dtype=torch.float64)
-    z = _start(c, keep, times[0], noise(generator.shape, 'noise'))
     fine = []
-    walk = dict(velocity=_velocity(generator, labels, guidance, times), z=z, times=times,
+    walk = dict(velocity=_velocity(generator, labels, Guidance.of(sampling.guidance), times),
+                z=_start(c, keep, times[0], noise(generator.shape, 'noise')), times=times,
                 callback=_watch(c, fine, callback))
     if method == 'sde':
         z = sample_sde(noise=noise((left, *generator.shape), 'fresh noise'), path=c.path, churn=churn, **walk)

@@ -10,16 +10,20 @@ __all__ = ['MASK_SCHEDULES', 'mask_schedule', 'random_mask', 'MaskedCfg', 'Maske
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import nn, Tensor
 
 from ..core import check_count, check_range, check_sizes
-from .base import (check_grid, check_generator_labels, check_generator_latents, check_sampling, check_steps,
-                                    sample_categorical, drop_labels, Guidance, guided, LatentGenerator, row_noise,
-                                    row_seeds)
+from .base import (check_generator_labels, check_generator_latents, check_grid,
+                                    check_sampling, check_steps, drop_labels, GeneratorCfg, ids_sizes,
+                                    IdsCfg, LatentGenerator)
+from .sampling import guided, Guidance, row_noise, row_seeds, sample_categorical, Sampling
 from ..layers import transformer
 
 # %% ../../nbs/generators/05_masked.ipynb #d4fa4e54
@@ -49,17 +53,8 @@ def random_mask(
 
 # %% ../../nbs/generators/05_masked.ipynb #a7ddd5bb
 @dataclass(frozen=True)
-class MaskedCfg:
+class MaskedCfg(GeneratorCfg, IdsCfg):
     "Everything that shapes a masked generator"
-    n:int = 49                  # tokens an image
-    codebook_size:int = 512     # K
-    classes:int = 10            # labels are 0..classes-1; class `classes` is the null class
-    width:int = 128             # channels
-    depth:int = 4               # blocks
-    heads:int = 4               # attention heads
-    ratio:float = 4.            # hidden channels of the MLP over `width`
-    dropout:float = 0.          # after both branches of a block, in training
-    label_dropout:float = .1    # fraction of labels replaced by the null class in training
     levels:int = 1              # ids a token
     schedule:str = 'cosine'     # of `MASK_SCHEDULES`, in sampling
     masks:str = 'linear'        # of `MASK_SCHEDULES`, in training
@@ -69,17 +64,20 @@ class MaskedCfg:
     label_smoothing:float = 0.  # of the target codes, in [0,1)
 
     def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, 'codebook_size', 'levels')
         for kind in (self.schedule, self.masks): mask_schedule(torch.zeros(1), kind)
         if self.near < 0 or (self.near and not self.near%2):
             raise ValueError(f"near must be odd, or 0 for none, got {self.near}")
-        check_range('label_dropout', self.label_dropout)
-        for name in ('dropout', 'label_smoothing'): check_range(name, getattr(self, name), 0, .99)
-        check_sizes(self, 'n', 'codebook_size', 'classes', 'width', 'depth', 'heads', 'levels')
+        check_range('label_smoothing', self.label_smoothing, 0, .99)
         object.__setattr__(self, 'grid', check_grid(self.grid, self.n))
 
 # %% ../../nbs/generators/05_masked.ipynb #8fcbf709
 class MaskedGenerator(LatentGenerator):
     "A transformer that predicts hidden ids from all known ones"
+    kind = 'masked'
+    Cfg = MaskedCfg
+    sampling_fields = (*LatentGenerator.sampling_fields, 'steps', 'choice_temperature')
     def __init__(self, cfg:MaskedCfg): # sizes
         super().__init__()
         self.cfg = cfg
@@ -87,47 +85,59 @@ class MaskedGenerator(LatentGenerator):
         self.label_dropout = cfg.label_dropout
         self.codebook_size = cfg.codebook_size
         self.shape = (cfg.n,) if cfg.levels == 1 else (cfg.n, cfg.levels)
-        self.label = nn.Embedding(cfg.classes+1, cfg.width)
-        # a table a level, whose last row is the mask token
-        self.token = nn.Embedding(cfg.levels*(cfg.codebook_size+1), cfg.width)
-        self.pos = nn.Parameter(torch.zeros(cfg.n+1, cfg.width))
         self.default_steps = min(12, math.prod(self.shape))
-        self.near = nn.Conv2d(cfg.width, cfg.width, cfg.near, padding=cfg.near//2) if cfg.near else None
-        self.blocks = transformer(cfg.depth, cfg.width, cfg.heads, ratio=cfg.ratio, dropout=cfg.dropout)
-        self.norm = nn.LayerNorm(cfg.width)
-        self.head = nn.Linear(cfg.width, cfg.levels*cfg.codebook_size)
-        for name,w in self.named_parameters():
-            if w.ndim > 1: nn.init.trunc_normal_(w, std=.02)
-            elif name.endswith('bias'): nn.init.zeros_(w)
-        self.register_buffer('tables', torch.arange(cfg.levels)*(cfg.codebook_size+1), persistent=False)
-
-    def logits(self,
-        ids:Int[Tensor, "b *shape"],    # K where hidden
-        labels:Int[Tensor, "b"],        # `classes` where left out
-    ) -> Float[Tensor, "b *shape k"]:
-        "Scores of all codes at every entry, known ones too"
-        rows = ids.reshape(len(ids), self.cfg.n, self.cfg.levels)+self.tables
-        x = self.token(rows).sum(2)                                              # (b n d)
-        if self.near is not None:
-            picture = x.mT.unflatten(2, self.cfg.grid or (1, self.cfg.n))
-            x = x+self.near(picture).flatten(2).mT
-        label = self.label(labels)[:,None]
-        x = torch.cat([label, x+label], 1)+self.pos                              # (b n+1 d)
-        for block in self.blocks: x = block(x)
-        return self.head(self.norm(x[:,1:])).reshape(*ids.shape, self.codebook_size)
+        self._make_layers()
 
     def losses(self, latents, labels, rng=None, done=1.): return masked_losses(self, latents, labels, rng)
 
-    def sample(self, labels, guidance=1., temperature=1., top_k=None, top_p=None, keep=None, rng=None,
-               callback=None, steps=None, choice_temperature=4.5):
-        return sample_masked(self, labels, guidance, temperature, top_k, top_p, keep, rng, callback, steps,
-                             choice_temperature)
+    def sample(self, labels, sampling=None, *, keep=None, rng=None, callback=None, **how):
+        return sample_masked(self, labels, sampling, keep=keep, rng=rng, callback=callback, **how)
 
-    @property
-    def sample_bytes(self) -> int:
-        "Memory of one guided sample: scores of all codes several times over, and a block's activations"
-        c = self.cfg
-        return 4*(8*c.n*c.levels*c.codebook_size+2*(c.n+1)*int((8+c.ratio)*c.width))
+    @classmethod
+    def sizes(cls, spec):
+        sizes = ids_sizes(cls.kind, spec)
+        return sizes|(dict(grid=spec.grid) if sizes['n'] == spec.shape[0] else {})
+
+# %% ../../nbs/generators/05_masked.ipynb #959f469b
+@patch
+def _make_layers(self:MaskedGenerator):
+    "Embeddings, neighbourhood, blocks and head"
+    cfg = self.cfg
+    self.label = nn.Embedding(cfg.classes+1, cfg.width)
+    # a table a level, whose last row is the mask token
+    self.token = nn.Embedding(cfg.levels*(cfg.codebook_size+1), cfg.width)
+    self.pos = nn.Parameter(torch.zeros(cfg.n+1, cfg.width))
+    self.near = nn.Conv2d(cfg.width, cfg.width, cfg.near, padding=cfg.near//2) if cfg.near else None
+    self.blocks = transformer(cfg.depth, cfg.width, cfg.heads, ratio=cfg.ratio, dropout=cfg.dropout)
+    self.norm = nn.LayerNorm(cfg.width)
+    self.head = nn.Linear(cfg.width, cfg.levels*cfg.codebook_size)
+    for name,w in self.named_parameters():
+        if w.ndim > 1: nn.init.trunc_normal_(w, std=.02)
+        elif name.endswith('bias'): nn.init.zeros_(w)
+    self.register_buffer('tables', torch.arange(cfg.levels)*(cfg.codebook_size+1), persistent=False)
+
+# %% ../../nbs/generators/05_masked.ipynb #ab7fc04f
+@patch
+def logits(self:MaskedGenerator,
+    ids:Int[Tensor, "b *shape"],    # K where hidden
+    labels:Int[Tensor, "b"],        # `classes` where left out
+) -> Float[Tensor, "b *shape k"]:
+    "Scores of all codes at every entry, known ones too"
+    rows = ids.reshape(len(ids), self.cfg.n, self.cfg.levels)+self.tables
+    x = self.token(rows).sum(2)                                              # (b n d)
+    if self.near is not None:
+        picture = x.mT.unflatten(2, self.cfg.grid or (1, self.cfg.n))
+        x = x+self.near(picture).flatten(2).mT
+    label = self.label(labels)[:,None]
+    x = torch.cat([label, x+label], 1)+self.pos                              # (b n+1 d)
+    for block in self.blocks: x = block(x)
+    return self.head(self.norm(x[:,1:])).reshape(*ids.shape, self.codebook_size)
+
+@patch(as_prop=True)
+def sample_bytes(self:MaskedGenerator) -> int:
+    "Memory of one guided sample: scores of all codes several times over, and a block's activations"
+    c = self.cfg
+    return 4*(8*c.n*c.levels*c.codebook_size+2*(c.n+1)*int((8+c.ratio)*c.width))
 
 # %% ../../nbs/generators/05_masked.ipynb #88e85c1e
 def masked_losses(
@@ -183,13 +193,13 @@ def _ranks(sure, known) -> Int[Tensor, "b *shape"]:
     return order.argsort(1).reshape(sure.shape)
 
 # %% ../../nbs/generators/05_masked.ipynb #e41be86a
-def _unmask(generator, ids, known, labels, plan, scales, draws, callback) -> Int[Tensor, "b *shape"]:
+def _unmask(generator, ids, known, plan, predict, draws, callback) -> Int[Tensor, "b *shape"]:
     "Step after step: draw every hidden entry, set those that are surest; `draws` gives codes and noise"
     codes,noise = draws
     steps = plan.shape[1]
     fine = []
-    for i,scale in enumerate(scales):
-        logits = guided(generator.logits, ids, labels, generator.classes, scale)       # (b *shape k)
+    for i in range(steps):
+        logits = predict(i, ids)                                               # (b *shape k)
         fine.append(logits.isfinite().all())
         drawn = torch.where(known, ids, codes(i, logits).clamp(max=generator.codebook_size-1))
         chosen = logits.float().log_softmax(-1).gather(-1, drawn[...,None])[...,0]
@@ -201,40 +211,45 @@ def _unmask(generator, ids, known, labels, plan, scales, draws, callback) -> Int
     check_steps(fine)
     return ids
 
+# %% ../../nbs/generators/05_masked.ipynb #224b0553
+def _draws(generator, seeds, steps, sampling:Sampling, device) -> tuple[Callable, Callable]:
+    "What is drawn in step `i`: codes from their scores, and the noise of the choice"
+    tau = 4.5 if sampling.choice_temperature is None else sampling.choice_temperature
+    u = row_noise(seeds, (steps, *generator.shape), 'draw', device=device)
+    g = _gumbel(row_noise(seeds, (steps, *generator.shape), 'choice', device=device))
+    choose = partial(sample_categorical, **sampling.of_codes)
+    def codes(i, logits): return choose(logits, u[:,i])
+    def noise(i): return tau*(1-(i+1)/steps)*g[:,i]
+    return codes, noise
+
+def _begin(generator, keep, known) -> Int[Tensor, "b *shape"]:
+    "The ids before the first step: what is kept of real ones, all others hidden"
+    ids = torch.full(known.shape, generator.codebook_size, device=known.device)
+    return ids if keep is None else torch.where(known, keep[0].to(known.device), ids)
+
 # %% ../../nbs/generators/05_masked.ipynb #20afb386
 @torch.no_grad()
 def sample_masked(
-    generator:MaskedGenerator,              # in eval mode
-    labels:Tensor,                          # (b), 0..classes-1
-    guidance:float|Guidance = 1.,           # over the steps
-    temperature:float = 1.,                 # of the codes, > 0, after guidance
-    top_k:int|None = None,                  # only the best so many codes
-    top_p:float|None = None,                # only the best codes that together have this probability
-    keep:tuple[Tensor, float]|None = None,  # (real ids, sigma in 0..1)
+    generator:MaskedGenerator,                    # in eval mode
+    labels:Tensor,                                # (b), 0..classes-1
+    sampling:Sampling|Guidance|float|None = None, # how; or the guidance alone; 12 steps, tau 4.5 if not said
+    *,
+    keep:tuple[Tensor, float]|None = None,        # (real ids, sigma in 0..1)
     rng:torch.Generator|Int[Tensor, "b"]|None = None, # all draws
-    # gets dict(i, steps, latents, known, new, logits) after every step
-    callback:Callable|None = None,
-    # passes through the network, 1..entries; None: 12, or all entries where there are fewer
-    steps:int|None = None,
-    choice_temperature:float = 4.5,         # tau, >= 0; 0 sets the most certain entries first, large ones any
+    callback:Callable|None = None,  # gets dict(i, steps, latents, known, new, logits) after every step
+    **how:Any,                                    # fields of `Sampling`
 ) -> Int[Tensor, "b *shape"]:
     "Draw ids in a few steps, the most certain entries first"
     # in a callback's `latents` hidden entries hold the code just drawn
-    guidance = check_sampling(generator, labels, guidance, temperature, top_k, top_p, keep)
-    shape = generator.shape
-    device = labels.device
-    steps = generator.default_steps if steps is None else steps
-    check_count('steps', steps, math.prod(shape), 'a step sets at least one entry')
-    check_range('choice_temperature', choice_temperature, 0, 1e9, 'large ones set entries in any order')
+    sampling = check_sampling(generator, labels, sampling, keep, **how)
+    steps = generator.default_steps if sampling.steps is None else sampling.steps
+    check_count('steps', steps, math.prod(generator.shape), 'a step sets at least one entry')
     seeds = row_seeds(rng, len(labels))
-    known = _kept(keep, seeds, shape)
-    plan = unmask_plan((~known).flatten(1).sum(1), steps, generator.cfg.schedule).to(device)
-    known = known.to(device)
-    ids = torch.full((len(labels), *shape), generator.codebook_size, device=device)
-    if keep is not None: ids = torch.where(known, keep[0].to(device), ids)
-    u = row_noise(seeds, (steps, *shape), 'draw', device=device)
-    g = _gumbel(row_noise(seeds, (steps, *shape), 'choice', device=device))
-    def codes(i, logits): return sample_categorical(logits, u[:,i], temperature, top_k, top_p)
-    def noise(i): return choice_temperature*(1-(i+1)/steps)*g[:,i]
-    scales = guidance.scales(steps).tolist()
-    return _unmask(generator, ids, known, labels, plan, scales, draws=(codes, noise), callback=callback)
+    known = _kept(keep, seeds, generator.shape)
+    plan = unmask_plan((~known).flatten(1).sum(1), steps, generator.cfg.schedule).to(labels.device)
+    known = known.to(labels.device)
+    scales = Guidance.of(sampling.guidance).scales(steps).tolist()
+    def predict(i, ids): return guided(generator.logits, ids, labels, generator.classes, scales[i])
+    draws = _draws(generator, seeds, steps, sampling, labels.device)
+    ids = _begin(generator, keep, known)
+    return _unmask(generator, ids, known, plan, predict, draws, callback)

@@ -18,6 +18,7 @@ def random_ratio(
     "Probability that an image is shown in random order"
     return min(1., max(0., (.75-done)/.25))
 
+# %% ../../nbs/generators/02_token_orders.ipynb #12772022
 def draw_orders(
     b:int, n:int,                       # images, tokens
     ratio:float,                        # probability of a random order; else raster

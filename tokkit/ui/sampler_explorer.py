@@ -162,8 +162,8 @@ def _sampled(self:SamplerStepper) -> list[SamplerStep]:
     keep = (self.real, s['sigma']) if s['sigma'] else None
     with _evaluating(self.generator):
         self.generator.sample(
-            self.labels, s['guidance'], s['temperature'], keep=keep, rng=make_rng(s['seed'], 'stepper'),
-            callback=record(moments, s['temperature']), **steps)
+            self.labels, s['guidance'], temperature=s['temperature'], keep=keep,
+            rng=make_rng(s['seed'], 'stepper'), callback=record(moments, s['temperature']), **steps)
     return moments
 
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #bdd60d9b
