@@ -60,7 +60,7 @@ def mmd_plane(
     deltas:Sequence[int] = (2, 4, 8, 16, 32, 64),  # neighbours redrawn among
     *,
     comparison:LatentComparison|None = None,       # how latents are compared
-    **how,                          # its fields (kernel, n, seed), and arguments of `perturb_codes`: rate, ...
+    **how,                          # its fields: kernel, n, seed; and arguments of `perturb_codes`
 ) -> pd.DataFrame:
     "Squared MMD between generated latents and perturbed real ones, a row a cell, with its jackknife error"
     own,dose = _own(LatentComparison, how)
