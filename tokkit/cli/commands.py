@@ -10,12 +10,11 @@ import argparse, os, signal, subprocess, sys, threading, warnings
 from pathlib import Path
 from typing import Literal
 
-from fastcore.docments import docments
 
 import tokkit
 from .models import metric, posttrain
-from .options import (_explain, _sweep_spec, add_options, checkout_for, read_params, say,
-                                terminal_table, use_device)
+from .options import (_explain, _sweep_spec, add_options, checkout_for, command_options,
+                                read_params, say, terminal_table, use_device)
 
 # %% ../../nbs/cli/02_commands.ipynb #2fec1074
 def _check_place(out:Path):
@@ -276,7 +275,7 @@ def main(
     debug = os.environ.get('TOKKIT_DEBUG')
     if not debug: warnings.showwarning = lambda message, *_, **__: say(f'tokkit: {message}')
     _hear_interrupts()
-    if 'device' in docments(function, returns=False): given['device'] = device
+    if 'device' in command_options(function): given['device'] = device
     elif device: os.environ['TOKKIT_DEVICE'] = device
     try: return function(**given) or 0
     except KeyboardInterrupt:
