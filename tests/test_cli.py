@@ -5,10 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fastcore.docments import docments
 from waiting import wait_for
 from tokkit import __version__
-from tokkit.cli import COMMANDS, main
+from tokkit.cli import COMMANDS, command_options, main
 
 TINY = Path(__file__).parent/'notebooks'/'tiny.ipynb'
 SHELL = [sys.executable, '-c', 'import sys; from tokkit.cli import main; sys.exit(main())']
@@ -41,7 +40,8 @@ def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit) as e: main([command.__name__, '--help'])
     said = ' '.join(capsys.readouterr().out.split())
     assert e.value.code == 0 and command.__doc__ in said
-    for name, comment in docments(command, returns=False).items():
+    for name, option in command_options(command).items():
+        comment = option['docment']
         assert comment and comment in said.replace('- ', '-'), f'{command.__name__} --{name} has no help'
 
 def test_the_shell_finds_it():

@@ -82,7 +82,7 @@ def home(folder:Path) -> Path:
 
 def cut_short(folder:Path):
     "Nothing is trained, executed or opened, and nothing outside `folder` is deleted"
-    import tokkit.cli.commands, tokkit.cli.models, tokkit.core, tokkit.demo, tokkit.runs.execute
+    import tokkit.cli.commands, tokkit.cli.posttraining, tokkit.core, tokkit.demo, tokkit.runs.execute
     class Enough(OSError): "The checks are over"
     def enough(*args, **kwargs): raise Enough('cut off after the checks')
     def stages(cfg, *args, **kwargs):
@@ -92,7 +92,7 @@ def cut_short(folder:Path):
     def inside(path):
         return delete(path) if Path(path).resolve().is_relative_to(folder.resolve()) else enough()
     tokkit.demo.run_stages = stages
-    tokkit.cli.models._train_decoder = enough
+    tokkit.cli.posttraining._train_decoder = enough
     tokkit.runs.execute._execute = enough
     tokkit.core.delete = inside
     tokkit.cli.commands.os.execv = tokkit.cli.commands.subprocess.run = enough

@@ -34,6 +34,11 @@ def rank_bands(
         last = out[-1][1]
     return out
 
+# %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #18fecd71
+def _label(dose) -> str:
+    "A band of ranks, or a strength, as text"
+    return f'{dose:g}' if not isinstance(dose, Sequence) else '–'.join(map(str, dict.fromkeys(dose)))
+
 def share_by_band(
     ranks:Float[np.ndarray, "b m"],  # of wrong tokens, 1 = nearest other code; NaN where nothing went wrong
     bands:Sequence[tuple[int,int]],  # as `rank_bands` makes them
@@ -49,10 +54,6 @@ def share_by_band(
         se = (here-share*many).std(ddof=1)*len(many)**.5/many.sum() if len(many) > 1 else np.nan
         return dict(dose=_label((a, b)), share=share, se=se)
     return pd.DataFrame([row(a, b) for a,b in bands])
-
-def _label(dose) -> str:
-    "A band of ranks, or a strength, as text"
-    return f'{dose:g}' if not isinstance(dose, Sequence) else '–'.join(map(str, dict.fromkeys(dose)))
 
 # %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #59616aaf
 def replace_at_ranks(
@@ -80,6 +81,7 @@ def replace_at_ranks(
                                                 rank[rows,at[columns]])
     return out.view(ids.shape).to(ids)
 
+# %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #fa0cad9f
 def noise_at(
     z:Float[Tensor, "b n d"],    # right latents
     strength:float,              # of the noise, in standard deviations of all these latents
@@ -93,6 +95,36 @@ def noise_at(
     return torch.where(hit.to(z.device), z+strength*z.std()*torch.randn(z.shape, generator=rng).to(z), z)
 
 # %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #1ae54fe7
+def _errors(tok, latents, images) -> Tensor:
+    "Squared error of each picture (b)"
+    x = decode_all(tok, latents)
+    return (x.clamp(-1, 1)-images.clamp(-1, 1)).square().flatten(1).mean(1).double()
+
+def _compared(d, first) -> dict:
+    "Mean damage, and its ratio to the first decoder's where that is harmed at all; both saw the same errors"
+    n = len(d)
+    harmed = first.mean() > 2*first.std()/n**.5
+    ratio = d.mean()/first.mean() if harmed else torch.tensor(torch.nan)
+    se = (d-ratio*first).std()/n**.5/first.mean()
+    values = dict(damage=d.mean(), se=d.std()/n**.5, ratio=ratio, ratio_se=se)
+    return {k:v.item() for k,v in values.items()}
+
+# %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #fd4b3c20
+def _smallest(codes, ids) -> int:
+    "Codes of the smallest level"
+    entries = torch.arange(ids[0].numel()).view(1, *ids.shape[1:])
+    return min(level.size for level,_ in split_levels(codes, entries, vectors=False))
+
+def _wrong(latents, codes, dose, share, rng) -> Tensor:
+    "The latents with errors of one dose: a band of ranks, or a strength of noise"
+    if latents.is_floating_point(): return noise_at(latents, dose, share, rng)
+    return replace_at_ranks(latents, codes, dose, share, rng)
+
+def _doses(latents, codes) -> Sequence:
+    "All ranks in bands, or some strengths of noise"
+    return (.25, .5, 1., 2.) if latents.is_floating_point() else rank_bands(_smallest(codes, latents))
+
+# %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #0a3ab24d
 def decoder_sensitivity(
     # states of one tokenizer's decoder by name, in eval mode; the first is what others are compared with
     decoders:Mapping[str,Tokenizer],
@@ -110,38 +142,13 @@ def decoder_sensitivity(
                          f"{len(images)}")
     tok = next(iter(decoders.values()))
     for other in decoders.values(): check_same(tok, other)
-    discrete = not latents.is_floating_point()
     codes = getattr(tok, 'quantizer', None)
-    if doses is None: doses = rank_bands(_smallest(codes, latents)) if discrete else (.25, .5, 1., 2.)
-    def wrong(i, dose):
-        rng = make_rng(seed, 'damage', i)
-        if discrete: return replace_at_ranks(latents, codes, dose, share, rng)
-        return noise_at(latents, dose, share, rng)
+    if doses is None: doses = _doses(latents, codes)
     clean = {name: _errors(t, latents, images) for name,t in decoders.items()}
     rows = []
     for i,dose in enumerate(doses):
-        q = wrong(i, dose)
+        q = _wrong(latents, codes, dose, share, make_rng(seed, 'damage', i))
         added = {name: _errors(t, q, images)-clean[name] for name,t in decoders.items()}
         first = next(iter(added.values()))
         for name,d in added.items(): rows.append(dict(of=name, dose=_label(dose))|_compared(d, first))
     return pd.DataFrame(rows)
-
-# %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #0b87d0c0
-def _errors(tok, latents, images) -> Tensor:
-    "Squared error of each picture (b)"
-    x = decode_all(tok, latents)
-    return (x.clamp(-1, 1)-images.clamp(-1, 1)).square().flatten(1).mean(1).double()
-
-def _compared(d, first) -> dict:
-    "Mean damage, and its ratio to the first decoder's where that is harmed at all; both saw the same errors"
-    n = len(d)
-    harmed = first.mean() > 2*first.std()/n**.5
-    ratio = d.mean()/first.mean() if harmed else torch.tensor(torch.nan)
-    se = (d-ratio*first).std()/n**.5/first.mean()
-    values = dict(damage=d.mean(), se=d.std()/n**.5, ratio=ratio, ratio_se=se)
-    return {k:v.item() for k,v in values.items()}
-
-def _smallest(codes, ids) -> int:
-    "Codes of the smallest level"
-    entries = torch.arange(ids[0].numel()).view(1, *ids.shape[1:])
-    return min(level.size for level,_ in split_levels(codes, entries, vectors=False))

@@ -1,4 +1,5 @@
 "The `tokkit` command"
 from .options import *
 from .models import *
+from .posttraining import *
 from .commands import *

@@ -5,3 +5,4 @@ from .image_folder import *
 from .loader import *
 from .augment import *
 from .token_cache import *
+from .sources import *

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import data_home, require_extra
+from ..core import data_home, Registry, require_extra
 from .efficientnet import efficientnet_lite0
 from .extractor import FeatureExtractor
 from .vision_transformers import clip, dinov2
@@ -38,22 +38,63 @@ def inception(
     return FeatureExtractor('inception', _Bytes(net), mean=(0.,0.,0.), std=(1.,1.,1.))
 
 # %% ../../nbs/features/03_extractors.ipynb #efdd7ce0
-EXTRACTORS = ('efficientnet_lite0.b11@32', 'efficientnet_lite0.b11@64', 'inception', 'dinov2.vitb14@224',
-              'clip.vitb32@224')
+EXTRACTORS = Registry('feature extractor', 'tokkit.extractors')
+_FORMS = {}     # how the names of our families go on
 
 @lru_cache
 def _made(f, *args): return f(*args)
 
-def _transformer(asked:str, family:str, kind:str, gelu:str, size:int) -> FeatureExtractor:
+def _family(form:str):
+    "Register one of our own families, with the form of its names for messages"
+    name = form.split('.')[0]
+    _FORMS[name] = form
+    return EXTRACTORS.register(name)
+
+def _unknown(name:str) -> ValueError:
+    "One line about a name that is none, with the forms of those that are"
+    *forms,last = [_FORMS.get(family, family) for family in EXTRACTORS]
+    return ValueError(f"extractor must be {', '.join(forms)} or {last}, got {name!r}; e.g. "
+                      "efficientnet_lite0.b11@32")
+
+# %% ../../nbs/features/03_extractors.ipynb #0fe7b955
+@_family('efficientnet_lite0.bLAYER@SIZE')
+def _efficientnet(name:str, size:int|None) -> FeatureExtractor:
+    "EfficientNet-lite0 by block and size; the bare name goes by the size of the images"
+    if name == 'efficientnet_lite0': name += '.b11@32' if size and size <= 32 else '.b11@64'
+    m = re.fullmatch(r'efficientnet_lite0\.b(\d+)@(\d+)', name)
+    if not m: raise _unknown(name)
+    return _made(efficientnet_lite0, int(m[1]), int(m[2]))
+
+@_family('inception')
+def _inception(name:str, size:int|None) -> FeatureExtractor:
+    "The network of the published FIDs; there is one"
+    if name != 'inception': raise _unknown(name)
+    return _made(inception)
+
+# %% ../../nbs/features/03_extractors.ipynb #b78fd082
+def _transformer(asked:str) -> FeatureExtractor:
     "DINOv2 or CLIP from its file in the data folder, if that holds what was asked for"
-    path = data_home()/f"{family}_{kind}{gelu}.safetensors"
-    if family == 'dinov2': found = _made(dinov2, path, size)
-    else: found = _made(clip, path, size, not gelu)
+    m = re.fullmatch(r'(dinov2|clip)\.(\w+?)(-gelu)?@(\d+)', asked)
+    if not m: raise _unknown(asked)
+    family,kind,gelu,size = m.groups()
+    path = data_home()/f"{family}_{kind}{gelu or ''}.safetensors"
+    if family == 'dinov2': found = _made(dinov2, path, int(size))
+    else: found = _made(clip, path, int(size), not gelu)
     if found.name != asked:
         raise ValueError(f"{path} holds {found.name}, not {asked}; ask for that, or put the right file there")
     return found
 
-# %% ../../nbs/features/03_extractors.ipynb #0fe7b955
+@_family('dinov2.KIND@SIZE')
+def _dinov2(name:str, size:int|None) -> FeatureExtractor:
+    "DINOv2 of some kind; the bare name is the base model"
+    return _transformer('dinov2.vitb14@224' if name == 'dinov2' else name)
+
+@_family('clip.KIND@SIZE')
+def _clip(name:str, size:int|None) -> FeatureExtractor:
+    "CLIP's image tower of some kind; the bare name is the base model"
+    return _transformer('clip.vitb32@224' if name == 'clip' else name)
+
+# %% ../../nbs/features/03_extractors.ipynb #517955e1
 def get_extractor(
     # e.g. 'efficientnet_lite0.b11@64', a card's `extractor`; 'efficientnet_lite0' goes by `size`, 'dinov2' is
     # base
@@ -61,15 +102,15 @@ def get_extractor(
     size:int|None = None, # side of the images to be judged, for a name that does not say
 ) -> FeatureExtractor:
     "The extractor of that name, made once; never another one in its place"
-    if name == 'efficientnet_lite0': name = EXTRACTORS[0] if size and size <= 32 else EXTRACTORS[1]
-    m = re.fullmatch(r'efficientnet_lite0\.b(\d+)@(\d+)', name)
-    if m: return _made(efficientnet_lite0, int(m[1]), int(m[2]))
-    if name == 'inception': return _made(inception)
-    asked = dict(dinov2=EXTRACTORS[3], clip=EXTRACTORS[4]).get(name, name)
-    m = re.fullmatch(r'(dinov2|clip)\.(\w+?)(-gelu)?@(\d+)', asked)
-    if m: return _transformer(asked, family=m[1], kind=m[2], gelu=m[3] or '', size=int(m[4]))
-    raise ValueError("extractor must be efficientnet_lite0.bLAYER@SIZE, inception, dinov2.KIND@SIZE or "
-                     f"clip.KIND@SIZE, got {name!r}; e.g. {EXTRACTORS[0]}")
+    family = re.split('[.@]', name)[0]
+    if family not in EXTRACTORS: raise _unknown(name)
+    found = EXTRACTORS[family](name, size)
+    if not isinstance(found, FeatureExtractor):
+        raise ValueError(f"extractor {family} gave {type(found).__name__}; expected a FeatureExtractor")
+    if re.split('[.@]', found.name)[0] != family:
+        raise ValueError(f"extractor {family} gave one that is called {found.name!r}, which nobody finds "
+                         f"again; call it {family}, or {family}. and more")
+    return found
 
 # %% ../../nbs/features/03_extractors.ipynb #537b963e
 def default_extractor(
