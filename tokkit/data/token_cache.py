@@ -106,6 +106,21 @@ def _read_about(folder:Path, verify:bool) -> dict:
         if changed: raise ValueError(f"token cache {folder} is damaged: {changed[0]} has changed; {_AGAIN}")
     return about
 
+# %% ../../nbs/data/05_token_cache.ipynb #100d63b9
+def _write_once(folder:Path, ds:Indexed, encode:Callable, **how):
+    "Write the cache unless it is there; whoever comes second waits for the first"
+    if folder.exists(): return
+    with locked(folder, f'token cache {folder.name}', wait=True):
+        if not folder.exists(): _write_cache(folder, ds, encode, **how)
+
+def _read_arrays(folder:Path) -> tuple[np.ndarray,Tensor]:
+    "Tokens, memory-mapped, and labels"
+    try:
+        return (np.load(folder/'tokens.npy', mmap_mode='r'),
+                torch.from_numpy(np.load(folder/'labels.npy')))
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f"token cache {folder} is damaged: {e}; {_AGAIN}") from e
+
 # %% ../../nbs/data/05_token_cache.ipynb #05b9d052
 class TokenCache(Indexed):
     "Tokens or latents of a whole data set in a folder, memory-mapped; indexed like images: (ids, label)"
@@ -131,11 +146,8 @@ class TokenCache(Indexed):
     ) -> 'TokenCache':
         "Encode `ds` once into `folder`, whole or not at all"
         folder = Path(folder)
-        if not folder.exists():
-            with locked(folder, f'token cache {folder.name}', wait=True):
-                if not folder.exists():
-                    _write_cache(folder, ds, encode, dtype=dtype, key=key,
-                                 codebook_size=codebook_size, batch_size=batch_size)
+        _write_once(folder, ds, encode, dtype=dtype, key=key, codebook_size=codebook_size,
+                    batch_size=batch_size)
         cache = cls.open(folder, key)
         if cache.about.get('images') not in (None, getattr(ds, 'hash', '')):
             raise ValueError(f"{folder} holds tokens of other images than {ds.name}; use another folder")
@@ -154,11 +166,7 @@ class TokenCache(Indexed):
         if key is not None and about['key'] != key:
             raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another "
                              f"folder, or {_AGAIN}")
-        try:
-            return cls(folder, np.load(folder/'tokens.npy', mmap_mode='r'),
-                       torch.from_numpy(np.load(folder/'labels.npy')), about)
-        except (ValueError, OSError, EOFError) as e:
-            raise ValueError(f"token cache {folder} is damaged: {e}; {_AGAIN}") from e
+        return cls(folder, *_read_arrays(folder), about)
 
 # %% ../../nbs/data/05_token_cache.ipynb #d644bead
 @patch(as_prop=True)

@@ -74,6 +74,7 @@ def _network(variant:str) -> nn.Module:
     network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
     return network.eval().requires_grad_(False)
 
+# %% ../../nbs/features/01_efficientnet.ipynb #ada2a48f
 class _Trunk(nn.Module):
     "Stem and first blocks of EfficientNet-Lite; gives the maps after the blocks `layers`"
     def __init__(self, variant, layers):

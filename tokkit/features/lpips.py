@@ -47,6 +47,7 @@ class _VGG(nn.Module):
             maps.append(x)
         return maps
 
+# %% ../../nbs/features/04_lpips.ipynb #fd24e2a4
 class _Scaling(nn.Module):
     "Images in [-1,1] as the VGG was trained to see them"
     def __init__(self):
@@ -118,6 +119,18 @@ def _read(path) -> dict[str,Tensor]:
     if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(_none(f"{path} holds {type(state).__name__}, expected named tensors"))
 
+# %% ../../nbs/features/04_lpips.ipynb #b1524357
+def _pretrained() -> dict[str,Tensor]|Path:
+    "`lpips.safetensors` of the data folder, else what the `lpips` package brings or fetches"
+    here = data_home()/'lpips.safetensors'
+    if here.is_file(): return here
+    theirs = require_extra('lpips', 'pretrained')
+    # fetches the VGG unless it has it
+    try: return theirs.LPIPS(net='vgg', verbose=False).state_dict()
+    except UNREADABLE as e:
+        raise FileNotFoundError(_none(f"the lpips package could not get them ({_said(e)})")) from None
+
+# %% ../../nbs/features/04_lpips.ipynb #ca33396a
 def lpips_weights(
     # tensors; a safetensors or .pth file; several of them; or 'pretrained'
     source:dict[str,Tensor]|str|Path|Sequence,
@@ -131,16 +144,6 @@ def lpips_weights(
     def ours(k): return re.sub(r'^features\.(\d+)\.', lambda m: f'net.{of.get(int(m[1]), "?")}.{m[1]}.', k)
     state = {ours(k):v for k,v in state.items() if not k.startswith(('classifier.', 'lins.'))}
     return {f'scaling_layer.{k}':v for k,v in _Scaling().state_dict().items()}|state
-
-def _pretrained() -> dict[str,Tensor]|Path:
-    "`lpips.safetensors` of the data folder, else what the `lpips` package brings or fetches"
-    here = data_home()/'lpips.safetensors'
-    if here.is_file(): return here
-    theirs = require_extra('lpips', 'pretrained')
-    # fetches the VGG unless it has it
-    try: return theirs.LPIPS(net='vgg', verbose=False).state_dict()
-    except UNREADABLE as e:
-        raise FileNotFoundError(_none(f"the lpips package could not get them ({_said(e)})")) from None
 
 # %% ../../nbs/features/04_lpips.ipynb #a35b4037
 class LPIPSLoss(nn.Module):

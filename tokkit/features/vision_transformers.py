@@ -35,21 +35,20 @@ class _Summary(nn.Module):
 
     def forward(self, x): return self.head(self.vit.run(self.norm_pre(self.vit.embed(x)))[:,0])     # (b d)
 
+# %% ../../nbs/features/02_vision_transformers.ipynb #43fabecb
 def _vit(who, weights, size, **kwargs):
     "The weights, where they come from, a ViT of their size, and what the field calls that"
     path = data_home()/f'{who}.safetensors' if weights is None else weights
     where = 'these weights' if isinstance(path, dict) else path
     if not isinstance(path, dict) and not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; {who.split('_')[0]} wants its weights there as safetensors "
-                                "in timm's names, "
-                                "or weights=PATH")
+                                "in timm's names, or weights=PATH")
     state = read_tensors(path)
     kernel = state.get('patch_embed.proj.weight')
     token = state.get('cls_token')
     if token is None or kernel is None or kernel.ndim != 4:
         raise ValueError(f"{where}: expected a ViT in timm's names with cls_token and "
-                         "patch_embed.proj.weight, "
-                         f"got {', '.join(sorted(state)[:3])}, ...")
+                         f"patch_embed.proj.weight, got {', '.join(sorted(state)[:3])}, ...")
     width = token.shape[-1]
     patch = kernel.shape[-1]
     depth = 1+max((int(k.split('.')[1]) for k in state if k.startswith('blocks.')), default=0)
@@ -67,6 +66,7 @@ def dinov2(
     return FeatureExtractor(f'dinov2.{kind}@{size}', _Summary(load_vit(vit, state, where)), size,
                             resize='bicubic')
 
+# %% ../../nbs/features/02_vision_transformers.ipynb #02269f2c
 def clip(
     # in timm's names, or a file of them; None: 'clip_vitb32' in the data folder
     weights:dict[str,Tensor]|str|Path|None = None,
