@@ -110,6 +110,7 @@ def test_files_of_earlier_versions_load(tmp_path):
     *(({name: 0}, f'{name} must be a whole number in 1..') for name in
       ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')),
     (dict(quantizer='lfq', codebook_size=500), 'signs make a power of 2 of codes, got 500'),
+    (dict(backbone_options=dict(window=3)), "vit has no option 'window'; it has none"),
 ])
 def test_a_bad_configuration_is_one_clear_line(fields, said):
     with pytest.raises(ValueError) as e: TokenizerCfg(**fields)
@@ -160,17 +161,28 @@ def test_images_of_another_shape():
             make_tokenizer(name).encode(torch.zeros(2, 3, 28, 28))
 
 
+@pytest.mark.parametrize('call,said', [
+    (lambda: make_tokenizer('huge'), "no tokenizer preset 'huge'; there are tiny"),
+    (lambda: make_tokenizer('tiny', codes=5), 'TokenizerCfg has no codes'),
+    (lambda: make_tokenizer('tiny').detokenize(torch.full((1, 49), 512)), 'ids must be in 0..511'),
+    (lambda: Tokenizer.load('nowhere'), 'holds no saved Tokenizer'),
+])
+def test_a_wrong_call_is_one_clear_line(call, said):
+    with pytest.raises((ValueError, FileNotFoundError)) as e: call()
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_damaged_file_is_one_clear_line(tmp_path):
+    make_tokenizer('tiny').save(tmp_path)
+    with open(tmp_path/'model.safetensors', 'r+b') as f: f.truncate(1000)
+    with pytest.raises(ValueError, match='is damaged'): Tokenizer.load(tmp_path)
+
+
 def test_weights_do_not_depend_on_the_global_generator():
     torch.manual_seed(1)
     one = make_tokenizer('tiny-robustok').fingerprint
     before = torch.get_rng_state()
     assert make_tokenizer('tiny-robustok').fingerprint == one and torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_backbone_of_ones_own(monkeypatch):
-    from tokkit.tokenizers import BACKBONES, CNNDecoder, CNNEncoder
-    monkeypatch.setitem(BACKBONES, 'mine', (CNNEncoder, CNNDecoder))
-    assert make_tokenizer('tiny', kind='mine').encode(torch.zeros(1, 1, 28, 28)).shape == (1, 49, 16)
 
 
 def test_drop_path_grows_with_depth_and_rests_in_evaluation():
