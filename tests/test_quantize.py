@@ -404,7 +404,8 @@ def test_two_processes_keep_one_codebook(tmp_path, monkeypatch):
     (lambda: make_quantizer('pq', 64, 8, group=2),
      "pq has no option 'group'; it has groups, l2_norm, commitment, update, decay, kmeans"),
     (lambda: make_quantizer('vq', 0, 8), "vq needs a codebook_size, got 0"),
-    (lambda: make_quantizer('fsq', 1021), "no lattice of 2..8 levels a channel has 1021 cells; 1008 and 1024"),
+    (lambda: make_quantizer('fsq', 1021),
+     "no lattice of 2..8 levels a channel has 1021 cells; 1008 and 1024"),
     (lambda: make_quantizer('kl', None, 8)(torch.zeros(1, 2, 8)),
      "DiagonalGaussian takes latents of 16 channels, got 8"),
     (lambda: nearest_codes(torch.zeros(2, 4), torch.zeros(32, 4), 33),
@@ -414,7 +415,8 @@ def test_two_processes_keep_one_codebook(tmp_path, monkeypatch):
     (lambda: code_neighbours(torch.arange(4), torch.randn(64, 8), 0), "got 0"),
     (lambda: lattice_neighbours(torch.arange(4), (2,)*3, 9),
      "delta must be a whole number in 1..8 for 8 codes"),
-    (lambda: lattice_neighbours(torch.arange(4), (5,1), 2), r"every channel needs >= 2 levels, got \(5, 1\)"),
+    (lambda: lattice_neighbours(torch.arange(4), (5,1), 2),
+     r"every channel needs >= 2 levels, got \(5, 1\)"),
     (lambda: NeighbourTable()(torch.randn(64, 8), 65), "delta must be a whole number in 1..64"),
 ])
 def test_one_clear_line(call, message):

@@ -187,18 +187,19 @@ def test_a_product_quantizer_comes_back_from_the_released_layout():
     assert back.fingerprint == pq.fingerprint
 
 
-def theirs(): return make_tokenizer('tiny-robustok', refine=0)
+def theirs(**sizes): return make_tokenizer('tiny-robustok', refine=0, **sizes)
 def timm(): return {to_timm(k): v for k, v in ViT(70, 14, 3, 64, 2, 4).state_dict().items()}
 
 @pytest.mark.parametrize('call,said', [
     (lambda: robustok_names(make_tokenizer('tiny')), "knows the kinds robustok and taming, got 'vit'"),
     (lambda: robustok_names(make_tokenizer('tiny-robustok')), 'take refine=0'),
-    (lambda: robustok_names(make_tokenizer('tiny-taming', quantizer='lfq')), 'known for the quantizers vq and pq'),
-    (lambda: load_robustok(make_tokenizer('tiny-robustok', refine=0, codebook_size=64), robustok_state(theirs())),
+    (lambda: robustok_names(make_tokenizer('tiny-taming', quantizer='lfq')),
+     'known for the quantizers vq and pq'),
+    (lambda: load_robustok(theirs(codebook_size=64), robustok_state(theirs())),
      'quantize.embedding.weight: (512, 16) instead of (64, 16)'),
     (lambda: load_robustok(theirs(), 'main-train.pt'), 'no file main-train.pt'),
     (lambda: robustok_teacher(robustok_state(theirs())), 'hold no teacher'),
-    (lambda: init_from_dinov2(make_tokenizer('tiny-robustok', depth=3), timm()), 'missing (blocks.2.norm1.weight'),
+    (lambda: init_from_dinov2(theirs(depth=3), timm()), 'missing (blocks.2.norm1.weight'),
     (lambda: init_from_dinov2(make_tokenizer('tiny'), timm()), "fit the kind robustok, got 'vit'"),
 ])
 def test_what_the_released_code_has_no_name_for(call, said):

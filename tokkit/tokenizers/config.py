@@ -90,7 +90,8 @@ def _check_names(cfg):
     quantizer = choose(QUANTIZERS, cfg.quantizer)
     odd = [o for o in cfg.backbone_options if o not in backbone.options]
     if odd:
-        raise ValueError(f"{cfg.kind} has no option {odd[0]!r}; it has {', '.join(backbone.options) or 'none'}")
+        known = ', '.join(backbone.options) or 'none'
+        raise ValueError(f"{cfg.kind} has no option {odd[0]!r}; it has {known}")
     if cfg.codebook_size or cfg.quantizer == 'vq' or quantizer.continuous: return
     continuous = ['vq', *(name for name,kind in QUANTIZERS.items() if kind.continuous)]
     raise ValueError(f"codebook_size 0 means continuous latents ({', '.join(continuous)}); {cfg.quantizer} "

@@ -214,26 +214,14 @@ class VectorQuantizer(Quantizer):
         if kmeans: self.register_buffer('started', torch.zeros((), dtype=torch.bool))
         if self.ema: self._keep_means()
 
-# %% ../../nbs/tokenizers/01_quantizer.ipynb #23d3bb9d
-@patch(as_prop=True)
-def books(self:VectorQuantizer) -> list: return [self]
-
-@patch
-def shown(self:VectorQuantizer, z) -> list:
-    "What each learned codebook has to name"
-    return [self.project(z)]
-
-@patch
-def project(self:VectorQuantizer, z:Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    "The form in which latents and rows are compared"
-    return F.normalize(z, dim=-1) if self.l2_norm else z
-
-@patch(as_prop=True)
-def codebook(self:VectorQuantizer) -> Float[Tensor, "k d"]: return self.project(self.embedding.weight)
-
-@patch
-def codes(self:VectorQuantizer, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
-    return self.project(self.embedding(ids))
+    @property
+    def books(self) -> list: return [self]
+    def shown(self, z) -> list: return [self.project(z)]        # what each learned codebook has to name
+    def project(self, z:Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.normalize(z, dim=-1) if self.l2_norm else z
+    @property
+    def codebook(self) -> Float[Tensor, "k d"]: return self.project(self.embedding.weight)
+    def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]: return self.project(self.embedding(ids))
 
 # %% ../../nbs/tokenizers/01_quantizer.ipynb #51cbedec
 @patch

@@ -94,6 +94,11 @@ class ResidualQuantizer(_Stacked):
 
     def project(self, z): return F.normalize(z, dim=-1) if self.l2_norm else z
     def join(self, parts): return sum(parts)
+    def shown(self, z):
+        parts = [self.project(z)]
+        for book in self.each[:-1]:
+            parts.append(parts[-1]-book.codes(nearest_codes(parts[-1], book.codebook)[...,0]))
+        return parts if len(self.stack) == self.levels else [torch.cat(parts)]
 
 # %% ../../nbs/tokenizers/02_residual_quantizers.ipynb #a027881d
 @patch
@@ -105,13 +110,6 @@ def name(self:ResidualQuantizer, zh) -> list[Quantized]:
         parts.append(book.snap(rest))
         rest = rest-parts[-1].zq.detach()
     return parts
-
-@patch
-def shown(self:ResidualQuantizer, z) -> list[Tensor]:
-    parts = [self.project(z)]
-    for book in self.each[:-1]:
-        parts.append(parts[-1]-book.codes(nearest_codes(parts[-1], book.codebook)[...,0]))
-    return parts if len(self.stack) == self.levels else [torch.cat(parts)]
 
 # %% ../../nbs/tokenizers/02_residual_quantizers.ipynb #c8a9c32c
 @dataclass(frozen=True)
@@ -174,7 +172,8 @@ def ids_shape(self:MultiScaleResidualQuantizer, n:int) -> tuple[int,...]:
     return (sum(p*p for p in self.scales),)
 
 @patch
-def grids(self:MultiScaleResidualQuantizer, n:int) -> list[tuple[int,int]]: return [(p, p) for p in self.scales]
+def grids(self:MultiScaleResidualQuantizer, n:int) -> list[tuple[int,int]]:
+    return [(p, p) for p in self.scales]
 
 @patch
 def split_levels(self:MultiScaleResidualQuantizer, ids:Int[Tensor, "b m"]) -> list[Tensor]:

@@ -131,22 +131,20 @@ class RobusTokDecoder(nn.Module):
         self.embed = nn.Linear(dim, w)
         self.head = PixelHead(w, cfg.channels, cfg.patch, cfg.patches, cfg.refine)
 
+    def sequence(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b m w"]:
+        "Both groups of tokens as they enter the first block"
+        z = self.embed(zq)
+        a = self.vit.place(self.mask_token.expand(len(z), self.patches, -1))                    # (b 1+N w)
+        if self.level is None: return torch.cat([a, z+self.latent_pos], 1)
+        # (b 2+N+n w)
+        return torch.cat([a+self.level[0], self.vit.place(z, self.latent_grid)+self.level[1]], 1)
+
     def forward(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         first = self.vit.prefix
         return self.head(self.vit.run(self.sequence(zq))[:,first:first+self.patches])
 
     @property
     def last_layer(self) -> nn.Parameter: return self.head.last_layer
-
-# %% ../../nbs/tokenizers/06_transformers.ipynb #977f13e6
-@patch
-def sequence(self:RobusTokDecoder, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b m w"]:
-    "Both groups of tokens as they enter the first block"
-    z = self.embed(zq)
-    a = self.vit.place(self.mask_token.expand(len(z), self.patches, -1))                    # (b 1+N w)
-    if self.level is None: return torch.cat([a, z+self.latent_pos], 1)
-    # (b 2+N+n w)
-    return torch.cat([a+self.level[0], self.vit.place(z, self.latent_grid)+self.level[1]], 1)
 
 # %% ../../nbs/tokenizers/06_transformers.ipynb #ba2602ba
 @BACKBONES.register('robustok')
