@@ -247,6 +247,7 @@ def _kept(self:MultiScaleResidualQuantizer, z):
         kept[:some] = torch.randint(self.how.drop_start, scales+1, (len(z),), device=z.device)[:some]
     return kept
 
+# %% ../../nbs/tokenizers/02_residual_quantizers.ipynb #a863ef0f
 @patch
 def snap(self:MultiScaleResidualQuantizer, z:Float[Tensor, "b n d"]) -> Quantized:
     f = self._map(z)
