@@ -11,7 +11,8 @@ from tokkit.core import make_rng
 from tokkit.tokenizers import (NeighbourTable, code_neighbours, codebook_usage, from_digits, kmeans_centres,
                                lattice_levels, lattice_neighbours, nearest_codes, to_digits)
 from tokkit.tokenizers import (QUANTIZERS, DiagonalGaussian, FiniteScalarQuantizer, LookupFreeQuantizer,
-                               VectorQuantizer, make_quantizer, quantizer_options, revive)
+                               MultiScaleResidualQuantizer, NoQuantizer, ProductQuantizer,
+                               ResidualQuantizer, VectorQuantizer, make_quantizer, quantizer_options, revive)
 
 KINDS = dict(vq={}, plain=dict(l2_norm=False), ema=dict(update='ema'), pq={}, rq={}, shared=dict(shared=True),
              msrq={}, lfq={}, bsq={}, fsq={}, kl={}, none={})
@@ -391,6 +392,32 @@ def test_two_processes_keep_one_codebook(tmp_path, monkeypatch):
     (lambda: VectorQuantizer(64, 8, update='adam'), "update must be 'gradient' or 'ema', got 'adam'"),
     (lambda: VectorQuantizer(64, 8)(torch.zeros(1, 4, 6)),
      "VectorQuantizer takes latents of 8 channels, got 6"),
+    (lambda: VectorQuantizer(1, 8), "a codebook needs >= 2 codes and >= 1 channel, got 1 x 8"),
+    (lambda: VectorQuantizer(64, 8).neighbours(torch.arange(2), 65), "delta must be a whole number in 1..64"),
+    (lambda: VectorQuantizer(64, 8, decay=2.), r"decay must be in \[0, 1\], got 2.0"),
+    (lambda: NoQuantizer(4)(torch.zeros(1, 2, 8)), "NoQuantizer takes latents of 4 channels, got 8"),
+    (lambda: ProductQuantizer(64, 8, groups=3), "dim must be divisible by groups"),
+    (lambda: ResidualQuantizer(64, 8, levels=1), "needs >= 2 levels, got 1"),
+    (lambda: MultiScaleResidualQuantizer(256, 8, scales=(4,2)), "scales must grow"),
+    (lambda: MultiScaleResidualQuantizer(256, 8, drop=2.), r"drop must be in \[0, 1\], got 2.0"),
+    (lambda: MultiScaleResidualQuantizer(256, 8, drop_start=5), r"drop_start must be in \[1, 4\], got 5"),
+    (lambda: make_quantizer('pq', 64, 8, group=2),
+     "pq has no option 'group'; it has groups, l2_norm, commitment, update, decay, kmeans"),
+    (lambda: make_quantizer('vq', 0, 8), "vq needs a codebook_size, got 0"),
+    (lambda: make_quantizer('fsq', 1021),
+     "no lattice of 2..8 levels a channel has 1021 cells; 1008 and 1024"),
+    (lambda: make_quantizer('kl', None, 8)(torch.zeros(1, 2, 8)),
+     "DiagonalGaussian takes latents of 16 channels, got 8"),
+    (lambda: nearest_codes(torch.zeros(2, 4), torch.zeros(32, 4), 33),
+     r"m must be in \[1, 32\], got 33; the codebook has 32 codes"),
+    (lambda: code_neighbours(torch.arange(4), torch.randn(64, 8), 65),
+     "delta must be a whole number in 1..64 for 64 codes, got 65"),
+    (lambda: code_neighbours(torch.arange(4), torch.randn(64, 8), 0), "got 0"),
+    (lambda: lattice_neighbours(torch.arange(4), (2,)*3, 9),
+     "delta must be a whole number in 1..8 for 8 codes"),
+    (lambda: lattice_neighbours(torch.arange(4), (5,1), 2),
+     r"every channel needs >= 2 levels, got \(5, 1\)"),
+    (lambda: NeighbourTable()(torch.randn(64, 8), 65), "delta must be a whole number in 1..64"),
 ])
 def test_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as e: call()

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokkit.core import tensors_hash
-from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, make_tokenizer
+from tokkit.layers import ViT, to_timm
+from tokkit.tokenizers import (TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, init_from_dinov2, load_robustok,
+                               make_tokenizer, robustok_names, robustok_state, robustok_teacher)
 
 GOLDEN = {  # preset: hashes of the weights of seeds 0 and 1. Published results were made with these weights
     'tiny': ('a47ec38143', '4456bd5fe8'), 'tiny-16': ('e1d9605dc8', '00b9c15294'),
@@ -110,6 +112,7 @@ def test_files_of_earlier_versions_load(tmp_path):
     *(({name: 0}, f'{name} must be a whole number in 1..') for name in
       ('size', 'channels', 'patch', 'width', 'depth', 'heads', 'code_dim', 'z_channels')),
     (dict(quantizer='lfq', codebook_size=500), 'signs make a power of 2 of codes, got 500'),
+    (dict(backbone_options=dict(window=3)), "vit has no option 'window'; it has none"),
 ])
 def test_a_bad_configuration_is_one_clear_line(fields, said):
     with pytest.raises(ValueError) as e: TokenizerCfg(**fields)
@@ -160,17 +163,55 @@ def test_images_of_another_shape():
             make_tokenizer(name).encode(torch.zeros(2, 3, 28, 28))
 
 
+@pytest.mark.parametrize('call,said', [
+    (lambda: make_tokenizer('huge'), "no tokenizer preset 'huge'; there are tiny"),
+    (lambda: make_tokenizer('tiny', codes=5), 'TokenizerCfg has no codes'),
+    (lambda: make_tokenizer('tiny').detokenize(torch.full((1, 49), 512)), 'ids must be in 0..511'),
+    (lambda: Tokenizer.load('nowhere'), 'holds no saved Tokenizer'),
+])
+def test_a_wrong_call_is_one_clear_line(call, said):
+    with pytest.raises((ValueError, FileNotFoundError)) as e: call()
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_damaged_file_is_one_clear_line(tmp_path):
+    make_tokenizer('tiny').save(tmp_path)
+    with open(tmp_path/'model.safetensors', 'r+b') as f: f.truncate(1000)
+    with pytest.raises(ValueError, match='is damaged'): Tokenizer.load(tmp_path)
+
+
+def test_a_product_quantizer_comes_back_from_the_released_layout():
+    groups = dict(quantizer='pq', quantizer_options=dict(groups=2), refine=0)
+    pq = make_tokenizer('tiny-robustok', **groups)
+    back = load_robustok(make_tokenizer('tiny-robustok', seed=1, **groups), robustok_state(pq))
+    assert back.fingerprint == pq.fingerprint
+
+
+def theirs(**sizes): return make_tokenizer('tiny-robustok', refine=0, **sizes)
+def timm(): return {to_timm(k): v for k, v in ViT(70, 14, 3, 64, 2, 4).state_dict().items()}
+
+@pytest.mark.parametrize('call,said', [
+    (lambda: robustok_names(make_tokenizer('tiny')), "knows the kinds robustok and taming, got 'vit'"),
+    (lambda: robustok_names(make_tokenizer('tiny-robustok')), 'take refine=0'),
+    (lambda: robustok_names(make_tokenizer('tiny-taming', quantizer='lfq')),
+     'known for the quantizers vq and pq'),
+    (lambda: load_robustok(theirs(codebook_size=64), robustok_state(theirs())),
+     'quantize.embedding.weight: (512, 16) instead of (64, 16)'),
+    (lambda: load_robustok(theirs(), 'main-train.pt'), 'no file main-train.pt'),
+    (lambda: robustok_teacher(robustok_state(theirs())), 'hold no teacher'),
+    (lambda: init_from_dinov2(theirs(depth=3), timm()), 'missing (blocks.2.norm1.weight'),
+    (lambda: init_from_dinov2(make_tokenizer('tiny'), timm()), "fit the kind robustok, got 'vit'"),
+])
+def test_what_the_released_code_has_no_name_for(call, said):
+    with pytest.raises((ValueError, FileNotFoundError)) as e: call()
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
 def test_weights_do_not_depend_on_the_global_generator():
     torch.manual_seed(1)
     one = make_tokenizer('tiny-robustok').fingerprint
     before = torch.get_rng_state()
     assert make_tokenizer('tiny-robustok').fingerprint == one and torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_backbone_of_ones_own(monkeypatch):
-    from tokkit.tokenizers import BACKBONES, CNNDecoder, CNNEncoder
-    monkeypatch.setitem(BACKBONES, 'mine', (CNNEncoder, CNNDecoder))
-    assert make_tokenizer('tiny', kind='mine').encode(torch.zeros(1, 1, 28, 28)).shape == (1, 49, 16)
 
 
 def test_drop_path_grows_with_depth_and_rests_in_evaluation():

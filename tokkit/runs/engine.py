@@ -10,7 +10,7 @@ import os, queue, sys, threading, time
 from collections.abc import Callable
 from concurrent.futures import as_completed, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -62,6 +62,26 @@ def _check_sweep(workers:int, threads:int|None, minutes:float|None, devices:list
     if minutes is not None: check_range('minutes', minutes, 0, 1e6)
     for device in devices or (): run_device(device)
 
+# %% ../../nbs/runs/06_engine.ipynb #3e97fa41
+class _Attempt(NamedTuple):
+    "How each run of a sweep is made; called with a run, it says how that ended"
+    root:str|Path|None      # where the runs are
+    threads:int             # of each run
+    free:queue.Queue        # devices that no run has
+    end:float               # no run is started after this time of `time.monotonic`
+    stop:threading.Event    # set when the sweep is interrupted
+
+    def __call__(self, spec:RunSpec) -> dict:
+        if spec.complete: return dict(status='reused', folder=spec.folder, error=None)
+        if time.monotonic() >= self.end: return dict(status='left', folder=None, error=None)
+        device = self.free.get()
+        try:
+            folder = run_experiment(spec.notebook, spec.params, self.root, device, self.threads,
+                                    progress=False, stop=self.stop)
+        except (RunError, OSError, ValueError) as e: return dict(status='failed', folder=None, error=str(e))
+        finally: self.free.put(device)
+        return dict(status='done', folder=folder, error=None)
+
 # %% ../../nbs/runs/06_engine.ipynb #4474e228
 def sweep_experiment(
     # path of a parameterised notebook, or the name of one of tokkit's experiments
@@ -79,18 +99,7 @@ def sweep_experiment(
     "Run every point of the grid, `workers` at a time"
     _check_sweep(workers, threads, minutes, devices)
     specs = grid_runs(notebook, grid, params, root)
-    threads = threads or max(1, cores()//workers)
-    free = _shared_out(devices, workers)
-    stop = threading.Event()
     end = time.monotonic()+60*(float('inf') if minutes is None else minutes)
-    def one(spec):
-        if spec.complete: return dict(status='reused', folder=spec.folder, error=None)
-        if time.monotonic() >= end: return dict(status='left', folder=None, error=None)
-        device = free.get()
-        try:
-            folder = run_experiment(spec.notebook, spec.params, root, device, threads, progress=False,
-                                    stop=stop)
-        except (RunError, OSError, ValueError) as e: return dict(status='failed', folder=None, error=str(e))
-        finally: free.put(device)
-        return dict(status='done', folder=folder, error=None)
-    return run_pool(one, specs, workers, stop, specs[0].notebook.stem)
+    one = _Attempt(root, threads or max(1, cores()//workers), _shared_out(devices, workers), end,
+                   threading.Event())
+    return run_pool(one, specs, workers, one.stop, specs[0].notebook.stem)

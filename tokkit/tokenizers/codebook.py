@@ -17,28 +17,7 @@ from torch import Tensor
 
 from ..core import check_finite, check_range
 
-# %% ../../nbs/tokenizers/00_codebook.ipynb #eaa20ec3
-def nearest_codes(
-    v:Float[Tensor, "*b d"],        # vectors to look around
-    codebook:Float[Tensor, "k d"],  # code vectors
-    m:int = 1,                      # how many codes, in 1..K
-    chunk:int = 2**24,              # most distances held at once
-) -> Int[Tensor, "*b m"]:
-    "Ids of the `m` codes nearest to each vector, nearest first, equals by id"
-    check_range('m', m, 1, len(codebook), f'the codebook has {len(codebook)} codes')
-    if v.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"vectors have {v.shape[-1]} channels, codes have {codebook.shape[1]}; pass latents "
-                         "of the same tokenizer")
-    v = v.float()
-    codebook = codebook.float()
-    half = codebook.square().sum(1)/2
-    rows = v.reshape(-1, v.shape[-1]).split(max(1, chunk//len(codebook)))
-    def near(r):
-        closeness = torch.addmm(-half, r, codebook.T)
-        return closeness.argmax(1, keepdim=True) if m == 1 else _largest(closeness, m)
-    with torch.autocast(v.device.type, enabled=False):      # half precision would choose other codes
-        return torch.cat([near(r) for r in rows]).view(*v.shape[:-1], m)
-
+# %% ../../nbs/tokenizers/00_codebook.ipynb #d66d2ade
 def _largest(closeness, m):
     "Columns of the `m` largest entries a row; only rows with equal entries pay for a stable sort"
     if closeness.device.type == 'cpu' and closeness.shape[1] >= max(4096, 4*m):
@@ -60,7 +39,29 @@ def _divided(closeness, m):
     column = torch.from_numpy(np.flatnonzero(keep)%k).view(-1, m)
     return column.gather(1, closeness.gather(1, column).sort(dim=1, descending=True, stable=True).indices)
 
-# %% ../../nbs/tokenizers/00_codebook.ipynb #461d8b17
+# %% ../../nbs/tokenizers/00_codebook.ipynb #5c91137f
+def nearest_codes(
+    v:Float[Tensor, "*b d"],        # vectors to look around
+    codebook:Float[Tensor, "k d"],  # code vectors
+    m:int = 1,                      # how many codes, in 1..K
+    chunk:int = 2**24,              # most distances held at once
+) -> Int[Tensor, "*b m"]:
+    "Ids of the `m` codes nearest to each vector, nearest first, equals by id"
+    check_range('m', m, 1, len(codebook), f'the codebook has {len(codebook)} codes')
+    if v.shape[-1] != codebook.shape[1]:
+        raise ValueError(f"vectors have {v.shape[-1]} channels, codes have {codebook.shape[1]}; pass latents "
+                         "of the same tokenizer")
+    v = v.float()
+    codebook = codebook.float()
+    half = codebook.square().sum(1)/2
+    rows = v.reshape(-1, v.shape[-1]).split(max(1, chunk//len(codebook)))
+    def near(r):
+        closeness = torch.addmm(-half, r, codebook.T)
+        return closeness.argmax(1, keepdim=True) if m == 1 else _largest(closeness, m)
+    with torch.autocast(v.device.type, enabled=False):      # half precision would choose other codes
+        return torch.cat([near(r) for r in rows]).view(*v.shape[:-1], m)
+
+# %% ../../nbs/tokenizers/00_codebook.ipynb #49f86d9b
 def check_delta(
     delta:int,                  # what arrived
     k:int,                      # codes in the codebook
@@ -72,6 +73,7 @@ def check_delta(
         without = '' if include_self else ' (without the code itself)'
         raise ValueError(f"delta must be a whole number in 1..{most}{without} for {k} codes, got {delta!r}")
 
+# %% ../../nbs/tokenizers/00_codebook.ipynb #479236d5
 def check_ids(
     ids:Tensor,  # said to be code ids
     k:int,       # codes in the codebook
@@ -85,6 +87,7 @@ def check_ids(
         raise ValueError(f"ids must be in 0..{k-1} for {k} codes, got {lo}..{hi}; they are of another "
                          "tokenizer")
 
+# %% ../../nbs/tokenizers/00_codebook.ipynb #3e01b1c7
 def code_neighbours(
     ids:Int[Tensor, "*b"],          # codes to look around
     codebook:Float[Tensor, "k d"],  # code vectors
@@ -119,7 +122,28 @@ def from_digits(
     "The code ids that digits spell"
     return sum(digits[...,j]*math.prod(levels[:j]) for j in range(len(levels)))
 
-# %% ../../nbs/tokenizers/00_codebook.ipynb #632b84f0
+# %% ../../nbs/tokenizers/00_codebook.ipynb #b63b0071
+def _radius(levels, wanted):
+    "The smallest number of steps within which a corner has `wanted` cells around it, itself included"
+    # cells at each distance from a corner
+    shells = torch.ones(1, dtype=torch.double)
+    for l in levels:
+        shells = torch.nn.functional.conv1d(shells[None,None], torch.ones(1,1,l).double(), padding=l-1)[0,0]
+    return int((shells.cumsum(0) < wanted-.5).sum())
+
+def _steps(levels, wanted):
+    "All steps within the radius at which every cell has `wanted` cells around it, itself included"
+    radius = _radius(levels, wanted)
+    steps = torch.zeros(1, 0, dtype=torch.long)
+    far = torch.zeros(1, dtype=torch.long)
+    for l in levels:
+        step = torch.arange(0 if l == 2 else 1-l, l)
+        near = (far[:,None]+step.abs() <= radius).nonzero(as_tuple=True)
+        steps = torch.cat([steps[near[0]], step[near[1],None]], 1)
+        far = far[near[0]]+step[near[1]].abs()
+    return steps
+
+# %% ../../nbs/tokenizers/00_codebook.ipynb #fe01f714
 def lattice_neighbours(
     ids:Int[Tensor, "*b"],    # codes to look around
     levels:tuple[int,...],    # levels of each channel, each >= 2
@@ -145,22 +169,6 @@ def lattice_neighbours(
         rank.masked_fill_(((to < 0)|(to >= wall)).any(-1), 2**62)
         return rank.topk(delta+1-include_self, largest=False).values[:,int(not include_self):]%k
     return torch.cat([near(a) for a in digits.split(max(1, chunk//steps.numel()))])[back]
-
-def _steps(levels, wanted):
-    "All steps within the radius at which every cell has `wanted` cells around it, itself included"
-    # cells at each distance from a corner
-    shells = torch.ones(1, dtype=torch.double)
-    for l in levels:
-        shells = torch.nn.functional.conv1d(shells[None,None], torch.ones(1,1,l).double(), padding=l-1)[0,0]
-    radius = int((shells.cumsum(0) < wanted-.5).sum())
-    steps = torch.zeros(1, 0, dtype=torch.long)
-    far = torch.zeros(1, dtype=torch.long)
-    for l in levels:
-        step = torch.arange(0 if l == 2 else 1-l, l)
-        near = (far[:,None]+step.abs() <= radius).nonzero(as_tuple=True)
-        steps = torch.cat([steps[near[0]], step[near[1],None]], 1)
-        far = far[near[0]]+step[near[1]].abs()
-    return steps
 
 # %% ../../nbs/tokenizers/00_codebook.ipynb #1d1a2166
 def lattice_levels(

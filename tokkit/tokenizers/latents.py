@@ -14,7 +14,7 @@ from ..core import bar
 from ..data import from_uint8, ImageSet, to_uint8
 from .tokenizer import Tokenizer
 
-# %% ../../nbs/tokenizers/09_latents.ipynb #4c1e2b9f
+# %% ../../nbs/tokenizers/09_latents.ipynb #55c9c2e0
 @torch.no_grad()
 def encode_all(
     tok:Tokenizer,      # in eval mode
@@ -26,6 +26,7 @@ def encode_all(
     return torch.cat([tok.to_latents(images[i:i+batch][0].to(device)).cpu()
                       for i in bar(range(0, len(images), batch), 'encoding')])
 
+# %% ../../nbs/tokenizers/09_latents.ipynb #acd9efbd
 @torch.no_grad()
 def decode_all(
     tok:Tokenizer,              # in eval mode
@@ -34,9 +35,10 @@ def decode_all(
 ) -> Float[Tensor, "b c h w"]: # on the CPU, within [-1,1]
     "Images of all latents"
     device = next(tok.parameters()).device
-    return torch.cat([tok.from_latents(z.to(device)).float().cpu() for z in latents.split(batch)]).clamp(-1,
-                                                                                                         1)
+    images = [tok.from_latents(z.to(device)).float().cpu() for z in latents.split(batch)]
+    return torch.cat(images).clamp(-1, 1)
 
+# %% ../../nbs/tokenizers/09_latents.ipynb #5e295f00
 @torch.no_grad()
 def reencode(
     tok:Tokenizer,              # in eval mode

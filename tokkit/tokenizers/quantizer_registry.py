@@ -5,50 +5,47 @@
 # %% auto #0
 __all__ = ['QUANTIZERS', 'quantizer_options', 'make_quantizer']
 
-# %% ../../nbs/tokenizers/04_quantizer_registry.ipynb #16ec1e28
-import inspect
-from functools import partial
-
-from .codebook import lattice_levels
+# %% ../../nbs/tokenizers/04_quantizer_registry.ipynb #467af5ca
+from ..core import choose, Registry
 from .quantizer import NoQuantizer, Quantizer, VectorQuantizer
 from .residual_quantizers import (MultiScaleResidualQuantizer, ProductQuantizer,
                                                    ResidualQuantizer)
-from .scalar_quantizers import DiagonalGaussian, FiniteScalarQuantizer, LookupFreeQuantizer
+from .scalar_quantizers import (BinarySphericalQuantizer, DiagonalGaussian,
+                                                 FiniteScalarQuantizer, LookupFreeQuantizer)
 
-# %% ../../nbs/tokenizers/04_quantizer_registry.ipynb #d0817bba
-QUANTIZERS = dict(vq=VectorQuantizer, pq=ProductQuantizer, rq=ResidualQuantizer,
-                  msrq=MultiScaleResidualQuantizer, lfq=LookupFreeQuantizer,
-                  bsq=partial(LookupFreeQuantizer, spherical=True), fsq=FiniteScalarQuantizer,
-                  kl=DiagonalGaussian, none=NoQuantizer)
+# %% ../../nbs/tokenizers/04_quantizer_registry.ipynb #03e9192e
+QUANTIZERS = Registry('quantizer')
 
+QUANTIZERS.register('vq', VectorQuantizer)
+QUANTIZERS.register('pq', ProductQuantizer)
+QUANTIZERS.register('rq', ResidualQuantizer)
+QUANTIZERS.register('msrq', MultiScaleResidualQuantizer)
+QUANTIZERS.register('lfq', LookupFreeQuantizer)
+QUANTIZERS.register('bsq', BinarySphericalQuantizer)
+QUANTIZERS.register('fsq', FiniteScalarQuantizer)
+QUANTIZERS.register('kl', DiagonalGaussian)
+QUANTIZERS.register('none', NoQuantizer);
+
+# %% ../../nbs/tokenizers/04_quantizer_registry.ipynb #fa93021d
 def quantizer_options(
     kind:str, # a name of `QUANTIZERS`
 ) -> list[str]:
     "The options a quantizer knows"
-    if kind not in QUANTIZERS:
-        raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {kind!r}")
-    names = [n for make in (QUANTIZERS[kind], VectorQuantizer)[:1+(kind in ('pq', 'rq'))]
-             for n in inspect.signature(make).parameters]
-    return [n for n in dict.fromkeys(names) if n not in ('codebook_size', 'dim', 'options')]
+    return list(choose(QUANTIZERS, kind).options())
 
+# %% ../../nbs/tokenizers/04_quantizer_registry.ipynb #c786710f
 def make_quantizer(
     kind:str,                   # a name of `QUANTIZERS`
     codebook_size:int|None,     # K, codes a level; not for continuous latents
-    dim:int|None = None,        # channels of a code; not for lfq, bsq and fsq, which choose them
+    dim:int|None = None,        # channels of a code; not for kinds that choose them, as lfq, bsq and fsq
     **options,                  # as `quantizer_options` lists them
 ) -> Quantizer:
     "A quantizer by its name"
     known = quantizer_options(kind)
     odd = [o for o in options if o not in known]
     if odd: raise ValueError(f"{kind} has no option {odd[0]!r}; it has {', '.join(known) or 'none'}")
-    if kind in ('kl', 'none'): return QUANTIZERS[kind](dim, **options)
-    if kind == 'fsq':
-        made = FiniteScalarQuantizer(options.get('levels') or lattice_levels(codebook_size or 0))
-        if codebook_size not in (None, made.codebook_size):
-            raise ValueError(f"levels {made.lattice} make {made.codebook_size} codes, got codebook_size "
-                             f"{codebook_size}; let it be that")
-        return made
-    if not codebook_size:
+    made = QUANTIZERS[kind]
+    if not (codebook_size or made.continuous or made.chooses_size):
         raise ValueError(f"{kind} needs a codebook_size, got {codebook_size!r}; continuous latents are kl or "
                          "none")
-    return QUANTIZERS[kind](codebook_size, *(() if kind in ('lfq', 'bsq') else (dim,)), **options)
+    return made.make(codebook_size, dim, **options)

@@ -18,7 +18,7 @@ from ..core import load_strictly, state_dict_mismatch, read_tensors
 from ..layers import load_vit, to_timm, ViT
 from .tokenizer import Tokenizer
 
-# %% ../../nbs/tokenizers/10_robustok.ipynb #d67544d0
+# %% ../../nbs/tokenizers/10_robustok.ipynb #56c21221
 RULES = (  # (ours, theirs), regular expressions, applied in this order
     (r'^(en|de)coder\.vit\.(.*)$', lambda m: f'{m[1]}coder.model.{to_timm(m[2])}'),
     (r'\.level$', '.lvl_embed.weight'), (r'\.latent_pos$', '.latent_pos_embed'),
@@ -38,18 +38,27 @@ MATRICES = 'quant_conv.weight', 'post_quant_conv.weight'
 # theirs without a counterpart here
 IGNORED = r'^semantic_model\.|\.lvl1LC$|^sem_linear\.|\.steps$'
 
+def _theirs(name):
+    "The released code's name of one of ours"
+    for pattern,new in RULES: name = re.sub(pattern, new, name)
+    return name
+
+# %% ../../nbs/tokenizers/10_robustok.ipynb #0cd635cf
 def _rows_apart(state):
+    "One usage for each group, as the released code has it"
     usage = state.get('quantizer.usage')
     if usage is None or usage.ndim == 1: return state
     return ({k:v for k,v in state.items() if k != 'quantizer.usage'}
             | {f'quantizer.stack.{i}.usage':row for i,row in enumerate(usage)})
 
 def _rows_together(state):
+    "One usage for all groups, as it is here"
     rows = sorted((k for k in state if re.fullmatch(r'quantizer\.stack\.\d+\.usage', k)),
                   key=lambda k: int(k.split('.')[2]))
     rest = {k:v for k,v in state.items() if k not in rows}
     return rest | {'quantizer.usage':torch.stack([state[k] for k in rows])} if rows else rest
 
+# %% ../../nbs/tokenizers/10_robustok.ipynb #1244e39e
 def robustok_names(
     tok:Tokenizer, # of kind 'robustok' or 'taming'
 ) -> dict[str,str]:
@@ -59,10 +68,7 @@ def robustok_names(
     if tok.cfg.quantizer not in ('vq', 'pq') or not tok.cfg.codebook_size:
         raise ValueError(f"its names are known for the quantizers vq and pq, got {tok.cfg.quantizer!r} with "
                          f"{tok.cfg.codebook_size} codes")
-    def theirs(name):
-        for pattern,new in RULES: name = re.sub(pattern, new, name)
-        return name
-    names = {theirs(k):k for k in _rows_apart(tok.state_dict()) if not k.endswith('.steps')}
+    names = {_theirs(k):k for k in _rows_apart(tok.state_dict()) if not k.endswith('.steps')}
     if any('.refine.' in k for k in names):
         raise ValueError("the released code has no convolutions after the pixel head; take refine=0")
     return names
@@ -89,7 +95,7 @@ def robustok_state(
     return (state
             | {f'semantic_model.{to_timm(k)}':v for k,v in (teacher.state_dict() if teacher else {}).items()})
 
-# %% ../../nbs/tokenizers/10_robustok.ipynb #52ea230c
+# %% ../../nbs/tokenizers/10_robustok.ipynb #3c9323fb
 class Stub:
     "Stands for an object of a checkpoint that is not a tensor; takes everything, does nothing"
     def __new__(cls, *args, **kwargs): return super().__new__(cls)
@@ -101,6 +107,7 @@ class Stub:
     def add(self, item): pass
     def extend(self, items): pass
 
+# %% ../../nbs/tokenizers/10_robustok.ipynb #59c490b8
 # without hooks and attributes
 def _parameter(data, requires_grad, hooks, state=None): return torch.nn.Parameter(data, requires_grad)
 
@@ -120,12 +127,9 @@ class InertPickle:
     @staticmethod
     def load(file, **kwargs): return TensorUnpickler(file, **kwargs).load()
 
-def read_robustok_checkpoint(
-    path:str|Path,      # written by torch.save
-    # the averaged weights 'ema', or the raw ones 'model'; a file that holds tensors only is given back whole
-    which:str = 'ema',
-) -> dict[str,Tensor]:
-    "Tensors of a released checkpoint, read without running anything that stands in it"
+# %% ../../nbs/tokenizers/10_robustok.ipynb #d8d4ecbf
+def _open_checkpoint(path):
+    "What stands in a file that torch wrote, with stubs for what is no tensor"
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; expected a checkpoint of the released code")
     if not zipfile.is_zipfile(path):
@@ -138,6 +142,16 @@ def read_robustok_checkpoint(
             LookupError, AssertionError) as e:
         raise ValueError(f"{path} is damaged ({str(e)[:80]}); fetch it again") from None
     if not isinstance(whole, dict): raise ValueError(f"{path} holds no dictionary of tensors")
+    return whole
+
+# %% ../../nbs/tokenizers/10_robustok.ipynb #82fde546
+def read_robustok_checkpoint(
+    path:str|Path,      # written by torch.save
+    # the averaged weights 'ema', or the raw ones 'model'; a file that holds tensors only is given back whole
+    which:str = 'ema',
+) -> dict[str,Tensor]:
+    "Tensors of a released checkpoint, read without running anything that stands in it"
+    whole = _open_checkpoint(path)
     state = whole if all(isinstance(v, Tensor) for v in whole.values()) else whole.get(which)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no {which!r}; it has {', '.join(map(str, whole))}")

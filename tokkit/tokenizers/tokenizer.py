@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TOKENIZERS', 'Tokenizer', 'make_tokenizer', 'save_tokenizer', 'load_tokenizer', 'fit_spec']
 
-# %% ../../nbs/tokenizers/08_tokenizer.ipynb #bf409548
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #17fdb502
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
@@ -19,7 +20,7 @@ from .codebook import check_ids
 from .config import _quantizer, BACKBONES, TokenizerCfg
 from .quantizer import Quantized
 
-# %% ../../nbs/tokenizers/08_tokenizer.ipynb #2e262b19
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #7609a26e
 class Tokenizer(nn.Module):
     "An image tokenizer: `encode`, `quantize`, `decode`, and on ids `tokenize`, `detokenize`"
     def __init__(self, cfg:TokenizerCfg): # sizes and kinds
@@ -27,9 +28,10 @@ class Tokenizer(nn.Module):
         self.cfg = cfg
         # says how many channels the networks need
         with torch.random.fork_rng(devices=[]): quantizer = _quantizer(cfg)
-        Encoder,Decoder = BACKBONES[cfg.kind]
-        self.encoder = Encoder(cfg, quantizer.in_dim)
-        self.decoder = Decoder(cfg, quantizer.dim)
+        backbone = BACKBONES[cfg.kind]
+        options = backbone.options | cfg.backbone_options
+        self.encoder = backbone.encoder(cfg, quantizer.in_dim, **options)
+        self.decoder = backbone.decoder(cfg, quantizer.dim, **options)
         self.quantizer = _quantizer(cfg)
         self.spec = self._plain_spec()
 
@@ -41,82 +43,102 @@ class Tokenizer(nn.Module):
         ids_shape = None if ids == (n,) else ids
         return LatentSpec((n, q.dim), self.cfg.grid, codebook_size=q.codebook_size, ids_shape=ids_shape)
 
-    def _check(self, x):
-        if not x.is_floating_point():
-            raise ValueError("this tokenizer takes images in [-1,1] as floats, "
-                             f"got {x.dtype}; see from_uint8")
-        want = (self.cfg.channels, self.cfg.size, self.cfg.size)
-        if tuple(x.shape[1:]) != want:
-            raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got "
-                             f"{tuple(x.shape)}")
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #13b45a5f
+@patch
+def _check(self:Tokenizer, x):
+    "Raise one line unless these are images that it takes"
+    if not x.is_floating_point():
+        raise ValueError("this tokenizer takes images in [-1,1] as floats, "
+                         f"got {x.dtype}; see from_uint8")
+    want = (self.cfg.channels, self.cfg.size, self.cfg.size)
+    if tuple(x.shape[1:]) != want:
+        raise ValueError(f"this tokenizer takes images (b, {want[0]}, {want[1]}, {want[2]}), got "
+                         f"{tuple(x.shape)}")
 
-    def encode(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        "Images in [-1,1] to latents"
-        self._check(x)
-        return self.encoder(x)
+@patch
+def encode(self:Tokenizer, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+    "Images in [-1,1] to latents"
+    self._check(x)
+    return self.encoder(x)
 
-    def quantize(self, z:Float[Tensor, "b n d"]) -> Quantized:
-        "Snap latents to codes"
-        return self.quantizer(z)
+@patch
+def quantize(self:Tokenizer, z:Float[Tensor, "b n d"]) -> Quantized:
+    "Snap latents to codes"
+    return self.quantizer(z)
 
-    def decode(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
-        "Quantized latents to images, not clamped"
-        return self.decoder(zq)
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #b6e82a65
+@patch
+def decode(self:Tokenizer, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
+    "Quantized latents to images, not clamped"
+    return self.decoder(zq)
 
-    def _discrete(self):
-        if self.spec.codebook_size is None:
-            raise ValueError("this tokenizer has continuous latents and no ids; use encode and decode")
+@patch
+def reconstruct(self:Tokenizer, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    "Encode, quantize, decode"
+    return self.decode(self.quantize(self.encode(x)).zq)
 
-    def tokenize(self, x:Float[Tensor, "b c h w"]) -> Int[Tensor, "b *n"]:
-        "Images to code ids"
-        self._discrete()
-        return self.quantize(self.encode(x)).ids
+@patch(as_prop=True)
+def last_layer(self:Tokenizer) -> nn.Parameter:
+    "Weight of the decoder's last layer, where an adaptive adversarial weight is balanced"
+    return self.decoder.last_layer
 
-    def codes(self, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b n d"]:
-        "Code vectors of ids, as the decoder takes them"
-        self._discrete()
-        check_ids(ids, self.spec.codebook_size)
-        return self.quantizer.codes(ids)
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #ed940295
+@patch
+def _discrete(self:Tokenizer):
+    if self.spec.codebook_size is None:
+        raise ValueError("this tokenizer has continuous latents and no ids; use encode and decode")
 
-    def detokenize(self, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b c h w"]:
-        "Code ids to images"
-        return self.decode(self.codes(ids))
+@patch
+def tokenize(self:Tokenizer, x:Float[Tensor, "b c h w"]) -> Int[Tensor, "b *n"]:
+    "Images to code ids"
+    self._discrete()
+    return self.quantize(self.encode(x)).ids
 
-    def reconstruct(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        "Encode, quantize, decode"
-        return self.decode(self.quantize(self.encode(x)).zq)
+@patch
+def codes(self:Tokenizer, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b n d"]:
+    "Code vectors of ids, as the decoder takes them"
+    self._discrete()
+    check_ids(ids, self.spec.codebook_size)
+    return self.quantizer.codes(ids)
 
-    def to_latents(self, x:Float[Tensor, "b c h w"]) -> Tensor:
-        "What a generator models: ids, or quantized latents where they are continuous"
-        q = self.quantize(self.encode(x))
-        return q.zq if q.ids is None else q.ids
+@patch
+def detokenize(self:Tokenizer, ids:Int[Tensor, "b *n"]) -> Float[Tensor, "b c h w"]:
+    "Code ids to images"
+    return self.decode(self.codes(ids))
 
-    def from_latents(self, latents:Tensor) -> Float[Tensor, "b c h w"]:
-        "Images of what a generator made, not clamped"
-        return self.decode(latents) if self.spec.codebook_size is None else self.detokenize(latents)
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #92863025
+@patch
+def to_latents(self:Tokenizer, x:Float[Tensor, "b c h w"]) -> Tensor:
+    "What a generator models: ids, or quantized latents where they are continuous"
+    q = self.quantize(self.encode(x))
+    return q.zq if q.ids is None else q.ids
 
-    @property
-    def codebook(self) -> Float[Tensor, "*l k d"]|None:
-        "Codes as the decoder meets them, (l k d) of several levels, or None for continuous latents"
-        return self.quantizer.codebook
+@patch
+def from_latents(self:Tokenizer, latents:Tensor) -> Float[Tensor, "b c h w"]:
+    "Images of what a generator made, not clamped"
+    return self.decode(latents) if self.spec.codebook_size is None else self.detokenize(latents)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        "Weight of the decoder's last layer, where an adaptive adversarial weight is balanced"
-        return self.decoder.last_layer
+@patch(as_prop=True)
+def codebook(self:Tokenizer) -> Float[Tensor, "*l k d"]|None:
+    "Codes as the decoder meets them, (l k d) of several levels, or None for continuous latents"
+    return self.quantizer.codebook
 
-    @property
-    def fingerprint(self) -> str:
-        "A short hash of configuration and weights, and of the scale of the latents where it was measured"
-        measured = [] if self.spec == self._plain_spec() else [to_plain(self.spec)]
-        return stable_hash([to_plain(self.cfg), tensors_hash(self.state_dict()), *measured])
+# %% ../../nbs/tokenizers/08_tokenizer.ipynb #619593ab
+@patch(as_prop=True)
+def fingerprint(self:Tokenizer) -> str:
+    "A short hash of configuration and weights, and of the scale of the latents where it was measured"
+    cfg = to_plain(self.cfg)
+    if not cfg['backbone_options']: del cfg['backbone_options']
+    measured = [] if self.spec == self._plain_spec() else [to_plain(self.spec)]
+    return stable_hash([cfg, tensors_hash(self.state_dict()), *measured])
 
-    def __repr__(self):
-        c = self.cfg
-        s = self.spec
-        codes = f"{s.codebook_size} codes, {s.bits:.0f} bits an image" if s.codebook_size else 'continuous'
-        return (f"Tokenizer {c.kind}: ({c.channels}, {c.size}, {c.size}) -> {s.shape[0]} x {s.shape[1]} "
-                f"({codes}), {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters")
+@patch
+def __repr__(self:Tokenizer):
+    c = self.cfg
+    s = self.spec
+    codes = f"{s.codebook_size} codes, {s.bits:.0f} bits an image" if s.codebook_size else 'continuous'
+    return (f"Tokenizer {c.kind}: ({c.channels}, {c.size}, {c.size}) -> {s.shape[0]} x {s.shape[1]} "
+            f"({codes}), {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters")
 
 # %% ../../nbs/tokenizers/08_tokenizer.ipynb #1ef467a4
 TOKENIZERS = {
