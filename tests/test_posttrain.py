@@ -320,8 +320,8 @@ def test_healing_leaves_a_tokenizer_in_training_mode_as_it_is(images, name, opti
     tok = make_tokenizer(name, width=32, depth=1, **options)
     before = copy.deepcopy(tok.state_dict())
     how = ImageTraining(epochs=1, batch=10, perceptual=0)
-    healed, _ = match_distribution(tok, torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0)),
-                              images.subset(20), how, device='cpu', moments=0)
+    drawn = torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0))
+    healed, _ = match_distribution(tok, drawn, images.subset(20), how, device='cpu', moments=0)
     assert tok.training and all(v.equal(before[k]) for k, v in tok.state_dict().items())
     assert all(v.equal(before[k]) for k, v in healed.state_dict().items() if not k.startswith('decoder.'))
 

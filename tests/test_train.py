@@ -93,7 +93,8 @@ def test_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path):
 
 @pytest.mark.parametrize('changes',
                          [dict(), dict(semantic=.1),
-                          dict(adversarial=.1, adversarial_start=.2, discriminator_augment=1., discriminator_blur=.5)])
+                          dict(adversarial=.1, adversarial_start=.2, discriminator_augment=1.,
+                               discriminator_blur=.5)])
 def test_killed_and_resumed(tmp_path, changes):
     "Killed in the second epoch and taken up again: the same weights, bit for bit"
     def play(work, kill=False):

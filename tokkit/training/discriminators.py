@@ -214,9 +214,8 @@ def _dino(weights, width, depth, heads) -> ViT:
     if isinstance(weights, nn.Module): return weights
     if weights is None: weights = data_home()/'dino_vits16.safetensors'
     if isinstance(weights, Path) and not weights.is_file():
-        raise FileNotFoundError(f"no file {weights}; the DINO discriminator needs DINO's ViT-S/16 in timm's names "
-                                "there or at backbone=PATH; "
-                                "the discriminator 'features' needs nothing")
+        raise FileNotFoundError(f"no file {weights}; the DINO discriminator needs DINO's ViT-S/16 in timm's "
+                                "names there or at backbone=PATH; the discriminator 'features' needs nothing")
     return load_vit(ViT(224, 16, 3, width, depth, heads, layer_scale=None, gelu='tanh'), weights)
 
 # %% ../../nbs/training/04_discriminators.ipynb #2acc6bd7
@@ -244,7 +243,8 @@ class DinoDiscriminator(nn.Module):
     def view(self, x:Float[Tensor, "b c h w"], rng:torch.Generator|None = None) -> Float[Tensor, "b 3 s s"]:
         "What the backbone sees: a random crop, or all of it"
         if x.ndim != 4 or x.shape[1] not in (1,3):
-            raise ValueError(f"the DINO discriminator expects images (b c h w), c 1 or 3, got {tuple(x.shape)}")
+            raise ValueError("the DINO discriminator expects images (b c h w), c 1 or 3, got "
+                             f"{tuple(x.shape)}")
         size = self.backbone.module.size
         h,w = x.shape[-2:]
         mean = x.new_tensor(IMAGENET_MEAN)[:,None,None]
@@ -284,8 +284,8 @@ class FeatureDiscriminator(nn.Module):
     ):
         super().__init__()
         if channels not in (1,3):
-            raise ValueError("the feature discriminator sees grey or RGB images; channels must be 1 or 3, got "
-                             f"{channels}")
+            raise ValueError("the feature discriminator sees grey or RGB images; channels must be 1 or 3, "
+                             f"got {channels}")
         taps = efficientnet_taps('lite2', layers, size)
         with torch.no_grad(): given = [m.shape[1] for m in taps(torch.zeros(1,channels,32,32))]
         def conv(i, o, k): return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, k, padding=k//2))
