@@ -85,9 +85,11 @@ def moments_to_train(
     weight:float,                  # of the moments; 0: none are wanted
     # one that was fitted to the images; None: a new one, of their size (at least 32 pixels)
     loss:MomentLoss|None = None,
-    device:str|None = None,        # where a new one looks at the images; None: the best there is
+    device:str|torch.device|None = None, # where a new one looks at the images; None: the best there is
 ) -> MomentLoss|None:
     "The moments of real images as a training wants them"
     if not weight: return None
-    if loss is None: loss = MomentLoss(size=max(32, images.size)).to(default_device(device)).fit(images)
+    if loss is None:
+        where = default_device(device if device is None else str(device))
+        loss = MomentLoss(size=max(32, images.size)).to(where).fit(images)
     return copy.deepcopy(loss).forget().train()
