@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -47,18 +48,22 @@ class FreeSamples(Dataset):
     @property
     def hash(self) -> str: return tensors_hash(dict(samples=self.samples, latents=self.latents))
     def set_epoch(self, epoch:int): self.epoch = epoch
-    def _partners(self, i) -> Tensor:
-        n = len(self.images)
-        of = len(self.samples)
-        rng = make_rng(self.seed, 'partners', self.epoch)
-        order = torch.randperm(n, generator=rng)
-        some = torch.randperm(of, generator=rng)[:n%of]
-        # every sample as often as any other, give or take one
-        who = torch.cat([torch.arange(of).repeat(n//of), some])
-        return who[order[torch.as_tensor(i)]]
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
     def __getitems__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
+
+# %% ../../nbs/posttraining/05_distribution_matching.ipynb #3b81dbf2
+@patch
+def _partners(self:FreeSamples, i) -> Tensor:
+    "The sample that each image meets in this epoch"
+    n = len(self.images)
+    of = len(self.samples)
+    rng = make_rng(self.seed, 'partners', self.epoch)
+    order = torch.randperm(n, generator=rng)
+    some = torch.randperm(of, generator=rng)[:n%of]
+    # every sample as often as any other, give or take one
+    who = torch.cat([torch.arange(of).repeat(n//of), some])
+    return who[order[torch.as_tensor(i)]]
 
 # %% ../../nbs/posttraining/05_distribution_matching.ipynb #d0fbb8c0
 def matching_step(

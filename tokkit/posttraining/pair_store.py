@@ -196,6 +196,7 @@ def _check_owners(folder, recipe, images, tok, generator):
         raise ValueError(f"{folder} holds {recipe['n']} pairs for {len(images)} images; give the images they "
                          "were made of")
 
+# %% ../../nbs/posttraining/02_pair_store.ipynb #1311b9b5
 def open_pairs(
     folder:str|Path,                         # written by `write_pairs`
     images:ImageSet,                         # the same images again

@@ -199,6 +199,7 @@ def _draw(self:PairMaker, real, rows) -> Tensor:
                                    desc=f'pairs, σ {s:g}', **self.pairing.sampling)
     return made
 
+# %% ../../nbs/posttraining/01_pairs.ipynb #345baf65
 @patch
 def __call__(self:PairMaker,
     rows:range,                # of the images

@@ -56,6 +56,7 @@ def _check_kind(tok, latents):
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this "
                          "tokenizer")
 
+# %% ../../nbs/posttraining/00_preservation.ipynb #f47f8a64
 def check_decodable(
     tok:Tokenizer,                    # whose decoder
     latents:Tensor|Sequence[Tensor],  # what it shall decode, one row an image; or parts of it

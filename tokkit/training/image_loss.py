@@ -183,6 +183,7 @@ def _discriminator(cfg, channels) -> nn.Module|None:
     if not cfg.adversarial: return None
     return make_discriminator(cfg.discriminator, channels, **cfg.discriminator_options)
 
+# %% ../../nbs/training/08_image_loss.ipynb #f1805ae1
 class ImageLoss(Callback):
     "All terms that look at the decoded image or at its latents, by their weights"
     def __init__(self,
