@@ -149,7 +149,7 @@ def test_learns_resumes_and_comes_back(name, tok, tmp_path):
     labels = torch.arange(64)%2
     how = GeneratorTraining(epochs=6, batch=16, lr=3e-3)
     def train(gen, work=None, die=None):
-        return train_generator(gen, TensorPairs(data, labels), how, work, die, 'cpu')
+        return train_generator(gen, TensorPairs(data, labels), how, work=work, preview=die, device='cpu')
     history = train(gen)
     assert history.loss.iloc[-1] < history.loss.iloc[0]
     def kill(learner):

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from tokkit.core import make_rng
 from tokkit.training import BatchNormLocal, DiffAug, DinoDiscriminator, Frozen, PatchGAN, blur_fade
 from tokkit.layers import ViT, to_timm
-from tokkit.training import (ADVERSARIAL, DISCRIMINATORS, LeCAM, PatchDiscriminator, SemanticLoss, adaptive_weight,
-                             contrastive_loss, hinge_d, hinge_g, make_discriminator, perceptual_loss, recon_loss)
+from tokkit.training import (ADVERSARIAL, DISCRIMINATORS, LeCAM, PatchDiscriminator, SemanticLoss,
+                             adaptive_weight, contrastive_loss, hinge_d, hinge_g, make_discriminator,
+                             perceptual_loss, recon_loss)
 from tokkit.features import LPIPS, lpips_weights
 
 SMALL_VGG = 4, 8, 16, 32, 32
@@ -208,17 +209,19 @@ def test_scores_and_losses_are_float32_under_autocast(kind):
 
 @pytest.mark.parametrize('channels', [2, 4])
 def test_frozen_discriminators_see_grey_or_rgb(channels):
-    for make in (lambda: make_discriminator('features', channels), lambda: DinoDiscriminator(channels, vit())):
+    for make in (lambda: make_discriminator('features', channels),
+                 lambda: DinoDiscriminator(channels, vit())):
         with pytest.raises(ValueError, match=f'channels must be 1 or 3, got {channels}'): make()
     with pytest.raises(ValueError, match='c 1 or 3, got'): DinoDiscriminator(1, vit())(images(c=channels))
 
 def test_a_discriminators_frozen_part_is_in_no_checkpoint():
     torch.manual_seed(0)
     for discriminator in (make_discriminator('features', 1), DinoDiscriminator(1, vit())):
-        before = [p.clone() for f in discriminator.modules() if isinstance(f, Frozen) for p in f.module.parameters()]
+        frozen = [f.module for f in discriminator.modules() if isinstance(f, Frozen)]
+        before = [p.clone() for f in frozen for p in f.parameters()]
         assert before and {k.split('.')[0] for k in discriminator.state_dict()} == {'heads'}
         discriminator(images()).sum().backward()
-        after = [p for f in discriminator.modules() if isinstance(f, Frozen) for p in f.module.parameters()]
+        after = [p for f in frozen for p in f.parameters()]
         assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
 
 def test_patch_discriminator_is_the_one_of_the_published_pages():

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tokkit.training import (BatchNormLocal, DinoDiscriminator, PatchGAN, blur_fade, blur_schedule, discriminator_weight,
-                             diff_augment)
+from tokkit.training import (BatchNormLocal, DinoDiscriminator, PatchGAN, blur_fade, blur_schedule,
+                             discriminator_weight, diff_augment)
 from tokkit.layers import ViT, from_timm, to_timm
 from tokkit.training import (ADVERSARIAL, LeCAM, SemanticLoss, VitTeacher, adaptive_weight, contrastive_loss,
                              recon_loss)

@@ -17,7 +17,7 @@ from tokkit.tokenizers import robustok_names
 from tokkit.posttraining import (LatentPairs, check_fit, check_decodable, check_same, clean_pairs,
                                  latent_pairs, open_pairs, row_sigmas, write_pairs)
 from tokkit.tokenizers import decode_all, encode_all
-from tokkit.posttraining import Probe, check_options, robustok_trainable, posttrain_decoder
+from tokkit.posttraining import PostTraining, Probe, robustok_trainable, posttrain_decoder
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, make_tokenizer
 from tokkit.training import ImageTraining
 from tokkit.posttraining import match_distribution
@@ -67,7 +67,8 @@ def test_official_list_of_what_learns(fixtures):
 def test_official_trains_exactly_its_list(images):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    healed, _ = posttrain_decoder(tok, latent_pairs(gen, tok, images, .5, 'tokens'), BRIEF, device='cpu',
+    pairs = latent_pairs(gen, tok, images, .5, source='tokens')
+    healed, _ = posttrain_decoder(tok, pairs, BRIEF, device='cpu',
                                   freeze='official')
     moved = {n for n, p in healed.named_parameters() if not torch.equal(p, dict(tok.named_parameters())[n])}
     assert (moved <= set(robustok_trainable(tok))
@@ -78,7 +79,7 @@ def test_all_kept_is_plain_training(images):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
     a, b = (posttrain_decoder(tok, p, BRIEF, device='cpu')[0]
-            for p in (latent_pairs(gen, tok, images, 1., 'tokens'), clean_pairs(tok, images)))
+            for p in (latent_pairs(gen, tok, images, 1., source='tokens'), clean_pairs(tok, images)))
     assert a.fingerprint == b.fingerprint
 
 
@@ -92,9 +93,9 @@ def test_nothing_kept_is_refused(images):
 def test_pairs_of_other_generators(preset, make, images, tmp_path):
     tok = small(preset)
     gen = make(tok.spec).eval()
-    little, much = (latent_pairs(gen, tok, images, s, 'tokens', steps=3) for s in (.2, .9))
+    little, much = (latent_pairs(gen, tok, images, s, source='tokens', steps=3) for s in (.2, .9))
     assert little.about['drawn_differ'] > much.about['drawn_differ'] > 0
-    stored = latent_pairs(gen, tok, images, .9, 'tokens', steps=3, folder=tmp_path/'pairs')
+    stored = latent_pairs(gen, tok, images, .9, source='tokens', steps=3, folder=tmp_path/'pairs')
     assert torch.equal(stored.latents, much.latents)
 
 
@@ -126,11 +127,11 @@ def test_a_scale_that_does_not_fit_is_named(images):
 def test_store_of_other_checkpoints_is_refused(images, tmp_path):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    write_pairs(tmp_path, gen, tok, images, .5, 'tokens')
+    write_pairs(tmp_path, gen, tok, images, .5, source='tokens')
     other = small('tiny', seed=1)
     with pytest.raises(ValueError, match='was made with tokenizer'): open_pairs(tmp_path, images, other)
     with pytest.raises(ValueError, match='holds pairs with tokenizer'):
-        write_pairs(tmp_path, gen, other, images, .5, 'tokens')
+        write_pairs(tmp_path, gen, other, images, .5, source='tokens')
     with torch.no_grad(): next(gen.parameters()).add_(1)
     with pytest.raises(ValueError, match='was made with generator'): open_pairs(tmp_path, images, tok, gen)
 
@@ -180,11 +181,12 @@ def test_moments_of_pairs(images, tmp_path):
     tok = small('tiny')
     look = MomentLoss().fit(images)
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    pairs = latent_pairs(gen, tok, images, .7, 'tokens')
+    pairs = latent_pairs(gen, tok, images, .7, source='tokens')
     how = replace(BRIEF, epochs=4)
     def far(t): return copy.deepcopy(look).forget().eval()(decode_all(t, pairs.latents)).item()
     def play(work, preview=None, **more):
-        return posttrain_decoder(tok, pairs, how, work, preview, 'cpu', moments=1., **dict(loss=look) | more)
+        return posttrain_decoder(tok, pairs, how, work=work, preview=preview, device='cpu', moments=1.,
+                                 **dict(loss=look) | more)
     def stop(learner):
         if learner.epoch: raise KeyboardInterrupt
     healed, history = play(tmp_path/'whole')
@@ -224,10 +226,12 @@ def test_another_probe_is_not_gone_on_with(tmp_path, images):
     def stop(learner):
         if learner.epoch: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, stop, device='cpu', probe=a)
+        posttrain_decoder(tok, clean_pairs(tok, images), how, work=tmp_path, preview=stop, device='cpu',
+                          probe=a)
     with pytest.raises(ValueError, match='training with other settings; delete it'):
-        posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, device='cpu', probe=b)
-    assert len(posttrain_decoder(tok, clean_pairs(tok, images), how, tmp_path, device='cpu', probe=a)[1]) > 1
+        posttrain_decoder(tok, clean_pairs(tok, images), how, work=tmp_path, device='cpu', probe=b)
+    _, history = posttrain_decoder(tok, clean_pairs(tok, images), how, work=tmp_path, device='cpu', probe=a)
+    assert len(history) > 1
 
 @pytest.mark.parametrize('sigma', [{.5, .9}, (.5, .9), np.array([.5, .9])], ids=['set', 'tuple', 'array'])
 def test_a_mixture_in_any_container(sigma):
@@ -290,7 +294,7 @@ def test_wrong_pairs_are_named(images, tmp_path):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
     with pytest.raises(ValueError, match="source must be 'reencode' or 'tokens'"):
-        latent_pairs(gen, tok, images, .5, 'png')
+        latent_pairs(gen, tok, images, .5, source='png')
     with pytest.raises(ValueError, match='got no latents at all'):
         check_decodable(tok, encode_all(tok, images)[:0], images)
     write_pairs(tmp_path, None, tok, images)
@@ -300,8 +304,8 @@ def test_wrong_pairs_are_named(images, tmp_path):
 def test_rows_of_a_store_are_those_in_memory(images, tmp_path):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
-    memory = latent_pairs(gen, tok, images, .5, 'tokens')
-    write_pairs(tmp_path, gen, tok, images, .5, 'tokens', part=20)
+    memory = latent_pairs(gen, tok, images, .5, source='tokens')
+    write_pairs(tmp_path, gen, tok, images, .5, source='tokens', part=20)
     stored = open_pairs(tmp_path, images, tok, gen)
     rows = [49, 3, 20, 3]
     assert stored.hash != memory.hash and stored.about == memory.about
@@ -320,8 +324,8 @@ def test_healing_leaves_a_tokenizer_in_training_mode_as_it_is(images, name, opti
     tok = make_tokenizer(name, width=32, depth=1, **options)
     before = copy.deepcopy(tok.state_dict())
     how = ImageTraining(epochs=1, batch=10, perceptual=0)
-    healed, _ = match_distribution(tok, torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0)),
-                              images.subset(20), how, device='cpu', moments=0)
+    drawn = torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0))
+    healed, _ = match_distribution(tok, drawn, images.subset(20), how, device='cpu', moments=0)
     assert tok.training and all(v.equal(before[k]) for k, v in tok.state_dict().items())
     assert all(v.equal(before[k]) for k, v in healed.state_dict().items() if not k.startswith('decoder.'))
 
@@ -342,7 +346,7 @@ from tokkit.posttraining.pair_store import open_pairs, write_pairs
 write_pairs(f'{sys.argv[1]}/pairs', gen, tok, images, .7, part=20)
 pairs = open_pairs(f'{sys.argv[1]}/pairs', images, tok, gen)
 brief = ImageTraining(epochs=6, batch=25, perceptual=0, lr=2e-3)
-healed, _ = posttrain_decoder(tok, pairs, brief, sys.argv[1], device='cpu')
+healed, _ = posttrain_decoder(tok, pairs, brief, work=sys.argv[1], device='cpu')
 print(pairs.hash, healed.fingerprint)
 '''
 
@@ -387,7 +391,7 @@ def test_probe_keeps_the_best_and_says_when_it_went_astray(images):
 
 def test_lora_without_linear_layers_is_refused():
     with pytest.raises(ValueError, match='lora needs a decoder with linear layers'):
-        check_options(make_tokenizer('tiny-cnn'), lora=2)
+        PostTraining(lora=2).check(make_tokenizer('tiny-cnn'))
 
 
 def test_probe_stops_in_time(images):

@@ -16,7 +16,7 @@ def known(monkeypatch):
     """Training replaced by its outcome: a decoder trained on n pairs of sigma is the pair (sigma,
     n), and pairs likewise"""
     trained = []
-    monkeypatch.setattr(module, 'latent_pairs', lambda gen, tok, some, s, *a, **k: (s, len(some)))
+    monkeypatch.setattr(module, 'latent_pairs', lambda gen, tok, some, how: (how.sigma, len(some)))
     monkeypatch.setattr(module, 'clean_pairs', lambda tok, some: (1., len(some)))
     monkeypatch.setattr(module, 'posttrain_decoder', lambda tok, pairs, *a,
                         **k: (trained.append(pairs) or pairs, None))

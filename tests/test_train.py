@@ -32,7 +32,7 @@ def train(work=None, images=None, perturbation=LatentPerturbation(.7, .5, 20), *
     tok = make_tokenizer('tiny-16', width=16, depth=1)
     cfg = ImageTraining(**dict(epochs=2, batch=32, lr=1e-3, perceptual=0, revive=0) | changes)
     history = train_tokenizer(tok, fashion_mnist('train', 128) if images is None else images, cfg,
-                              perturbation, work, device='cpu')
+                              perturbation, work=work, device='cpu')
     return tok, history
 
 
@@ -93,7 +93,8 @@ def test_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path):
 
 @pytest.mark.parametrize('changes',
                          [dict(), dict(semantic=.1),
-                          dict(adversarial=.1, adversarial_start=.2, discriminator_augment=1., discriminator_blur=.5)])
+                          dict(adversarial=.1, adversarial_start=.2, discriminator_augment=1.,
+                               discriminator_blur=.5)])
 def test_killed_and_resumed(tmp_path, changes):
     "Killed in the second epoch and taken up again: the same weights, bit for bit"
     def play(work, kill=False):
@@ -103,7 +104,8 @@ def test_killed_and_resumed(tmp_path, changes):
         cfg = ImageTraining(epochs=3, batch=32, perceptual=0, revive=2, **changes)
         try:
             train_tokenizer(tok, fashion_mnist('train', 96), cfg,
-                            LatentPerturbation(1., .5, 11, Annealing(1, 2)), work, die, 'cpu')
+                            LatentPerturbation(1., .5, 11, Annealing(1, 2)), work=work, preview=die,
+                            device='cpu')
         except KeyboardInterrupt: pass
         return tok.fingerprint
     whole = play(tmp_path/'whole')

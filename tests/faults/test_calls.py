@@ -128,7 +128,7 @@ TABLE = [ # expression, what is said
     # pairs and post-training
     *((f'latent_pairs(gen, tok, images, {text})', said) for text,
       said in [('0', 'sigma 0 keeps nothing'), ('2.', 'sigma must be in'), ('nan', 'sigma must be in'),
-               ('[]', 'at least one fraction'), ('.9, "x"', 'source must be'),
+               ('[]', 'at least one fraction'), ('.9, source="x"', 'source must be'),
                ('.9, clean=2', 'clean must be in')]),
     ('latent_pairs(gen, kl, images)', 'the generator draws ids'), ('posttrain_decoder(tok, '
                                                                    'LatentPairs(ids-1000, images))',

@@ -212,7 +212,9 @@ def trained(own, work, epochs=3, stop_after=None):
     def preview(learner):
         if learner.epoch == stop_after: raise KeyboardInterrupt
     how = ImageTraining(epochs=epochs, batch=16, lr=1e-3, perceptual=0.)
-    return posttrain_decoder(tok, clean_pairs(tok, images), how, work, preview, 'cpu')[0].state_dict()
+    healed, _ = posttrain_decoder(tok, clean_pairs(tok, images), how, work=work, preview=preview,
+                                  device='cpu')
+    return healed.state_dict()
 
 @pytest.mark.parametrize('at', [.2, .5, .8])
 def test_6_a_flipped_bit_in_a_checkpoint(own, tmp_path, at):
@@ -362,7 +364,7 @@ def test_6_a_training_on_other_data_is_another(own, tmp_path):
     how = GeneratorTraining(epochs=1, batch=16)
     def train(value):
         g = make_generator('ar', spec, width=32, depth=1)
-        train_generator(g, TensorPairs(torch.full((32, 49), value), labels), how, tmp_path, device='cpu')
+        train_generator(g, TensorPairs(torch.full((32, 49), value), labels), how, work=tmp_path, device='cpu')
         return tensors_hash(g.state_dict())
     first = train(3)
     with pytest.raises(ValueError, match='of a training with other settings'): train(5)

@@ -84,11 +84,11 @@ def _plan(options:PosttrainOptions) -> _Plan:
 def _models(tokenizer:str, generator:str, device, plan:_Plan) -> tuple:
     "Tokenizer and generator from their folders, fit for each other and for the plan"
     from tokkit.generators import load_generator
-    from tokkit.posttraining import check_fit, check_options
+    from tokkit.posttraining import check_fit, PostTraining
     tok = _saved_tokenizer(tokenizer).to(device).eval()
     gen = load_generator(generator).to(device)
     check_fit(gen, tok)
-    check_options(tok, plan.freeze, plan.pairing['source'], **plan.losses)
+    PostTraining(plan.freeze, **plan.losses).check(tok, plan.pairing['source'])
     return tok, gen
 
 def _images_of_known_classes(tok, gen, data:str, n:int|None, **how):

@@ -128,7 +128,8 @@ def pairs(self:Demo, kind:str, stage:str) -> LatentPairs:
     if gen is not None:
         params |= dict(generator=gen.fingerprint, sigma=c.sigma, source=c.source, seed=c.seed,
                        **self.sampling)
-    def make(tmp): write_pairs(tmp, gen, tok, images, c.sigma, c.source, c.seed, **self.sampling)
+    def make(tmp):
+        write_pairs(tmp, gen, tok, images, c.sigma, source=c.source, seed=c.seed, **self.sampling)
     # not compared with its checksums again: the artifact was
     return self._stage('pairs', f'{kind}-{stage}', params, make,
                        lambda p: open_pairs(p, images, verify=False))

@@ -9,19 +9,20 @@ __all__ = ['FreeSamples', 'matching_step', 'match_distribution']
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import make_rng, tensors_hash
 from ..data import ImageSet
-from .decoder import add_terms, check_options, finetune_decoder
+from .decoder import _settings, add_terms, finetune_decoder, PostTraining
 from .preservation import check_decodable
 from ..tokenizers import encode_all, Tokenizer
-from ..training import ImageLoss, ImageTraining, MomentLoss, moments_to_train, recon_loss
+from ..training import (ImageLoss, ImageTraining, MomentLoss, moments_to_train, recon_loss,
+                             TrainingContext)
 
 # %% ../../nbs/posttraining/05_distribution_matching.ipynb #2ade288e
 class FreeSamples(Dataset):
@@ -47,18 +48,22 @@ class FreeSamples(Dataset):
     @property
     def hash(self) -> str: return tensors_hash(dict(samples=self.samples, latents=self.latents))
     def set_epoch(self, epoch:int): self.epoch = epoch
-    def _partners(self, i) -> Tensor:
-        n = len(self.images)
-        of = len(self.samples)
-        rng = make_rng(self.seed, 'partners', self.epoch)
-        order = torch.randperm(n, generator=rng)
-        some = torch.randperm(of, generator=rng)[:n%of]
-        # every sample as often as any other, give or take one
-        who = torch.cat([torch.arange(of).repeat(n//of), some])
-        return who[order[torch.as_tensor(i)]]
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
     def __getitems__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]
+
+# %% ../../nbs/posttraining/05_distribution_matching.ipynb #3b81dbf2
+@patch
+def _partners(self:FreeSamples, i) -> Tensor:
+    "The sample that each image meets in this epoch"
+    n = len(self.images)
+    of = len(self.samples)
+    rng = make_rng(self.seed, 'partners', self.epoch)
+    order = torch.randperm(n, generator=rng)
+    some = torch.randperm(of, generator=rng)[:n%of]
+    # every sample as often as any other, give or take one
+    who = torch.cat([torch.arange(of).repeat(n//of), some])
+    return who[order[torch.as_tensor(i)]]
 
 # %% ../../nbs/posttraining/05_distribution_matching.ipynb #d0fbb8c0
 def matching_step(
@@ -82,36 +87,29 @@ def matching_step(
         return add_terms(out, terms)
     return step
 
+# %% ../../nbs/posttraining/05_distribution_matching.ipynb #4711a5b7
 def match_distribution(
     tok:Tokenizer,                        # left as it is
     samples:Tensor,                       # latents a generator drew freely, one row a sample
     images:ImageSet,                      # real images
     # how; `adversarial` is the weight of a discriminator on samples
     cfg:ImageTraining = ImageTraining(epochs=2, lr=5e-4),
-    work:str|Path|None = None,            # folder of the checkpoint; a second call resumes there
-    preview:Callable|None = None,         # called with the learner after every epoch
-    device:str|None = None,               # where; None: the best there is
-    seed:int = 0,                         # moves the order
-    desc:str = 'healing without pairs',   # for the bar
-    *,
-    # weight of the moments of features; 0: samples teach by the discriminator alone, if there is one
-    moments:float = 1.,
-    consistency:float = .1,               # weight of staying near the untouched decoder on the samples
-    loss:MomentLoss|None = None,          # one that was fitted to the images; None: a new one, of their size
-    **options,                            # lora, discriminator, probe, patience of `posttrain_decoder`
+    # what learns, and what it looks at; without moments samples teach by the discriminator alone
+    plan:PostTraining|None = None,
+    context:TrainingContext|None = None,  # where, and who watches
+    **how,                                # fields of `PostTraining` and `TrainingContext`
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
-    check_options(tok, lora=options.get('lora', 0), consistency=consistency, moments=moments)
+    plan,context = _settings('match_distribution', 'healing without pairs', plan, context, how)
+    plan = plan.filled(consistency=.1, moments=1.)
+    plan.check(tok)
     check_decodable(tok, samples, images)
     # in training mode encoding would move its statistics
     latents = encode_all(copy.deepcopy(tok).eval(), images)
-    data = FreeSamples(samples.cpu(), latents, images, seed)
-    extra = moments_to_train(images, moments, loss, device)
+    data = FreeSamples(samples.cpu(), latents, images, context.seed)
+    extra = moments_to_train(images, plan.moments, plan.loss, context.device)
     def step(healed, loss, original):
-        return matching_step(healed, loss, original, extra, moments, consistency)
-    # latents are given: that term has nobody to teach
-    cfg = replace(cfg, semantic=0.)
-    return finetune_decoder(tok, data, step, cfg, work, preview, device, seed, desc, extra=extra,
-                remember=consistency > 0,
-                asked=dict(moments=moments, consistency=consistency, to=extra
-                           and tensors_hash(extra.state_dict())), **options)
+        return matching_step(healed, loss, original, extra, plan.moments, plan.consistency)
+    cfg = replace(cfg, semantic=0.)       # latents are given: that term has nobody to teach
+    return finetune_decoder(tok=tok, data=data, step=step, cfg=cfg, plan=plan, context=context,
+                            extra=extra)

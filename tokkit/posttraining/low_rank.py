@@ -23,6 +23,7 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(shape[0], rank))
     def forward(self, w:Float[Tensor, "o i"]) -> Float[Tensor, "o i"]: return w+self.up@self.down
 
+# %% ../../nbs/posttraining/03_low_rank.ipynb #8f31555e
 def add_low_rank(
     part:nn.Module,    # changed in place
     rank:int,          # of each change

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['DISCRIMINATORS', 'ADVERSARIAL', 'PatchDiscriminator', 'hinge_d', 'hinge_g', 'make_discriminator', 'logistic_d',
-           'non_saturating_g', 'vanilla_g', 'adaptive_weight', 'LeCAM']
+           'non_saturating_g', 'vanilla_g', 'Game', 'adaptive_weight', 'LeCAM']
 
 # %% ../../nbs/training/06_adversarial.ipynb #c7c8f08d
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from ..core import process_mean
+from ..core import choose, process_mean, Registry
 from .discriminators import DinoDiscriminator, FeatureDiscriminator, PatchGAN
 
 # %% ../../nbs/training/06_adversarial.ipynb #7f39aed6
@@ -52,19 +55,21 @@ def hinge_g(
     return -fake.float().mean()
 
 # %% ../../nbs/training/06_adversarial.ipynb #ed3b4b3c
-# name -> class
-DISCRIMINATORS = {'patch': PatchDiscriminator, 'patchgan': PatchGAN, 'features': FeatureDiscriminator, 'dino': DinoDiscriminator}
+DISCRIMINATORS = Registry('discriminator')
+DISCRIMINATORS.register('patch', PatchDiscriminator)
+DISCRIMINATORS.register('patchgan', PatchGAN)
+DISCRIMINATORS.register('features', FeatureDiscriminator)
+DISCRIMINATORS.register('dino', DinoDiscriminator)
 
 def make_discriminator(
-    # 'patch', 'patchgan' (released code, BatchNorm), 'features' (offline) or 'dino' (paper; needs DINO's
-    # weights)
+    # of the registry `DISCRIMINATORS`: 'patch', 'patchgan' (released code, BatchNorm), 'features' (offline)
+    # or 'dino' (paper; needs DINO's weights)
     kind:str,
     channels:int = 1,  # image channels
     **options,         # further arguments of the class
 ) -> nn.Module:
     "A new discriminator; its weights come from torch's global seed"
-    if kind not in DISCRIMINATORS: raise ValueError(f"discriminator must be one of {', '.join(DISCRIMINATORS)}, got {kind!r}")
-    return DISCRIMINATORS[kind](channels, **options)
+    return choose(DISCRIMINATORS, kind)(channels, **options)
 
 # %% ../../nbs/training/06_adversarial.ipynb #a5401296
 def logistic_d(
@@ -86,8 +91,16 @@ def vanilla_g(
     "The decoder's loss of the minimax game; has no pull where the discriminator is sure"
     return -F.softplus(fake.float()).mean()
 
-ADVERSARIAL = {'hinge': (hinge_d, hinge_g), 'non-saturating': (logistic_d, non_saturating_g),
-               'vanilla': (logistic_d, vanilla_g)}
+# %% ../../nbs/training/06_adversarial.ipynb #7462a76b
+class Game(NamedTuple):
+    "The two losses of an adversarial game"
+    discriminator:Callable  # (scores of real images, of generated ones) -> loss
+    decoder:Callable        # scores of generated images -> loss
+
+ADVERSARIAL = Registry('adversarial loss', 'tokkit.adversarial_losses')
+ADVERSARIAL.register('hinge', Game(hinge_d, hinge_g))
+ADVERSARIAL.register('non-saturating', Game(logistic_d, non_saturating_g))
+ADVERSARIAL.register('vanilla', Game(logistic_d, vanilla_g))
 
 # %% ../../nbs/training/06_adversarial.ipynb #a7609dd4
 def adaptive_weight(

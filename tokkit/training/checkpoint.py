@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import atomic_path, nested_hash, set_aside
@@ -46,6 +47,7 @@ class EMA(Callback):
     def state(self): return dict(average=self.average)
     def restore(self, state): self.average = state['average']
 
+# %% ../../nbs/training/02_checkpoint.ipynb #4dc6e2aa
 @contextmanager
 def ema_weights(
     model:nn.Module,  # gets the averaged weights inside the block
@@ -67,39 +69,6 @@ class Checkpoint(Callback):
         self.path = Path(path)
         self.key = key
 
-    def _read(self, device) -> dict|None:
-        "What was saved; None where that is not what is in the file"
-        with open(self.path, 'rb') as f: f.read(1)      # a disk that cannot be read is no damage
-        try:
-            saved = torch.load(self.path, map_location=device, weights_only=True)
-            whole = saved.pop('hash') == nested_hash(saved)
-        except (MemoryError, torch.OutOfMemoryError): raise
-        except Exception: return None                   # a damaged pickle raises whatever it likes
-        return saved if whole else None
-
-    def begin(self, learner):
-        if not self.path.exists(): return
-        saved = self._read(learner.device)
-        damaged = torch.tensor(float(saved is None), device=learner.device)
-        if learner.accelerator.num_processes > 1: dist.all_reduce(damaged)       # all begin anew, or none
-        if damaged:
-            if learner.main:
-                kept = set_aside(self.path).name
-                warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins "
-                              "anew, "
-                              f"and the file is kept as {kept}", stacklevel=2)
-            return
-        if saved['key'] != self.key:
-            raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another "
-                             "folder")
-        learner.model.load_state_dict(saved['model'])
-        for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
-        for c in learner.callbacks:
-            if type(c).__name__ in saved['callbacks']: c.restore(saved['callbacks'][type(c).__name__])
-        learner.epoch = saved['epoch']+1
-        learner.step = saved['step']
-        learner.history = saved['history']
-
     def epoch_end(self, learner):
         learner.accelerator.wait_for_everyone()
         if not learner.main: return
@@ -107,3 +76,43 @@ class Checkpoint(Callback):
                    callbacks={type(c).__name__:s for c in learner.callbacks if (s := c.state())},
                    epoch=learner.epoch, step=learner.step, history=learner.history, key=self.key)
         with atomic_path(self.path) as p: torch.save(now|dict(hash=nested_hash(now)), p)
+
+# %% ../../nbs/training/02_checkpoint.ipynb #a818690c
+@patch
+def _read(self:Checkpoint, device) -> dict|None:
+    "What was saved; None where that is not what is in the file"
+    with open(self.path, 'rb') as f: f.read(1)      # a disk that cannot be read is no damage
+    try:
+        saved = torch.load(self.path, map_location=device, weights_only=True)
+        whole = saved.pop('hash') == nested_hash(saved)
+    except (MemoryError, torch.OutOfMemoryError): raise
+    except Exception: return None                   # a damaged pickle raises whatever it likes
+    return saved if whole else None
+
+@patch
+def _set_aside(self:Checkpoint):
+    "Keep a damaged file, and say so"
+    kept = set_aside(self.path).name
+    warnings.warn(f"{self.path} is damaged, or no checkpoint of this version; training begins anew, "
+                  f"and the file is kept as {kept}", stacklevel=3)
+
+# %% ../../nbs/training/02_checkpoint.ipynb #ed4af4d3
+@patch
+def begin(self:Checkpoint, learner):
+    if not self.path.exists(): return
+    saved = self._read(learner.device)
+    damaged = torch.tensor(float(saved is None), device=learner.device)
+    if learner.accelerator.num_processes > 1: dist.all_reduce(damaged)       # all begin anew, or none
+    if damaged:
+        if learner.main: self._set_aside()
+        return
+    if saved['key'] != self.key:
+        raise ValueError(f"{self.path} is of a training with other settings; delete it, or use another "
+                         "folder")
+    learner.model.load_state_dict(saved['model'])
+    for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
+    for c in learner.callbacks:
+        if type(c).__name__ in saved['callbacks']: c.restore(saved['callbacks'][type(c).__name__])
+    learner.epoch = saved['epoch']+1
+    learner.step = saved['step']
+    learner.history = saved['history']

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import nn, Tensor
 
@@ -94,6 +95,7 @@ def _recolour(x, u):
     mean = x.mean((1,2,3), keepdim=True)
     return (x-mean)*(u[4]+.5)+mean
 
+# %% ../../nbs/training/04_discriminators.ipynb #714b49d1
 def _cut(x, u, part):
     "Set a rectangle to 0; at the border it is cut off"
     # (b n) rows or columns of the rectangle
@@ -214,9 +216,8 @@ def _dino(weights, width, depth, heads) -> ViT:
     if isinstance(weights, nn.Module): return weights
     if weights is None: weights = data_home()/'dino_vits16.safetensors'
     if isinstance(weights, Path) and not weights.is_file():
-        raise FileNotFoundError(f"no file {weights}; the DINO discriminator needs DINO's ViT-S/16 in timm's names "
-                                "there or at backbone=PATH; "
-                                "the discriminator 'features' needs nothing")
+        raise FileNotFoundError(f"no file {weights}; the DINO discriminator needs DINO's ViT-S/16 in timm's "
+                                "names there or at backbone=PATH; the discriminator 'features' needs nothing")
     return load_vit(ViT(224, 16, 3, width, depth, heads, layer_scale=None, gelu='tanh'), weights)
 
 # %% ../../nbs/training/04_discriminators.ipynb #2acc6bd7
@@ -241,37 +242,46 @@ class DinoDiscriminator(nn.Module):
         def head(): return nn.Sequential(_ring(width, 1), _Residual(_ring(width, kernel)), _sn(width, 1, 1))
         self.heads = nn.ModuleList([head() for _ in range(len(after)+1)])
 
-    def view(self, x:Float[Tensor, "b c h w"], rng:torch.Generator|None = None) -> Float[Tensor, "b 3 s s"]:
-        "What the backbone sees: a random crop, or all of it"
-        if x.ndim != 4 or x.shape[1] not in (1,3):
-            raise ValueError(f"the DINO discriminator expects images (b c h w), c 1 or 3, got {tuple(x.shape)}")
-        size = self.backbone.module.size
-        h,w = x.shape[-2:]
-        mean = x.new_tensor(IMAGENET_MEAN)[:,None,None]
-        x = (x.expand(-1, 3, -1, -1)/2+.5-mean)/x.new_tensor(IMAGENET_STD)[:,None,None]
-        if min(h, w) > size and rng is not None and torch.rand((), generator=rng, device=rng.device) <= .5:
-            def corner(n): return int(torch.randint(n-size+1, (), generator=rng, device=rng.device))
-            top = corner(h)
-            left = corner(w)
-            return x[...,top:top+size,left:left+size]
-        return F.interpolate(x, (size, size), mode='area' if h > size else 'bicubic')
-
-    def activations(self, x:Float[Tensor, "b 3 s s"]) -> list[Float[Tensor, "b d l"]]:
-        "Patch tokens plus class token, before the first block and after the chosen ones"
-        net = self.backbone.module
-        x = net.embed(x)
-        seen = [x]
-        for i in range(max(self.after)+1):
-            x = net.blocks[i](x)
-            if i in self.after: seen.append(x)
-        return [(t[:,1:]+t[:,:1]).mT.float() for t in seen]
-
     def forward(self,
         x:Float[Tensor, "b c h w"],       # images in [-1,1]
         rng:torch.Generator|None = None,  # tosses the coin of crop or all; None always shows all
     ) -> Float[Tensor, "b l"]:            # a score for each token of each depth
         seen = self.activations(self.view(x, rng))
         return torch.cat([head(a).flatten(1).float() for head,a in zip(self.heads, seen)], 1)
+
+# %% ../../nbs/training/04_discriminators.ipynb #c63ae1fc
+@patch
+def view(self:DinoDiscriminator,
+    x:Float[Tensor, "b c h w"],       # images in [-1,1]
+    rng:torch.Generator|None = None,  # tosses the coin; None shows all
+) -> Float[Tensor, "b 3 s s"]:
+    "What the backbone sees: a random crop, or all of it"
+    if x.ndim != 4 or x.shape[1] not in (1,3):
+        raise ValueError("the DINO discriminator expects images (b c h w), c 1 or 3, got "
+                         f"{tuple(x.shape)}")
+    size = self.backbone.module.size
+    h,w = x.shape[-2:]
+    mean = x.new_tensor(IMAGENET_MEAN)[:,None,None]
+    x = (x.expand(-1, 3, -1, -1)/2+.5-mean)/x.new_tensor(IMAGENET_STD)[:,None,None]
+    if min(h, w) > size and rng is not None and torch.rand((), generator=rng, device=rng.device) <= .5:
+        def corner(n): return int(torch.randint(n-size+1, (), generator=rng, device=rng.device))
+        top = corner(h)
+        left = corner(w)
+        return x[...,top:top+size,left:left+size]
+    return F.interpolate(x, (size, size), mode='area' if h > size else 'bicubic')
+
+@patch
+def activations(self:DinoDiscriminator,
+    x:Float[Tensor, "b 3 s s"],  # what `view` gives
+) -> list[Float[Tensor, "b d l"]]:
+    "Patch tokens plus class token, before the first block and after the chosen ones"
+    net = self.backbone.module
+    x = net.embed(x)
+    seen = [x]
+    for i in range(max(self.after)+1):
+        x = net.blocks[i](x)
+        if i in self.after: seen.append(x)
+    return [(t[:,1:]+t[:,:1]).mT.float() for t in seen]
 
 # %% ../../nbs/training/04_discriminators.ipynb #aab07c60
 class FeatureDiscriminator(nn.Module):
@@ -284,8 +294,8 @@ class FeatureDiscriminator(nn.Module):
     ):
         super().__init__()
         if channels not in (1,3):
-            raise ValueError("the feature discriminator sees grey or RGB images; channels must be 1 or 3, got "
-                             f"{channels}")
+            raise ValueError("the feature discriminator sees grey or RGB images; channels must be 1 or 3, "
+                             f"got {channels}")
         taps = efficientnet_taps('lite2', layers, size)
         with torch.no_grad(): given = [m.shape[1] for m in taps(torch.zeros(1,channels,32,32))]
         def conv(i, o, k): return nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, k, padding=k//2))

@@ -9,6 +9,7 @@ __all__ = ['MomentLoss', 'moments_to_train']
 import copy
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
@@ -39,30 +40,6 @@ class MomentLoss(nn.Module):
         return torch.cat([part for m in maps
                           for part in (m.mean((2, 3)), (m.var((2, 3), correction=0)+1e-6).sqrt())], 1).float()
 
-    @torch.no_grad()
-    def fit(self,
-        images,   # set of real images, or a tensor (n c h w)
-    ) -> 'MomentLoss': # itself
-        "Learn what real images look like"
-        device = next(self.taps.parameters()).device
-        f = torch.cat([self.features(x.to(device)).double()
-                       for x in bar(list(chunks(images, 250)), 'moments of real images')])
-        if len(f) < 2: raise ValueError(f"moments need at least 2 real images, got {len(f)}")
-        centre = f.mean(0)
-        scale = f.std(0).clamp(min=1e-6)
-        z = (f-centre)/scale
-        self.centre = centre.float()
-        self.scale = scale.float()
-        self.correlation = (z.T@z/len(z)).float()
-        return self.forget()
-
-    def forget(self) -> 'MomentLoss': # itself
-        "Drop the running moments, not what real images look like"
-        self.mean = torch.zeros_like(self.centre)
-        self.second = torch.zeros_like(self.correlation)
-        self.steps = self.centre.new_zeros(())
-        return self
-
     def forward(self, x:Float[Tensor, "b c h w"]) -> Tensor:
         "The loss of a batch; in training the running moments move"
         if not len(self.centre):
@@ -79,15 +56,44 @@ class MomentLoss(nn.Module):
             self.steps = self.steps+1
         return mean.square().mean()+(second-self.correlation).square().mean()
 
+# %% ../../nbs/training/07_feature_moments.ipynb #eecc36b5
+@patch
+@torch.no_grad()
+def fit(self:MomentLoss,
+    images,   # set of real images, or a tensor (n c h w)
+) -> 'MomentLoss': # itself
+    "Learn what real images look like"
+    device = next(self.taps.parameters()).device
+    f = torch.cat([self.features(x.to(device)).double()
+                   for x in bar(list(chunks(images, 250)), 'moments of real images')])
+    if len(f) < 2: raise ValueError(f"moments need at least 2 real images, got {len(f)}")
+    centre = f.mean(0)
+    scale = f.std(0).clamp(min=1e-6)
+    z = (f-centre)/scale
+    self.centre = centre.float()
+    self.scale = scale.float()
+    self.correlation = (z.T@z/len(z)).float()
+    return self.forget()
+
+@patch
+def forget(self:MomentLoss) -> MomentLoss: # itself
+    "Drop the running moments, not what real images look like"
+    self.mean = torch.zeros_like(self.centre)
+    self.second = torch.zeros_like(self.correlation)
+    self.steps = self.centre.new_zeros(())
+    return self
+
 # %% ../../nbs/training/07_feature_moments.ipynb #5e1f7b92
 def moments_to_train(
     images:ImageSet,               # real images
     weight:float,                  # of the moments; 0: none are wanted
     # one that was fitted to the images; None: a new one, of their size (at least 32 pixels)
     loss:MomentLoss|None = None,
-    device:str|None = None,        # where a new one looks at the images; None: the best there is
+    device:str|torch.device|None = None, # where a new one looks at the images; None: the best there is
 ) -> MomentLoss|None:
     "The moments of real images as a training wants them"
     if not weight: return None
-    if loss is None: loss = MomentLoss(size=max(32, images.size)).to(default_device(device)).fit(images)
+    if loss is None:
+        where = default_device(device if device is None else str(device))
+        loss = MomentLoss(size=max(32, images.size)).to(where).fit(images)
     return copy.deepcopy(loss).forget().train()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import nn, Tensor
 
+from ..core import choose, Registry
 from ..features import efficientnet_taps, LPIPSLoss
 
 # %% ../../nbs/training/03_losses.ipynb #993574f9
@@ -41,13 +42,13 @@ class PerceptualLoss(nn.Module):
         return sum(apart(f, r) for f,r in zip(self.taps(xh), real))
 
 # %% ../../nbs/training/03_losses.ipynb #1cebcf3f
-PERCEPTUAL = {'efficientnet_lite2': PerceptualLoss, 'lpips': LPIPSLoss}   # name -> class
+PERCEPTUAL = Registry('perceptual loss', 'tokkit.perceptual_losses')
+PERCEPTUAL.register('efficientnet_lite2', PerceptualLoss)
+PERCEPTUAL.register('lpips', LPIPSLoss)
 
 def perceptual_loss(
-    kind:str = 'efficientnet_lite2', # 'efficientnet_lite2', or 'lpips' where its weights are
+    kind:str = 'efficientnet_lite2', # of the registry `PERCEPTUAL`; 'lpips' needs its weights
     **options,                       # further arguments of the class
 ) -> nn.Module:
     "A module that tells a reconstruction's distance from its target, by features"
-    if kind not in PERCEPTUAL:
-        raise ValueError(f"perceptual loss must be one of {', '.join(PERCEPTUAL)}, got {kind!r}")
-    return PERCEPTUAL[kind](**options)
+    return choose(PERCEPTUAL, kind)(**options)

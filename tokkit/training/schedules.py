@@ -28,6 +28,7 @@ class WarmupCosine:
         if done < self.warmup: return max(done, self.least)/self.warmup
         return self.final+(1-self.final)*(1+math.cos(math.pi*(done-self.warmup)/(1-self.warmup)))/2
 
+# %% ../../nbs/training/00_schedules.ipynb #f0106506
 @dataclass(frozen=True)
 class EpochCosine:
     "A cosine in steps of an epoch after a linear warm-up, as the released code has it"
