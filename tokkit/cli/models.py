@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from .options import say, use_device
 
@@ -128,8 +128,9 @@ def _compared_with(reference:str|None, reference_n:int|None, others) -> dict[str
 # %% ../../nbs/cli/01_models.ipynb #d7cfa24a
 def _measure(metric:str, tok, images, **how) -> list:
     "The cards of a metric, one or the whole table"
-    from tokkit.metrics import evaluate_tokenizer, ifid, pfid, rfid
-    measure = dict(rfid=rfid, pfid=pfid, ifid=ifid, all=evaluate_tokenizer)[metric]
+    from tokkit.core import choose
+    from tokkit.metrics import evaluate_tokenizer, METRICS
+    measure = evaluate_tokenizer if metric == 'all' else choose(METRICS, metric)
     made = measure(tok, images, **how)
     return made if isinstance(made, list) else [made]
 
@@ -148,7 +149,7 @@ def _report(metric:str, cards:list, json:str|None):
 # %% ../../nbs/cli/01_models.ipynb #94dc7b18
 def metric(
     # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
-    metric:Literal['rfid','pfid','ifid','all'],
+    metric:Annotated[str, ('rfid','pfid','ifid','all'), 'tokkit.metrics:METRICS'],
     options:MetricOptions|None = None,   # what is measured, and how
     **how,                               # its fields
 ):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from fastcore.basics import patch
+
 # %% ../../nbs/core/09_registry.ipynb #11410a9b
 def _is_again(thing:Any, known:Any) -> bool:
     "Both are one thing, defined twice: a page that is run defines what its module has defined"
@@ -59,15 +61,17 @@ class Registry(Mapping):
         self._look()
         return len(self._things)
 
-    def _look(self):
-        "Add what other packages offer, once"
-        if self._looked: return
-        self._looked = True
-        for entry in entry_points(group=self.group):
-            if entry.name in self._things:
-                warnings.warn(f"{entry.value} offers a {self.kind} {entry.name!r}; there is one already, "
-                              "which is kept", stacklevel=4)
-            elif (thing := _load(entry)) is not None: self._things[entry.name] = thing
+# %% ../../nbs/core/09_registry.ipynb #d26e0fc5
+@patch
+def _look(self:Registry):
+    "Add what other packages offer, once"
+    if self._looked: return
+    self._looked = True
+    for entry in entry_points(group=self.group):
+        if entry.name in self._things:
+            warnings.warn(f"{entry.value} offers a {self.kind} {entry.name!r}; there is one already, "
+                          "which is kept", stacklevel=4)
+        elif (thing := _load(entry)) is not None: self._things[entry.name] = thing
 
 # %% ../../nbs/core/09_registry.ipynb #547f6a15
 def choose(

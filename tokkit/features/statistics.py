@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from jaxtyping import Float, Float64
 from scipy import linalg
 from torch import Tensor
@@ -56,6 +57,27 @@ def _blocks(batches:Iterable, what:str) -> Iterator[np.ndarray]:
         n = n%BLOCK
     if n: yield np.concatenate(held)
 
+# %% ../../nbs/features/06_statistics.ipynb #5tream1n
+def _moments(batches:Iterable) -> tuple[int,np.ndarray,np.ndarray]:
+    "Number, mean and covariance of features that pass by"
+    n = 0
+    mean = 0.
+    scatter = None
+    for f in _blocks(batches, 'FeatureStats'):
+        centre = f.mean(0)
+        delta = centre-mean
+        total = n+len(f)
+        rows = np.concatenate([f-centre, np.sqrt(n*len(f)/total)*delta[None]]) if n else f-centre
+        if scatter is None: scatter = np.zeros((f.shape[1],)*2, order='F')
+        scatter = linalg.blas.dsyrk(1., rows.T, beta=1., c=scatter, overwrite_c=1)      # in place
+        n = total
+        mean = mean+delta*(len(f)/total)
+    if not n: raise ValueError("FeatureStats: expected at least one feature vector, got none")
+    # so far only the upper triangle is there
+    scatter /= max(n-1, 1)
+    scatter += np.triu(scatter, 1).T
+    return n, mean, scatter
+
 # %% ../../nbs/features/06_statistics.ipynb #f2fe0ffc
 @dataclass(frozen=True, eq=False)
 class FeatureStats:
@@ -73,23 +95,8 @@ class FeatureStats:
         fingerprint:str = '',   # and its fingerprint
     ) -> 'FeatureStats':
         "Statistics of features that pass by"
-        n = 0
-        mean = 0.
-        scatter = None
-        for f in _blocks(batches, 'FeatureStats'):
-            centre = f.mean(0)
-            delta = centre-mean
-            total = n+len(f)
-            rows = np.concatenate([f-centre, np.sqrt(n*len(f)/total)*delta[None]]) if n else f-centre
-            if scatter is None: scatter = np.zeros((f.shape[1],)*2, order='F')
-            scatter = linalg.blas.dsyrk(1., rows.T, beta=1., c=scatter, overwrite_c=1)      # in place
-            n = total
-            mean = mean+delta*(len(f)/total)
-        if not n: raise ValueError("FeatureStats: expected at least one feature vector, got none")
-        # so far only the upper triangle is there
-        scatter /= max(n-1, 1)
-        scatter += np.triu(scatter, 1).T
-        return cls(n, mean, scatter, extractor, fingerprint)
+        n,mean,cov = _moments(batches)
+        return cls(n, mean, cov, extractor, fingerprint)
 
     @classmethod
     def from_features(cls,
@@ -99,20 +106,6 @@ class FeatureStats:
     ) -> 'FeatureStats':
         "Statistics of features that are all there"
         return cls.stream([features], extractor, fingerprint)
-
-    def merge(self, other:'FeatureStats') -> 'FeatureStats':
-        "Statistics of both sets together"
-        check_comparable(self, other)
-        n = self.n+other.n
-        d = other.mean-self.mean
-        scatter = (self.n-1)*self.cov+(other.n-1)*other.cov+np.outer(d, d)*(self.n*other.n/n)
-        who = self.extractor or other.extractor, self.fingerprint or other.fingerprint
-        return FeatureStats(n, self.mean+d*(other.n/n), scatter/max(n-1, 1), *who)
-
-    def update(self, features:Float[Tensor, "n d"]|np.ndarray) -> 'FeatureStats':
-        "Statistics with some more features of the same extractor"
-        return (self.merge(FeatureStats.from_features(features, self.extractor, self.fingerprint))
-                if len(features) else self)
 
     @cached_property
     def factor(self) -> Float64[np.ndarray, "d r"]:
@@ -146,6 +139,23 @@ def check_comparable(
     if p.mean.shape != q.mean.shape:
         raise ValueError(f"features of {len(p.mean)} and of {len(q.mean)} dimensions cannot be compared; use "
                          "one extractor for both")
+
+# %% ../../nbs/features/06_statistics.ipynb #dcbcd69a
+@patch
+def merge(self:FeatureStats, other:FeatureStats) -> FeatureStats:
+    "Statistics of both sets together"
+    check_comparable(self, other)
+    n = self.n+other.n
+    d = other.mean-self.mean
+    scatter = (self.n-1)*self.cov+(other.n-1)*other.cov+np.outer(d, d)*(self.n*other.n/n)
+    who = self.extractor or other.extractor, self.fingerprint or other.fingerprint
+    return FeatureStats(n, self.mean+d*(other.n/n), scatter/max(n-1, 1), *who)
+
+@patch
+def update(self:FeatureStats, features:Float[Tensor, "n d"]|np.ndarray) -> FeatureStats:
+    "Statistics with some more features of the same extractor"
+    return (self.merge(FeatureStats.from_features(features, self.extractor, self.fingerprint))
+            if len(features) else self)
 
 # %% ../../nbs/features/06_statistics.ipynb #f012c36e
 TOLERANCE = 1e-5    # of the largest eigenvalue: what rounding (also to float32, in a file) may make of a zero
