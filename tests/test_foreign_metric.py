@@ -126,11 +126,13 @@ def test_metrics_registered_here(without_traces):
     cards = evaluate_tokenizer(tok, images, metrics=wanted, n=20, bootstrap=3, device='cpu')
     assert [c.metric for c in cards] == ['norm', 'spread', 'gap', 'size']
     assert cards[3].value == 20 and cards[2].se > 0 and cards[1].settings['error'] == 'none'
-    cards = evaluate_generator(images, fashion_mnist('train', n=30), metrics='spread', bootstrap=0)
+    real = fashion_mnist('train', n=30)
+    cards = evaluate_generator(images, real, metrics='spread', bootstrap=0)
     assert [c.metric for c in cards] == ['spread'] and cards[0].extractor
 
 def test_names_are_taken():
-    with pytest.raises(ValueError, match="there is a metric 'rfid' already"): METRICS.register('rfid', torch.sum)
+    with pytest.raises(ValueError, match="there is a metric 'rfid' already"):
+        METRICS.register('rfid', torch.sum)
 
 def test_unknown_metric(saved):
     with pytest.raises(ValueError, match="metric must be one of rfid, pfid, ifid, got 'fid'"):

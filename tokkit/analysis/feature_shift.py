@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .token_use import _classes
-from ..core import bundle, make_rng
+from ..core import bundle, in_batches, make_rng
 from ..features import default_extractor, extract, FeatureExtractor, FeatureStats
 from ..metrics import bootstrap_frechet, frechet_distance, mmd2
 
@@ -109,7 +109,5 @@ def decoded_shift(
 ) -> pd.DataFrame:
     "`feature_shift` of what a tokenizer decodes from two sets of latents"
     where = next(tok.parameters()).device
-    def decode(t):
-        with torch.no_grad():
-            return torch.cat([tok.from_latents(some.to(where)).cpu() for some in t.split(250)])
+    def decode(t): return in_batches(tok.from_latents, t, 250, where)
     return feature_shift(decode(generated), decode(real), *args, **options)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..core import bar, check_range, make_rng
+from ..core import bar, check_range, in_batches, make_rng
 from ..data import Indexed, TokenCache
 from ..features import check_images
 from ..generators import (check_generator_latents, LatentGenerator, sample_categorical, Sampling,
@@ -163,12 +163,11 @@ def _drawn(size, n, seed) -> Int[Tensor, "n"]:
     "Places of `n` images, whatever the order they lie in"
     return torch.randperm(size, generator=make_rng(seed, 'error_profile'))[:n].sort().values
 
-@torch.no_grad()
 def _encoded(tok, x) -> Tensor:
     "Latents of images, on the CPU"
     where = next(tok.parameters()).device
     check_images(x)
-    return torch.cat([tok.to_latents(some.to(where)).cpu() for some in x.split(256)])
+    return in_batches(tok.to_latents, x, 256, where)
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #8a0f63e8
 # a generator that sets its ids in order can be shown nothing but real ones; any other is shown a part

@@ -7,7 +7,6 @@ __all__ = ['NOISE', 'SmallClassifier', 'class_accuracy']
 
 # %% ../../nbs/demo/03_cards.ipynb #17a2659e
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import load_strictly, read_json, read_tensors, save_tensors, tensors_hash, write_json
+from ..core import (in_batches, load_strictly, read_json, read_tensors, save_tensors, tensors_hash,
+                         write_json)
 from ..data import from_uint8, ImageSet, loader, to_uint8
 from .demo import Demo
 from ..features import get_extractor
@@ -57,7 +57,6 @@ def classifier(self:Demo) -> SmallClassifier:
     return self._stage('classifier', 'small', dict(images=train.hash, batch=c.batch, seed=c.seed), make, load)
 
 # %% ../../nbs/demo/03_cards.ipynb #90570192
-@torch.no_grad()
 def class_accuracy(
     classifier:nn.Module,           # images to scores
     images:ImageSet|Tensor,         # to classify
@@ -68,21 +67,17 @@ def class_accuracy(
     "How often the classifier finds the label, with its binomial error"
     device = next(classifier.parameters()).device
     x = images[:][0] if isinstance(images, ImageSet) else images
-    found = torch.cat([classifier(b.to(device)).argmax(1).cpu() for b in x.split(500)])
+    found = in_batches(lambda b: classifier(b).argmax(1), x, 500, device)
     p = found.eq(labels).double().mean().item()
     return Card(metric, p, math.sqrt(p*(1-p)/len(x)), len(x), 'small_classifier', 'labels', settings=settings)
 
 # %% ../../nbs/demo/03_cards.ipynb #d5651710
-@torch.no_grad()
-def _in_batches(f:Callable, x:Tensor, batch:int = 500) -> Tensor:
-    return torch.cat([f(b).cpu() for b in x.split(batch)])
-
 @patch
 def decoded(self:Demo, kind:str, stage:str) -> Tensor:
     "The samples as 8-bit images"
     tok = self.decoder(kind, stage)
-    return _in_batches(lambda z: from_uint8(to_uint8(tok.from_latents(z.to(self.device)))),
-                       self.samples(kind))
+    def decode(z): return from_uint8(to_uint8(tok.from_latents(z)))
+    return in_batches(decode, self.samples(kind), 500, self.device)
 
 # %% ../../nbs/demo/03_cards.ipynb #067877ff
 # our doses of pFID for continuous latents; the paper has none
@@ -104,7 +99,7 @@ def _measured(self:Demo, kind:str, stage:str) -> list[Card]:
     how = dict(bootstrap=c.bootstrap, seed=c.seed, device=str(self.device))
     drawn = self.decoded(kind, stage)
     labels = torch.arange(len(test))%len(test.classes)
-    rebuilt = _in_batches(lambda x: tok.reconstruct(x.to(self.device)), test[:][0])
+    rebuilt = in_batches(tok.reconstruct, test[:][0], 500, self.device)
     sampler = dict(generator=c.generator, weights=self.generator(kind).fingerprint,
                    **{k:str(v) for k,v in self.sampling.items()})
     few = test.subset(min(c.n_pfid, len(test)))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core import bar
+from ..core import bar, in_batches
 from ..data import from_uint8, ImageSet, to_uint8
 from .tokenizer import Tokenizer
 
@@ -27,7 +27,6 @@ def encode_all(
                       for i in bar(range(0, len(images), batch), 'encoding')])
 
 # %% ../../nbs/tokenizers/09_latents.ipynb #acd9efbd
-@torch.no_grad()
 def decode_all(
     tok:Tokenizer,              # in eval mode
     latents:Tensor,             # any of its latents, one row an image
@@ -35,11 +34,9 @@ def decode_all(
 ) -> Float[Tensor, "b c h w"]: # on the CPU, within [-1,1]
     "Images of all latents"
     device = next(tok.parameters()).device
-    images = [tok.from_latents(z.to(device)).float().cpu() for z in latents.split(batch)]
-    return torch.cat(images).clamp(-1, 1)
+    return in_batches(lambda z: tok.from_latents(z).float(), latents, batch, device).clamp(-1, 1)
 
 # %% ../../nbs/tokenizers/09_latents.ipynb #5e295f00
-@torch.no_grad()
 def reencode(
     tok:Tokenizer,              # in eval mode
     latents:Tensor,             # any of its latents, one row an image
@@ -47,5 +44,5 @@ def reencode(
 ) -> Tensor:
     "Decode to an 8-bit image and encode again"
     device = next(tok.parameters()).device
-    def again(part): return tok.to_latents(from_uint8(to_uint8(tok.from_latents(part.to(device))))).cpu()
-    return torch.cat([again(part) for part in bar(latents.split(batch), 'encoding again')])
+    def again(part): return tok.to_latents(from_uint8(to_uint8(tok.from_latents(part))))
+    return in_batches(again, latents, batch, device, 'encoding again')

@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import (changed, check_kind, LatentSpec, load_model, save_model, stable_hash, tensors_hash,
-                         to_plain)
+from ..core import (changed, check_kind, evaluating, LatentSpec, load_model, save_model, stable_hash,
+                         tensors_hash, to_plain)
 from .codebook import check_ids
 from .config import _quantizer, BACKBONES, TokenizerCfg
 from .quantizer import Quantized
@@ -218,17 +218,12 @@ Tokenizer.save = save_tokenizer
 Tokenizer.load = staticmethod(load_tokenizer)
 
 # %% ../../nbs/tokenizers/08_tokenizer.ipynb #1ffc904c
-@torch.no_grad()
 def fit_spec(
     tok:Tokenizer,                       # its `spec` is replaced
     x:Float[Tensor, "b c h w"],          # images to measure on, on any device
 ) -> LatentSpec:
     "Measure mean and standard deviation of the latents a decoder gets, in eval mode"
     device = next(tok.parameters()).device
-    modes = [(m, m.training) for m in tok.modules()]
-    tok.eval()
-    try: zq = torch.cat([tok.quantize(tok.encode(b.to(device))).zq for b in x.split(250)])
-    finally:
-        for m,mode in modes: m.training = mode
+    with evaluating(tok): zq = torch.cat([tok.quantize(tok.encode(b.to(device))).zq for b in x.split(250)])
     tok.spec = replace(tok.spec, mean=zq.mean().item(), std=zq.std().item())
     return tok.spec

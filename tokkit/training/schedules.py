@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core import check_range
+from ..core import check_range, restored_modes
 
 # %% ../../nbs/training/00_schedules.ipynb #47433912
 @dataclass(frozen=True)
@@ -58,11 +58,10 @@ def only_train(
 ):
     "Freeze everything but `parts`; gradients and modes are as before on exit"
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.requires_grad_(False).eval()
-        for part in parts: part.requires_grad_(True).train()
-        yield [p for part in parts for p in part.parameters()]
-    finally:
-        for p,g in grads: p.requires_grad_(g)
-        for m,t in modes: m.training = t
+    with restored_modes(model):
+        try:
+            model.requires_grad_(False).eval()
+            for part in parts: part.requires_grad_(True).train()
+            yield [p for part in parts for p in part.parameters()]
+        finally:
+            for p,g in grads: p.requires_grad_(g)

@@ -17,11 +17,11 @@ from fastcore.basics import patch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..core import check_range
+from ..core import check_range, evaluating
 from ..generators import LatentGenerator, sample_batches
 from ..posttraining import check_fit, check_same, SOURCES
 from ..tokenizers import decode_all, reencode, Tokenizer
-from .explorer import _evaluating, _grey, _version, Explorer
+from .explorer import _grey, _version, Explorer
 from .tiles import code_colors, compose, difference_tiles, image_tiles, token_tiles
 
 # %% ../../nbs/ui/08_before_after.ipynb #2c2d09aa
@@ -100,7 +100,7 @@ def _draw(self:BeforeAfterExplorer) -> tuple[Tensor,Tensor,Tensor]:
     "The page's images, their latents, and what the generator makes of these"
     s = self.state
     x,labels = self.images[s['page']*self.n:(s['page']+1)*self.n]
-    with _evaluating(self.before), _evaluating(self.generator):
+    with evaluating(self.before), evaluating(self.generator):
         real = self.before.to_latents(x.to(next(self.before.parameters()).device)).cpu()
         if s['sigma'] == 1: return x, real, real
         keep = (real, s['sigma']) if s['sigma'] else None
@@ -110,7 +110,7 @@ def _draw(self:BeforeAfterExplorer) -> tuple[Tensor,Tensor,Tensor]:
 @patch
 def _decoded(self:BeforeAfterExplorer, x:Tensor, real:Tensor, made:Tensor) -> BeforeAfter:
     "What was drawn, through both decoders"
-    with _evaluating(self.before), _evaluating(self.after):
+    with evaluating(self.before), evaluating(self.after):
         latents = reencode(self.before, made) if self.state['source'] == 'reencode' else made
         before = decode_all(self.before, latents)
         after = decode_all(self.after, latents)

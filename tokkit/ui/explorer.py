@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ipywidgets
-import torch
 from IPython.display import display
 from PIL import Image
 from fastcore.basics import patch
@@ -21,15 +20,6 @@ from torch import nn, Tensor
 from .plots import PALETTE
 
 # %% ../../nbs/ui/04_explorer.ipynb #2c23d471
-@contextmanager
-def _evaluating(model:nn.Module):
-    "No gradients, and eval mode, which is put back as it was"
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally: model.train(was)
-
 def _version(*models:nn.Module) -> int:
     "A number that grows with every write to a weight of the models"
     return sum(t._version for m in models for t in (*m.parameters(), *m.buffers()))

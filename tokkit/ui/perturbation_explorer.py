@@ -16,10 +16,10 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int, UInt8
 from torch import nn, Tensor
 
-from ..core import make_rng
+from ..core import evaluating, make_rng
 from ..perturbation import effective_rate, perturb_codes
 from ..tokenizers import NeighbourTable, Quantizer
-from .explorer import _evaluating, _grey, _version, _without_labels, Explorer, png_bytes
+from .explorer import _grey, _version, _without_labels, Explorer, png_bytes
 from .tiles import code_colors, compose, difference_tiles, image_tiles, token_tiles
 
 # %% ../../nbs/ui/05_perturbation_explorer.ipynb #aa1fa481
@@ -145,7 +145,7 @@ def _code_distance(self:PerturbationExplorer, old:Int[Tensor, "b n"], new:Int[Te
 @patch
 def perturbed(self:PerturbationExplorer) -> Shown:
     "Damage the tokens as the knobs say, decode, and compare"
-    with _evaluating(self.tok):
+    with evaluating(self.tok):
         page = self._page(self.state['page'])
         moved = self._redrawn(page)
         damaged = self.tok.decode(self.tok.codes(moved))

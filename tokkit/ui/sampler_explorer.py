@@ -18,9 +18,9 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import make_rng
+from ..core import evaluating, make_rng
 from ..generators import LatentGenerator
-from .explorer import _evaluating, _grey, _version, _without_labels, Explorer
+from .explorer import _grey, _version, _without_labels, Explorer
 from .tiles import code_colors, compose, difference_tiles, image_tiles
 from .trace import _drawn, _maps, _where, chart, SamplerStep, record, veil
 
@@ -83,7 +83,7 @@ def _latents(self:SamplerStepper, images:Any) -> Tensor:
     x = _without_labels(images[:self.n])
     if len(x) < self.n:
         raise ValueError(f"images must hold one for each of {self.n} samples, got {len(x)}")
-    with _evaluating(self.tok):
+    with evaluating(self.tok):
         q = self.tok.quantize(self.tok.encode(x.to(self.device)))
         return q.zq if q.ids is None else q.ids
 
@@ -160,7 +160,7 @@ def _sampled(self:SamplerStepper) -> list[SamplerStep]:
     moments = []
     steps = {} if self._default is None else dict(steps=s['steps'])
     keep = (self.real, s['sigma']) if s['sigma'] else None
-    with _evaluating(self.generator):
+    with evaluating(self.generator):
         self.generator.sample(
             self.labels, s['guidance'], temperature=s['temperature'], keep=keep,
             rng=make_rng(s['seed'], 'stepper'), callback=record(moments, s['temperature']), **steps)
@@ -214,7 +214,7 @@ def numbers(self:SamplerStepper,
 @patch
 def _estimate(self:SamplerStepper, m:SamplerStep) -> str:
     "Of a flow: the time, and how far the estimate is from where it will end"
-    with _evaluating(self.tok):
+    with evaluating(self.tok):
         now = self.tok.decode(m.clean.to(self.device))
         end = self.tok.decode(self.trace()[-1].latents.to(self.device))
     return f"t = {m.t:.2f} · the estimate is {_grey(now, end):.1f} grey levels (RMSE) from the end"
@@ -232,7 +232,7 @@ def rows(self:SamplerStepper,
     moment:SamplerStep, # which step
 ) -> list[tuple]:
     "What is shown of a step: names and tiles, as `compose` takes them"
-    with _evaluating(self.tok):
+    with evaluating(self.tok):
         return self._flow_rows(moment) if moment.t is not None else self._code_rows(moment)
 
 @patch
