@@ -19,6 +19,7 @@ from ..core import (in_batches, load_strictly, read_json, read_tensors, save_ten
 from ..data import from_uint8, ImageSet, loader, to_uint8
 from .demo import Demo
 from ..features import get_extractor
+from ..generators import balanced_labels
 from ..metrics import Card, evaluate_generator, pfid, rfid
 from ..training import Learner, Log, Phase, WarmupCosine
 
@@ -98,7 +99,7 @@ def _measured(self:Demo, kind:str, stage:str) -> list[Card]:
     judge = get_extractor(c.extractor, test.size)
     how = dict(bootstrap=c.bootstrap, seed=c.seed, device=str(self.device))
     drawn = self.decoded(kind, stage)
-    labels = torch.arange(len(test))%len(test.classes)
+    labels = balanced_labels(len(test), len(test.classes))
     rebuilt = in_batches(tok.reconstruct, test[:][0], 500, self.device)
     sampler = dict(generator=c.generator, weights=self.generator(kind).fingerprint,
                    **{k:str(v) for k,v in self.sampling.items()})

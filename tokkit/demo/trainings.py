@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from ..core import make_rng
 from ..data import TokenCache
 from .demo import Demo
-from ..generators import LatentGenerator, load_generator, make_generator, sample_batches, save_generator
+from ..generators import (balanced_labels, LatentGenerator, load_generator, make_generator,
+                               sample_batches, save_generator)
 from ..perturbation import Annealing, LatentPerturbation
 from ..posttraining import LatentPairs, open_pairs, posttrain_decoder, write_pairs
 from ..show import text_preview, to_pil_grid
@@ -94,7 +95,7 @@ def generator(self:Demo, kind:str) -> LatentGenerator:
     params = dict(tokenizer=tok.fingerprint, tokens=tokens.hash, generator=c.generator, shape=gen.cfg,
                   training=cfg, seed=c.seed)
     def make(tmp, work):
-        look = torch.arange(8, device=self.device)%gen.classes
+        look = balanced_labels(8, gen.classes).to(self.device)
         def picture():
             return tok.from_latents(gen.eval().sample(look, rng=make_rng(c.seed, 'preview'), **self.sampling))
         history = train_generator(gen, tokens, cfg, work=work, preview=_preview(picture, work),

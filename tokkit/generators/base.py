@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GeneratorCfg', 'IdsCfg', 'ids_sizes', 'check_grid', 'LatentGenerator', 'drop_labels', 'check_generator_labels',
-           'check_generator_latents', 'check_sampling', 'check_steps', 'free_memory', 'fit_batch', 'sample_batches']
+           'check_generator_latents', 'check_sampling', 'check_steps', 'free_memory', 'fit_batch', 'balanced_labels',
+           'sample_batches']
 
 # %% ../../nbs/generators/01_base.ipynb #95e7e397
 import math, os, warnings
@@ -243,11 +244,18 @@ def fit_batch(
     return max(1, min(n, most, int(share*free_memory(device)/generator.sample_bytes)))
 
 # %% ../../nbs/generators/01_base.ipynb #8bb0dec9
+def balanced_labels(
+    n:int,        # images
+    classes:int,  # labels are 0..classes-1
+) -> Int[Tensor, "n"]:
+    "All classes in turn, each as often as any other, give or take one"
+    return torch.arange(n)%classes
+
 def _labels(generator, labels) -> Int[Tensor, "b"]:
-    "Labels, or as many of all classes in turn"
+    "Labels, or as many balanced ones"
     if not isinstance(labels, int): return labels
     check_count('labels', labels, hint='it is how many images to draw, or a tensor of their labels', least=0)
-    return torch.arange(labels)%generator.classes
+    return balanced_labels(labels, generator.classes)
 
 # %% ../../nbs/generators/01_base.ipynb #b9a8d255
 @torch.no_grad()

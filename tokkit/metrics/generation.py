@@ -19,6 +19,7 @@ from torch import nn, Tensor
 
 from ..core import bar, make_rng, Registry, stable_hash, tensors_hash
 from ..features import CHUNK, chunks, FeatureExtractor, FeatureStats, stream
+from ..generators import balanced_labels
 from .card import Card
 from .evaluator import _on_device, _print, draw_images, Evaluator, Measurement
 from .mmd import kid
@@ -173,7 +174,7 @@ def draw_labels(self:Sampler,
     if isinstance(self.labels, str):
         if self.labels != 'balanced':
             raise ValueError(f"labels must be 'balanced', a set of images, or labels; got {self.labels!r}")
-        return torch.arange(n)%self.generator.classes
+        return balanced_labels(n, self.generator.classes)
     given = torch.as_tensor(getattr(self.labels, 'labels', self.labels))
     if n > len(given):
         raise ValueError(f"there are labels for {len(given)} images, {n} are wanted; give "

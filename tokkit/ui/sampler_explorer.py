@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import nn, Tensor
 
 from ..core import evaluating, make_rng
-from ..generators import LatentGenerator
+from ..generators import balanced_labels, LatentGenerator
 from .explorer import _grey, _version, _without_labels, Explorer
 from .tiles import code_colors, compose, difference_tiles, image_tiles
 from .trace import _drawn, _maps, _where, chart, SamplerStep, record, veil
@@ -171,7 +171,7 @@ def _sampled(self:SamplerStepper) -> list[SamplerStep]:
 def labels(self:SamplerStepper) -> Int[Tensor, "n"]:
     "The samples' labels"
     label = self.state['label']
-    if label < 0: labels = torch.arange(self.n)%self.generator.classes
+    if label < 0: labels = balanced_labels(self.n, self.generator.classes)
     else: labels = torch.full((self.n,), label)
     return labels.to(self.device)
 
