@@ -56,6 +56,33 @@ def test_pictures_have_words(name):
     assert not mute, f"{name}: pictures without alternative text: {mute}"
 
 
+@pytest.mark.parametrize('name', CORE)
+def test_every_section_starts_with_a_sentence(name):
+    bare = []
+    for cell,after in zip(cells(name), cells(name)[1:]):
+        if cell['cell_type'] != 'markdown': continue
+        lines = [line for line in source(cell).splitlines() if line.strip()]
+        headings = [line.startswith('##') for line in lines]
+        bare += [a for a,first,second in zip(lines, headings, headings[1:]) if first and second]
+        if lines and headings[-1] and after['cell_type'] == 'code': bare.append(lines[-1])
+    assert not bare, f"{name}: headings without a sentence: {bare}"
+
+
+def has_picture(name:str) -> bool:
+    shown = [mime for c in cells(name) for o in c.get('outputs', []) for mime in o.get('data', {})]
+    drawn = any('<svg' in str(o) or '<img' in str(o) for c in cells(name) for o in c.get('outputs', []))
+    prose = any('![' in source(c) for c in cells(name) if c['cell_type'] == 'markdown')
+    pictures = 'image/', 'application/vnd.jupyter.widget'
+    return drawn or prose or any(mime.startswith(pictures) for mime in shown)
+
+
+@pytest.mark.parametrize('name', CORE)
+def test_a_picture_or_the_reason_why_not(name):
+    said = any('no picture' in source(c) for c in cells(name) if c['cell_type'] == 'markdown')
+    assert has_picture(name) or said, (f"{name} shows no picture: add one where people would rather look "
+                                       "than read, or say why: `This page has no picture: ...`")
+
+
 @pytest.mark.parametrize('name', [n for n in ALL if n not in BARE])
 def test_pictures_are_small(name):
     sizes = [len(''.join(o['data']['image/png']))*3/4/1000 for c in cells(name) for o in c.get('outputs', [])

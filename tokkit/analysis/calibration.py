@@ -203,6 +203,7 @@ def _search_plane(sums, x, m, search:DoseSearch) -> tuple[np.ndarray,np.ndarray,
     left = float(max(_value(curve, c, found[0], m, search.rate), 0)/clean) if clean > 0 else 1.
     return found, c, left
 
+# %% ../../nbs/analysis/04_calibration.ipynb #3ccf6bb1
 def calibrate(
     generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
     # ids of real images, others than the generator was shown; class by class about as many

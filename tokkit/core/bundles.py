@@ -25,6 +25,7 @@ def bundle(
         raise ValueError(f"expected settings as {kind.__name__}, got {type(given).__name__}")
     return replace(given, **changes)
 
+# %% ../../nbs/core/08_bundles.ipynb #7108ed57
 def sort_settings(
     who:str,         # the function that was called, for the message
     settings:dict,   # keywords as they came

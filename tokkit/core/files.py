@@ -48,6 +48,7 @@ def flush(
     for p in files:
         with open(p, 'rb') as f: os.fsync(f.fileno())
 
+# %% ../../nbs/core/03_files.ipynb #cb6eb398
 @contextmanager
 def atomic_path(
     path:str|Path, # final name of the file

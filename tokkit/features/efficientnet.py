@@ -130,6 +130,7 @@ class FeatureTaps(nn.Module):
     ) -> list[Float[Tensor, "b _ _ _"]]: # maps, one a layer
         return self.trunk(self.prepare(x/2+.5))
 
+# %% ../../nbs/features/01_efficientnet.ipynb #fb0c50be
 def efficientnet_taps(
     variant:str = 'lite2',              # 'lite2', a relative of the judge; 'lite0' is the judge itself
     layers:Sequence[int] = (1,4,7),     # blocks, from 1; cost grows with the last one

@@ -33,6 +33,7 @@ def check_bootstrap(
     check_count('bootstrap', replicates, 100_000,
                 'it is the number of replicates behind the error; 0 for none', least=0)
 
+# %% ../../nbs/metrics/07_evaluator.ipynb #97fa84f4
 @dataclass(frozen=True)
 class Evaluator:
     "Who judges images, against what, and how sure the number has to be"
@@ -134,6 +135,7 @@ def _on_device(tok:Any, device:Any) -> Iterator[torch.device]:
     where = next((t.device for t in chain(tok.parameters(), tok.buffers())), torch.device('cpu'))
     with evaluating(tok): yield where
 
+# %% ../../nbs/metrics/07_evaluator.ipynb #bfc71203
 def _through(f:Callable, items:Any, device:Any) -> Iterator[Tensor]:
     "`f` of items (images, ids or latents), chunk by chunk"
     for x in chunks(items, CHUNK):
@@ -160,6 +162,7 @@ class Measurement:
     device:Any = None          # where the tokenizer is
     progress:Any = None        # a bar that counts images
 
+# %% ../../nbs/metrics/07_evaluator.ipynb #6a2b4766
 @patch
 @contextmanager
 def measuring(self:Evaluator,
@@ -187,6 +190,7 @@ def frechet(self:Measurement,
     replicates = self.evaluator.bootstrap
     return value, bootstrap_frechet(features, lambda i: ref.replicate(i, seed), replicates, seed)
 
+# %% ../../nbs/metrics/07_evaluator.ipynb #88a91932
 @patch
 def distance(self:Measurement,
     made:Iterator[Tensor], # images, chunk by chunk

@@ -46,6 +46,7 @@ class Row(NamedTuple):
     se:float|None
     why:dict            # settings of its own
 
+# %% ../../nbs/metrics/10_generation.ipynb #e0bdd173
 @dataclass(frozen=True)
 class FeatureMetric:
     "A number from features, or several that are computed together"
@@ -118,6 +119,7 @@ def _wanted(metrics:Any, known:list[str], impossible:dict) -> list[str]:
     if no: raise ValueError(f"{no[0]} {impossible[no[0]]}")
     return [m for m in known if m in metrics]
 
+# %% ../../nbs/metrics/10_generation.ipynb #068e6d56
 def _impossible(evaluator:Evaluator) -> dict:
     "Of the feature metrics those that cannot be measured, and why"
     reference = evaluator.reference
@@ -246,6 +248,7 @@ def _passing(samples:Any, evaluator:Evaluator) -> tuple[Iterator[Tensor],dict]:
     about = dict(size=first[0].shape[-1], n=n, shape=tuple(first[0].shape[1:]))
     return _hashed(first, parts, about), about
 
+# %% ../../nbs/metrics/10_generation.ipynb #a60cbcc5
 def _looked(parts:Iterator[Tensor], eyes:Sequence, device, total:int, desc:str) -> list[Float[Tensor, "n _"]]:
     "Features of images that pass by once, for each of several extractors"
     seen = [[] for _ in eyes]

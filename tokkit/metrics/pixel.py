@@ -29,6 +29,7 @@ def _both(xh:Tensor, x:Tensor, what:str) -> tuple[Tensor,Tensor]:
                          f"{tuple(x.shape)}")
     return _clamped(xh, f'{what}: expected reconstructions'),_clamped(x, f'{what}: expected images')
 
+# %% ../../nbs/metrics/01_pixel.ipynb #7a598933
 def mse(
     xh:Float[Tensor, "b c h w"],  # reconstructions in [-1,1]
     x:Float[Tensor, "b c h w"],   # images in [-1,1]
@@ -55,6 +56,7 @@ def _blur(x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     x = F.pad(x, (SSIM_WINDOW//2,)*4, mode='reflect')
     return F.conv2d(F.conv2d(x, g, groups=x.shape[1]), g.transpose(2, 3), groups=x.shape[1])
 
+# %% ../../nbs/metrics/01_pixel.ipynb #6d5d398a
 def ssim(
     xh:Float[Tensor, "b c h w"],  # reconstructions in [-1,1]
     x:Float[Tensor, "b c h w"],   # images in [-1,1]

@@ -29,6 +29,7 @@ def _balls(points:np.ndarray, centres:np.ndarray, k:int) -> Iterator[Bool[np.nda
         d2 = (some**2).sum(1)[:,None]-2*some@centres.T+(centres**2).sum(1)
         yield np.sqrt(np.clip(d2, 0, None)) <= radii+1e-9
 
+# %% ../../nbs/metrics/04_precision_recall.ipynb #a081fbde
 def _pair(real, fake, k:int, what:str) -> tuple[np.ndarray,np.ndarray]:
     "Two sets of features around a common origin, or a one-line error"
     real = check_features(real, what)

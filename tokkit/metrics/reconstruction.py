@@ -65,6 +65,7 @@ class Doses:
     kind:str|None = None                  # continuous latents: 'gaussian' | 'interpolate'
     strengths:Sequence[float]|None = None # continuous latents: the doses
 
+# %% ../../nbs/metrics/08_reconstruction.ipynb #aa3d69e3
 def _latent_cells(doses:Doses) -> list[dict]:
     "Cells for continuous latents: strengths of one kind of noise"
     if doses.kind is None or not doses.strengths:

@@ -28,6 +28,7 @@ def _decodes(tok) -> str:
     if not s.codebook_size: return _kind(s.shape, s.codebook_size)
     return _kind(s.ids_shape or s.shape[:1], s.codebook_size)
 
+# %% ../../nbs/posttraining/00_preservation.ipynb #78aa9d6b
 def check_fit(
     generator:LatentGenerator,  # whose latents
     tok:Tokenizer,              # whose decoder
@@ -111,6 +112,7 @@ def _plain_sigma(sigma) -> float|list[float]|dict[float,float]:
     if not isinstance(sigma, Mapping): return many
     return dict(sorted(zip(many, map(float, sigma.values()))))
 
+# %% ../../nbs/posttraining/00_preservation.ipynb #35a65df0
 def _check_shares(shares, clean):
     "Raise one line unless every sigma is a fraction above 0, and the shares add up to something"
     if not shares: raise ValueError("sigma must name at least one fraction of real latents to keep, got none")

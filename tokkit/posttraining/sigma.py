@@ -114,6 +114,7 @@ class _Track:
         place = replace(self.context, desc=f'σ {s:g}')
         return posttrain_decoder(self.tok, pairs, how, self.plan, place)[0]
 
+# %% ../../nbs/posttraining/06_sigma.ipynb #b2293269
 def _round_table(cards, number, n) -> list[dict]:
     "A row a racer: its distance, and how far it is from the best"
     best = min(cards, key=lambda s: cards[s].value)

@@ -218,6 +218,7 @@ def _map(self:MultiScaleResidualQuantizer, z):
                          f"{tuple(z.shape)[1:-1]}")
     return rearrange(self.project(z), 'b (h w) d -> b d h w', h=self.scales[-1])
 
+# %% ../../nbs/tokenizers/02_residual_quantizers.ipynb #503fabb1
 @patch
 def _scales(self:MultiScaleResidualQuantizer, f):
     "Of each scale: what is left over, the ids that name it, what they add"

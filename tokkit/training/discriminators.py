@@ -270,6 +270,7 @@ def view(self:DinoDiscriminator,
         return x[...,top:top+size,left:left+size]
     return F.interpolate(x, (size, size), mode='area' if h > size else 'bicubic')
 
+# %% ../../nbs/training/04_discriminators.ipynb #4ee7d699
 @patch
 def activations(self:DinoDiscriminator,
     x:Float[Tensor, "b 3 s s"],  # what `view` gives

@@ -111,6 +111,7 @@ def matrices_decay(
     rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.)]
 
+# %% ../../nbs/training/09_train.ipynb #1ce582c3
 def adamw(
     groups:list,   # parameters, or groups of them
     lr:float,      # largest learning rate

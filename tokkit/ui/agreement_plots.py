@@ -102,6 +102,7 @@ def plot_agreement(
         _note(fig, found.drop(columns='n', errors='ignore') if found.n.nunique()>1 else found)
     return fig
 
+# %% ../../nbs/ui/02_agreement_plots.ipynb #9c243446
 def _dots(ax:Axes, found:pd.DataFrame, metrics:list[str], colors:dict):
     "A dot with its interval for each metric and scope, and a line at zero"
     for i,((scope,color),marker) in enumerate(zip(colors.items(), MARKERS)):

@@ -64,6 +64,7 @@ class PerturbationExplorer(Explorer):
         values = super().state
         return values | dict(delta=int(round(values['delta'])))
 
+# %% ../../nbs/ui/05_perturbation_explorer.ipynb #c5f54a07
 def _check_tokens(tok:nn.Module):
     "Raise where tokens are not one id each"
     if tok.spec.codebook_size is None:

@@ -110,6 +110,7 @@ def _make_knobs(self:SamplerStepper) -> dict[str,ipywidgets.Widget]:
         sample=knob(w.IntSlider, 'chart of', 0, min=0, max=self.n-1, disabled=g.codebook_size is None),
         step=knob(w.IntSlider, 'step', 0, min=0, max=steps-1))
 
+# %% ../../nbs/ui/07_sampler_explorer.ipynb #924d9d99
 @patch
 def _add_play(self:SamplerStepper):
     "A button under the last knobs, which moves the step by itself"
@@ -211,6 +212,7 @@ def numbers(self:SamplerStepper,
     many = '' if code_by_code else self._counts(m, sample)
     return start+many+_drawn(m, sample, self.generator.shape, self.tok.spec.grid)
 
+# %% ../../nbs/ui/07_sampler_explorer.ipynb #a5490877
 @patch
 def _estimate(self:SamplerStepper, m:SamplerStep) -> str:
     "Of a flow: the time, and how far the estimate is from where it will end"

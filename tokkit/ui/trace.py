@@ -185,6 +185,7 @@ def chart(
         ink.text((left+step, foot), f'rank {rank}', (60,60,60), _font(10), 'lb')
     return image
 
+# %% ../../nbs/ui/06_trace.ipynb #22430fda
 def _bar(ink:ImageDraw.ImageDraw, p:Tensor, code:int, drawn:int, colors:np.ndarray, *, left:float, step:float,
          foot:float):
     "One code's bar, with its probability above and its number below"
