@@ -35,7 +35,7 @@ def read_image(
     path:str|Path,     # image file
     channels:int = 3,  # 3 for RGB, 1 for grey
 ) -> Image.Image:
-    "An image file as an upright 8-bit RGB or grey image, whatever it was"
+    "An image file as an upright 8-bit RGB or grey image; transparent parts become white"
     with Image.open(path) as image:
         image.load()
         image = ImageOps.exif_transpose(image)

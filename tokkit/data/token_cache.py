@@ -20,29 +20,29 @@ from ..core import (atomic_dir, bar, damage, file_sha256, locked, MARKER, read_j
 from .images import Indexed
 
 # %% ../../nbs/data/05_token_cache.ipynb #e2e31429
-def _kind(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.dtype:
+def _stored_dtype(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.dtype:
     "The type that `a` is stored in: the one asked for, or the smallest that fits"
     if dtype: return np.dtype(dtype)
     if a.dtype.kind == 'f': return np.dtype('float16')
     return np.dtype('uint16' if (codebook_size or 0) <= 65536 else 'int32')
 
-def _limits(kind:np.dtype, codebook_size:int|None) -> tuple:
+def _limits(stored:np.dtype, codebook_size:int|None) -> tuple:
     "The smallest and the largest number that may be kept"
-    if kind.kind == 'f': return -np.finfo(kind).max, np.finfo(kind).max
-    return 0, min(codebook_size or 2**31, np.iinfo(kind).max+1)-1
+    if stored.kind == 'f': return -np.finfo(stored).max, np.finfo(stored).max
+    return 0, min(codebook_size or 2**31, np.iinfo(stored).max+1)-1
 
 def _narrow(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.ndarray:
-    "`a` in the type it is stored in, refusing values that would not survive"
-    real = a.dtype.kind == 'f'
-    kind = _kind(a, dtype, codebook_size)
-    if a.dtype.kind not in 'fiu' or (kind.kind == 'f') != real:
-        raise ValueError(f"TokenCache: encode returned {a.dtype}, which cannot be kept as {kind}; expected "
+    "`a` in the type it is stored in, refusing NaN and what is out of its range"
+    floating = a.dtype.kind == 'f'
+    stored = _stored_dtype(a, dtype, codebook_size)
+    if a.dtype.kind not in 'fiu' or (stored.kind == 'f') != floating:
+        raise ValueError(f"TokenCache: encode returned {a.dtype}, which cannot be kept as {stored}; expected "
                          "code ids or latents")
-    lo, hi = _limits(kind, codebook_size)
-    if a.size and not lo <= a.min() <= a.max() <= hi:
-        raise ValueError(f"TokenCache: {'latents' if real else 'ids'} must be in {lo}..{hi} to be kept as "
-                         f"{kind}, got {a.min()}..{a.max()}")
-    return a.astype(kind)
+    lo, hi = _limits(stored, codebook_size)
+    if a.size and not lo <= a.min() <= a.max() <= hi:         # false where there is NaN, too
+        raise ValueError(f"TokenCache: {'latents' if floating else 'ids'} must be in {lo}..{hi} to be kept "
+                         f"as {stored}, got {a.min()}..{a.max()}")
+    return a.astype(stored)
 
 # %% ../../nbs/data/05_token_cache.ipynb #e4c362fa
 def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):

@@ -114,7 +114,7 @@ class FeatureTaps(nn.Module):
     "Frozen feature maps of early blocks, differentiable with respect to the image"
     def __init__(self,
         variant:str,          # 'lite2' or 'lite0'
-        layers:Sequence[int], # blocks whose outputs are given
+        layers:Sequence[int], # blocks whose outputs are returned, from 1
         size:int|None,        # side the images are resized to; None leaves them
     ):
         super().__init__()

@@ -77,13 +77,13 @@ def replicate(self:Reference,
 
 # %% ../../nbs/metrics/06_reference.ipynb #ffa2818e
 def _about(images) -> dict:
-    "Name, hash, size, number and shape of a set of images; a dict of these comes back as it is"
+    "Name, hash, side, number and shape (c h w) of a set of images; an answer of this function, as it is"
     if isinstance(images, dict): return images
     if isinstance(images, Tensor):
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
-        key = tensors_hash(dict(x=check_images(images)))
-        return dict(name=f'tensor {key[:6]}', hash=key, size=images.shape[-1], n=len(images),
+        digest = tensors_hash(dict(x=check_images(images)))
+        return dict(name=f'tensor {digest[:6]}', hash=digest, size=images.shape[-1], n=len(images),
                     shape=tuple(images.shape[1:]))
     if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
         raise ValueError("expected images as a tensor (n c h w) in [-1,1] or a set of images, got "

@@ -28,7 +28,7 @@ from ..tokenizers import Quantized, Quantizer, straight_through
 class Perturbed(NamedTuple):
     "A perturbed batch"
     zq:Float[Tensor, "b n d"]       # perturbed latents, straight-through gradients to z
-    # perturbed ids, -1 where a token was dropped; the clean ones under noise; None for continuous latents
+    # perturbed ids; -1 where a token was dropped. Noise leaves ids as they were, continuous latents have none
     ids:Int[Tensor, "b *n"]|None
     rate:float                      # fraction of ids (dropped tokens; images under noise) that really changed
 
@@ -36,9 +36,9 @@ class Perturbed(NamedTuple):
 @dataclass(frozen=True)
 class LatentPerturbation:
     "Perturb quantized latents while a tokenizer trains"
-    alpha:float = 1.                    # rate at full strength
+    alpha:float = 1.                    # fraction of tokens redrawn, at full strength
     beta:float = .1                     # proportion of images, never annealed
-    delta:int = 100                     # strength at full strength
+    delta:int = 100                     # neighbours a token is redrawn from, at full strength
     annealing:Callable|None = None      # epoch -> what is left of the strengths, 0..1; None: constant
     rate:str = 'exact'                  # as in `Selection`
     neighbours:str = 'code'             # as in `CodeSwap`
@@ -54,9 +54,10 @@ class LatentPerturbation:
     def __post_init__(self):
         check_range('alpha', self.alpha)
         check_range('beta', self.beta)
-        check_count('delta', self.delta, hint='1 redraws nothing')
-        kind = Kind if self.kind is None else choose_kind(self.kind)
-        check_range('strength', self.strength, 0, kind.most)
+        check_count('delta', self.delta, hint='1 keeps the code, unless include_self is False')
+        # without a kind the latents decide later, so the widest limit holds until then
+        most = Kind.most if self.kind is None else choose_kind(self.kind).most
+        check_range('strength', self.strength, 0, most)
         if self.annealing is not None and not callable(self.annealing):
             raise ValueError("annealing must be a function of the epoch, such as annealing('half', epochs), "
                              f"got {self.annealing!r}")

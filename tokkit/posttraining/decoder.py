@@ -140,6 +140,8 @@ class KeepBest(Callback):
         self.patience = patience
         self.best = None
         self.weights = None
+        self.epoch = -1      # of the best weights; -1: the untouched ones
+        self.worse = 0       # clearly worse epochs since
         self.rows = []
         self.losses = []
         self.stop = False
@@ -150,39 +152,40 @@ def _judge(self:KeepBest, learner, epoch):
     "Probe once; keep the weights if they are the best, count the epoch if they are clearly worse"
     with ema_weights(learner.model, self.ema):
         card = self.probe(self.tok)
-        now = {k:v.detach().cpu().clone() for k,v in learner.model.state_dict().items()}
-    self.rows.append(dict(epoch=epoch-1, probe=card.value, probe_se=card.se))
+        weights = {k:v.detach().cpu().clone() for k,v in learner.model.state_dict().items()}
+    self.rows.append(dict(epoch=epoch, probe=card.value, probe_se=card.se))
     gap = None if self.best is None else card-self.best
     if gap is None or gap.value < 0:
         self.best = card
-        self.weights = now
-        self.since = 0
-        self.epoch = epoch-1
-    elif gap.value > (gap.se or 0): self.since += 1
-    self.stop = self.since > self.patience
+        self.weights = weights
+        self.worse = 0
+        self.epoch = epoch
+    # worse by more than the standard error; what lies between is neither better nor worse
+    elif gap.value > (gap.se or 0): self.worse += 1
+    self.stop = self.worse > self.patience
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #21dda9bc
-# the untouched weights; a checkpoint that is taken up puts its own rows in place of theirs
+# probe the untouched weights, epoch -1; a resumed checkpoint then replaces this row by its own
 @patch
 def begin(self:KeepBest, learner):
-    self._judge(learner, 0)
+    self._judge(learner, -1)
 # keep the losses of the finished epochs, should this epoch go astray
 @patch
 def epoch_begin(self:KeepBest, learner):
     self.losses = learner.history
 @patch
 def epoch_end(self:KeepBest, learner):
-    self._judge(learner, learner.epoch+1)
+    self._judge(learner, learner.epoch)
 
 @patch
 def state(self:KeepBest):
     return (dict(best=self.best.to_dict())
-            | {k:getattr(self, k) for k in ('weights','rows','since','epoch','stop')})
+            | {k:getattr(self, k) for k in ('weights','rows','worse','epoch','stop')})
 @patch
 def restore(self:KeepBest, state):
     self.best = Card.from_dict(state['best'])
     self.weights = {k:v.cpu() for k,v in state['weights'].items()}
-    for k in ('rows','since','epoch','stop'): setattr(self, k, state[k])
+    for k in ('rows','worse','epoch','stop'): setattr(self, k, state[k])
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #202ee983
 def add_terms(

@@ -51,18 +51,20 @@ def _wide(latents) -> Tensor:
 
 # %% ../../nbs/posttraining/01_pairs.ipynb #8dcc5a96
 @patch
-def _rows(self:LatentPairs, i) -> Tensor:
-    "Rows in the order asked for, each from its own part"
+def _rows(self:LatentPairs, i:Tensor) -> Tensor:
+    "Latents of rows `i`, in that order, as they are stored"
     if len(self.parts) == 1: return self.parts[0][i]
-    size = len(self.parts[0])
-    kind = self.parts[0].dtype
+    size = len(self.parts[0])           # all parts but the last are of one length
     part = i//size
     row = i%size
-    # torch cannot assign rows of uint16
-    bits = {torch.uint16:torch.int16}.get(kind, kind)
-    out = torch.empty(len(i), *self.parts[0].shape[1:], dtype=bits)
-    for p in part.unique().tolist(): out[part == p] = self.parts[p].view(bits)[row[part == p]]
-    return out.view(kind)
+    dtype = self.parts[0].dtype
+    # torch cannot assign rows of uint16: the same bits go through int16
+    carrier = {torch.uint16:torch.int16}.get(dtype, dtype)
+    out = torch.empty(len(i), *self.parts[0].shape[1:], dtype=carrier)
+    for p in part.unique().tolist():
+        here = part == p
+        out[here] = self.parts[p].view(carrier)[row[here]]
+    return out.view(dtype)
 
 # %% ../../nbs/posttraining/01_pairs.ipynb #8d967333
 @patch

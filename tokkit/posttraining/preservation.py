@@ -19,41 +19,44 @@ from ..generators import LatentGenerator
 from ..tokenizers import check_ids, Tokenizer
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #e9371c9a
-def _kind(shape, k) -> str:
+def _in_words(shape, k) -> str:
+    "Latents of a shape, ids of k codes or continuous ones"
     return f"ids {tuple(shape)} of {k} codes" if k else f"continuous latents {tuple(shape)}"
 
 def _decodes(tok) -> str:
     "The latents a tokenizer takes, in words"
     s = tok.spec
-    if not s.codebook_size: return _kind(s.shape, s.codebook_size)
-    return _kind(s.ids_shape or s.shape[:1], s.codebook_size)
+    if not s.codebook_size: return _in_words(s.shape, s.codebook_size)
+    return _in_words(s.ids_shape or s.shape[:1], s.codebook_size)
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #78aa9d6b
 def check_fit(
     generator:LatentGenerator,  # whose latents
     tok:Tokenizer,              # whose decoder
 ):
-    "Raise one line unless the tokenizer decodes what the generator draws"
-    s = tok.spec
-    mine = _decodes(tok)
-    theirs = _kind(generator.shape, generator.codebook_size)
-    if mine != theirs:
-        raise ValueError(f"the generator draws {theirs}, the tokenizer decodes {mine}; take one trained on "
+    "Raise unless the tokenizer decodes what the generator draws; else it would silently decode noise"
+    spec = tok.spec
+    decodes = _decodes(tok)
+    draws = _in_words(generator.shape, generator.codebook_size)
+    if decodes != draws:
+        raise ValueError(f"the generator draws {draws}, the tokenizer decodes {decodes}; take one trained on "
                          "this tokenizer's latents")
     # other people's generators need no cfg
     scale = getattr(getattr(generator, 'cfg', None), 'std', None)
-    scaled = s.codebook_size is None and scale and s.std != 1.
-    if scaled and not math.isclose(scale, s.std, rel_tol=.2):
+    # a std of exactly 1 is the default of `LatentSpec`: nobody measured it
+    both_measured = spec.codebook_size is None and scale and spec.std != 1.
+    # a fifth of room, since both may have been measured on other images
+    if both_measured and not math.isclose(scale, spec.std, rel_tol=.2):
         raise ValueError(f"the generator's latents have a standard deviation of {scale:.3g}, the tokenizer's "
-                         f"{s.std:.3g}; take a generator trained on this tokenizer's latents")
+                         f"{spec.std:.3g}; take a generator trained on this tokenizer's latents")
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #70159333
 def _check_kind(tok, latents):
     "Raise one line unless these are ids, or continuous latents, of the shape that the tokenizer decodes"
     k = tok.spec.codebook_size
-    def got(k): return _kind(latents.shape[1:], None if latents.is_floating_point() else k)
-    no_ids = latents.is_floating_point() or latents.dtype == torch.bool
-    if no_ids == bool(k) or got(k) != _decodes(tok):
+    def got(codes): return _in_words(latents.shape[1:], None if latents.is_floating_point() else codes)
+    are_ids = not (latents.is_floating_point() or latents.dtype == torch.bool)
+    if are_ids != bool(k) or got(k) != _decodes(tok):
         raise ValueError(f"the tokenizer decodes {_decodes(tok)}, got {got('some')}; give latents of this "
                          "tokenizer")
 

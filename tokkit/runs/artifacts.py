@@ -94,7 +94,7 @@ def _make(final:Path, make:Callable, about:dict):
     delete(work)
 
 # %% ../../nbs/runs/02_artifacts.ipynb #870aba90
-def _keep_or_set_aside(final:Path, what:str):
+def _set_aside_if_damaged(final:Path, what:str):
     "Make room where a sealed folder is damaged, and say so; a folder without a seal is an error"
     if not (final/MARKER).is_file():
         if not (final/'params.json').is_file():
@@ -118,10 +118,12 @@ def artifact(
     "The finished folder root/kind/slug-hash, made by `make` unless it is there already"
     root = runs_root(root)
     final = artifact_path(kind, params, root, slug)
+    # `damage` finds nothing in a folder that is not there, or is no artifact: params.json says that it is one
     if (final/'params.json').exists() and damage(final) is None: return final
     digest = final.name.split('-')[-1]
+    # the lock is the hash's: two processes may ask under two slugs
     with writing(root), locked(final.with_name(digest), f'{kind} {final.name}', wait=True):
         final = artifact_path(kind, params, root, slug)  # another process may have made it under another slug
-        if final.exists(): _keep_or_set_aside(final, f'{kind} {final.name}')
+        if final.exists(): _set_aside_if_damaged(final, f'{kind} {final.name}')
         if not final.exists(): _make(final, make, dict(kind=kind, params=params, **provenance()))
     return final

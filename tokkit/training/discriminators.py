@@ -40,7 +40,7 @@ def blur_fade(
     x:Float[Tensor, "b c h w"],  # images
     fade:float,                  # strength, in [0,1]; 0 leaves the images alone
 ) -> Float[Tensor, "b c h w"]:
-    "Blur that fades away with `fade`; borders are mirrored"
+    "Gaussian blur, the stronger the larger `fade`; borders are mirrored"
     check_range('fade', fade)
     sigma = math.sqrt(x.shape[-2]/2)*fade
     r = min(int(3*sigma), min(x.shape[-2:])-1)
@@ -135,11 +135,13 @@ class DiffAug:
     def __call__(self,
         x:Float[Tensor, "b c h w"],        # images
         rng:torch.Generator|None = None,   # where the draws come from
-        fade:float = 0.,                   # blur before it, in [0,1]
+        fade:float = 0.,                   # strength of the blur before the augmentation, in [0,1]
     ) -> Float[Tensor, "b c h w"]:
-        where = rng.device if rng is not None else 'cpu'
-        chance = torch.rand(3, generator=rng, device=where)
-        how = torch.rand(7, len(x), generator=rng, device=where).to(x.device)
+        "Blur, then move, recolour and cut, each for the whole batch with probability `prob`"
+        device = rng.device if rng is not None else 'cpu'
+        chance = torch.rand(3, generator=rng, device=device)
+        how = torch.rand(7, len(x), generator=rng, device=device).to(x.device)
+        # a draw of exactly 0 must not switch a kind on at prob 0
         on = (chance <= self.prob)&(self.prob > 0)
         return diff_augment(blur_fade(x, fade), on, how, self.cutout)
 

@@ -100,8 +100,11 @@ def redraw(self:Explorer):
     "Compute, then show the picture and its line of numbers, or say in one line why not"
     try:
         shown = self.shown()
-        self.image.value = png_bytes(self.picture(shown))
-        self.line.value = f"<span style='line-height:1.5'>{html.escape(self.numbers(shown))}</span>"
+        picture = png_bytes(self.picture(shown))
+        numbers = html.escape(self.numbers(shown))
+        self.image.value = picture
+        self.line.value = f"<span style='line-height:1.5'>{numbers}</span>"
+    # the last picture stays
     except (ValueError, FloatingPointError) as e:
         why = f"<b>not possible:</b> {html.escape(str(e))}"
         self.line.value = f"<span role='alert' style='color:{PALETTE[1]}'>{why}</span>"
