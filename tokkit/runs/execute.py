@@ -16,7 +16,7 @@ import yaml
 import tokkit
 from ..core import (added, atomic_dir, bar, check_count, clear_unfinished, default_device, delete,
                          is_ours, locked, seal, set_aside, write_json, writing)
-from .artifacts import _keep_or_set_aside, _now, provenance, RunError, runs_root
+from .artifacts import _set_aside_if_damaged, _now, provenance, RunError, runs_root
 from .parameters import data_hashes, find_notebook, fit_params, INPUTS, read_notebook, run_id
 from .run import _complete, _say_reused
 
@@ -252,6 +252,6 @@ def run_experiment(
         if progress: _say_reused(final)
         return final
     with writing(root), locked(final, job.what):
-        if final.exists(): _keep_or_set_aside(final, job.what)
+        if final.exists(): _set_aside_if_damaged(final, job.what)
         if not _complete(final): _make_run(job, root, stop, progress)
     return final
