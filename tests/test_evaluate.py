@@ -10,7 +10,7 @@ from torch import nn
 from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
 from tokkit.metrics import Card, FeatureBank, Reference, pfid, pfid_deltas, rfid
-from tokkit.metrics.evaluator import _on_device
+from tokkit.metrics.evaluator import on_device
 from tokkit.features import extract, FeatureExtractor, FeatureStats
 from tokkit.metrics import frechet_distance, load_stats, save_stats
 from tokkit.perturbation import perturb_codes
@@ -301,8 +301,8 @@ def test_images_that_are_none_are_refused_before_the_tokenizer(images, change, w
 def test_a_module_is_measured_where_its_buffers_are():
     tok = nn.Module()
     tok.register_buffer('codebook', torch.zeros(4, 2, device='meta'))
-    with _on_device(tok, None) as where: assert where.type == 'meta'
-    with _on_device(nn.Module(), None) as where: assert where.type == 'cpu'
+    with on_device(tok, None) as where: assert where.type == 'meta'
+    with on_device(nn.Module(), None) as where: assert where.type == 'cpu'
 
 
 def test_reference_is_extracted_once(images):

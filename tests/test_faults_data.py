@@ -127,7 +127,7 @@ def test_pixels_without_a_range(tmp_path):
     says(OSError, lambda: ImageFolder(tmp_path, size=8)[0], 'a.tiff', 'floating point')
 
 def test_unknown_name(tmp_path):
-    says(FileNotFoundError, lambda: load_images('mnist'), "'mnist'", "'fashion_mnist' or a folder")
+    says(FileNotFoundError, lambda: load_images('mnist'), "'mnist'", "'fashion_mnist'", 'or a folder')
     says(ValueError, lambda: load_images('fashion_mnist', split='dev'), "'dev'")
     says(ValueError, lambda: ImageFolder(tmp_path, channels=4), '3 (RGB) or 1 (grey), got 4')
 

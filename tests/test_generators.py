@@ -269,7 +269,7 @@ def test_a_kind_of_another_package(offered, monkeypatch, tmp_path):
     monkeypatch.setattr(GENERATORS, '_looked', not offered)
     if offered: monkeypatch.setattr('tokkit.core.registry.entry_points', lambda group: [Offered()])
     else: GENERATORS.register('histogram', Histogram)
-    assert list(GENERATORS) == ['ar', 'rar', 'masked', 'flow', 'rar-b', 'rar-l', 'histogram']
+    assert list(GENERATORS)[:4] == ['ar', 'rar', 'masked', 'flow'] and list(GENERATORS)[-1] == 'histogram'
     tok = make_tokenizer('tiny-16', width=16, depth=1, heads=2)
     gen = make_generator('histogram', tok.spec, 3)
     ids = torch.full((32, *gen.shape), 7)

@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'demo', 'run', 'sweep', 'results', 'lab_command', 'lab', 
 # %% ../../nbs/cli/03_commands.ipynb #0f52125f
 import argparse, os, signal, subprocess, sys, threading, warnings
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tokkit
 from .models import metric
@@ -61,7 +61,7 @@ def _demo_params(notebook:Path, preset:str, generator:str, params:list) -> dict:
 def demo(
     preset:str = 'default',       # smoke (under 90 s), default (10 minutes on 2 cores) or full
     # autoregressive in raster or random order, masked, or flow on continuous latents
-    generator:Literal['ar','rar','masked','flow'] = 'ar',
+    generator:Annotated[str, ('ar','rar','masked','flow'), 'tokkit.generators:GENERATORS'] = 'ar',
     out:str = 'runs',             # folder for everything the demo makes
     device:str|None = None,       # cpu, cuda, cuda:1 or mps; the best there is when left out
     params:list = (),             # a parameter of the notebook e00_demo and its value; may be repeated

@@ -16,8 +16,11 @@ from fastcore.basics import patch
 # %% ../../nbs/core/09_registry.ipynb #11410a9b
 def _is_again(thing:Any, known:Any) -> bool:
     "Both are one thing, defined twice: a page that is run defines what its module has defined"
-    name = getattr(thing, '__qualname__', None)
-    return thing == known or name is not None and name == getattr(known, '__qualname__', None)
+    if thing == known: return True
+    names = [getattr(one, '__qualname__', None) for one in (thing, known)]
+    modules = [getattr(one, '__module__', None) for one in (thing, known)]
+    # a page runs as `__main__`
+    return None not in names and len(set(names)) == 1 and ('__main__' in modules or len(set(modules)) == 1)
 
 def _load(entry) -> Callable|None:
     "The thing of an entry point; None, with a warning, where its package is broken"

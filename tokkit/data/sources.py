@@ -42,7 +42,7 @@ class ImageRequest:
     "What a source of images is asked for"
     where:str = ''             # what stood after the name and a colon: a folder, a name of the source's own
     split:str = 'test'         # 'train' or 'test'
-    n:int|None = None          # how many images; None takes all
+    n:int|None = None          # how many images; None takes all, so an endless source must choose
     size:int|None = None       # side in pixels; None: the source's own
     channels:int = 3           # 3 for RGB, 1 for grey
     skip_broken:bool = False   # leave out unreadable images, with a warning
@@ -87,6 +87,9 @@ def _check_given(name:str, ds, asked:ImageRequest):
     if not isinstance(ds, Indexed):
         raise ValueError(f"the data source {name} gave {type(ds).__name__}; expected an ImageSet, or another "
                          "kind of Indexed")
+    missing = [k for k in ('size', 'channels', 'hash', 'subset') if not hasattr(ds, k)]
+    if missing:
+        raise ValueError(f"the data source {name} gave {type(ds).__name__} without {', '.join(missing)}")
     if asked.size and ds.size != asked.size:
         raise ValueError(f"the data source {name} gave images of {ds.size} pixels, asked for {asked.size}")
 

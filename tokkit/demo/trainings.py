@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from ..core import make_rng
+from ..core import make_rng, tensors_hash
 from ..data import TokenCache
 from .demo import Demo
 from ..generators import (balanced_labels, LatentGenerator, load_generator, make_generator,
@@ -110,9 +110,11 @@ def samples(self:Demo, kind:str) -> torch.Tensor:
     "Latents a generator draws, labels in turn; the same ones are decoded before and after post-training"
     c = self.cfg
     gen = self.generator(kind)
-    params = dict(generator=gen.fingerprint, n=len(self.images[1]), seed=c.seed, **self.sampling)
+    labels = balanced_labels(len(self.images[1]), gen.classes)
+    params = dict(generator=gen.fingerprint, labels=tensors_hash(dict(labels=labels)), seed=c.seed,
+                  **self.sampling)
     def make(tmp):
-        latents,labels = sample_batches(gen, len(self.images[1]), seed=c.seed+1, **self.sampling)
+        latents,_ = sample_batches(gen, labels, seed=c.seed+1, **self.sampling)
         torch.save(dict(latents=latents, labels=labels), tmp/'samples.pt')
     return self._stage('samples', kind, params, make,
                        lambda p: torch.load(p/'samples.pt', weights_only=True)['latents'])

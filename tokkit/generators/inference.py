@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import nn, Tensor
 
 from ..core import make_rng
-from .base import LatentGenerator
+from .base import balanced_labels, LatentGenerator
 
 # %% ../../nbs/generators/08_inference.ipynb #fa0a582f
 def _prepacked(weight, scales, bias):
@@ -121,7 +121,7 @@ def input_ranges(
     hooks = [m.register_forward_pre_hook(watch(name)) for name,m in generator.named_modules()
              if isinstance(m, nn.Linear)]
     try:
-        generator.sample(torch.arange(samples, device=device)%generator.classes,
+        generator.sample(balanced_labels(samples, generator.classes).to(device),
                          3. if generator.label_dropout else 1., rng=make_rng(seed, 'ranges'))
     finally:
         for h in hooks: h.remove()

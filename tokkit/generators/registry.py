@@ -6,6 +6,7 @@
 __all__ = ['GENERATORS', 'GeneratorPreset', 'make_generator', 'save_generator', 'load_generator']
 
 # %% ../../nbs/generators/07_registry.ipynb #9339a80a
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,15 @@ def _preset(name:str) -> GeneratorPreset:
     found = GENERATORS[name]
     return found if isinstance(found, GeneratorPreset) else GeneratorPreset(found)
 
+def _sized(Generator:type[LatentGenerator], spec:LatentSpec, classes:int) -> Any:
+    "A configuration of the sizes that the tokenizer decides"
+    sizes = Generator.sizes(spec)
+    known = {f.name for f in fields(Generator.Cfg)}
+    if set(sizes)-known:
+        raise ValueError(f"{Generator.kind} makes one id a token, this tokenizer has {sizes['levels']}; take "
+                         "another kind, or another tokenizer")
+    return Generator.Cfg(**sizes, classes=max(1, classes))
+
 def make_generator(
     preset:str,          # of `GENERATORS`
     spec:LatentSpec,     # of the tokenizer whose latents it makes
@@ -58,7 +68,7 @@ def make_generator(
 ) -> LatentGenerator:
     "A new generator that fits a tokenizer, with seeded weights"
     Generator,changes = _preset(preset)
-    cfg = Generator.Cfg(**Generator.sizes(spec), classes=max(1, classes))
+    cfg = _sized(Generator, spec, classes)
     cfg = changed(cfg, f'{Generator.Cfg.__name__} has no', **changes|overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

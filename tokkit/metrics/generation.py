@@ -21,10 +21,10 @@ from ..core import bar, make_rng, Registry, stable_hash, tensors_hash
 from ..features import CHUNK, chunks, FeatureExtractor, FeatureStats, stream
 from ..generators import balanced_labels
 from .card import Card
-from .evaluator import _on_device, _print, draw_images, Evaluator, Measurement
+from .evaluator import on_device, _print, draw_images, Evaluator, Measurement
 from .mmd import kid
 from .precision_recall import density_coverage, inception_score, precision_recall
-from .reference import _about, Reference
+from .reference import describe_images, Reference
 
 # %% ../../nbs/metrics/10_generation.ipynb #1b208063
 class Comparison(NamedTuple):
@@ -195,7 +195,7 @@ def batches(self:Sampler,
     labels = self.draw_labels(n)
     seeds = torch.stack([torch.randint(2**62, (), generator=rng) for _ in range(n)])
     for y,s in zip(labels.split(self.batch), seeds.split(self.batch)):
-        with _on_device(self.tok, None) as there, _on_device(self.generator, None) as where, torch.no_grad():
+        with on_device(self.tok, None) as there, on_device(self.generator, None) as where, torch.no_grad():
             z = self.generator.sample(y.to(where), rng=s, **self.asked)
             x = torch.cat([self.tok.from_latents(part.to(there)).cpu() for part in z.split(CHUNK)])
         # outside: a generator must not leave its mode behind
@@ -233,10 +233,10 @@ def _hashed(first:list[Tensor], parts:Iterator[Tensor], about:dict) -> Iterator[
 
 # %% ../../nbs/metrics/10_generation.ipynb #0a85cfe6
 def _passing(samples:Any, evaluator:Evaluator) -> tuple[Iterator[Tensor],dict]:
-    "Samples chunk by chunk, and what `_about` says of them"
+    "Samples chunk by chunk, and what `describe_images` says of them"
     if not callable(samples) or hasattr(samples, 'hash'):
         images = evaluator.draw(samples)
-        about = _about(images)
+        about = describe_images(images)
         return chunks(images, CHUNK), about
     n = evaluator.n
     reference = evaluator.reference

@@ -18,9 +18,9 @@ from ..core import bundle, make_rng, sort_settings
 from ..data import to_uint8
 from ..features import CHUNK, FeatureExtractor
 from .card import Card
-from .evaluator import _print, _through, Evaluator, METRICS
+from .evaluator import _print, through, Evaluator, METRICS
 from .reconstruction import _encode
-from .reference import _about
+from .reference import describe_images
 
 # %% ../../nbs/metrics/09_ifid.ipynb #ffc924bf
 def slerp(
@@ -112,7 +112,7 @@ def draw_near(
 # %% ../../nbs/metrics/09_ifid.ipynb #7079e4e1
 def _latents(tok, images, device) -> Iterator[Tensor]:
     "Latents of images as the decoder takes them, chunk by chunk"
-    return _through(lambda x: tok.quantize(tok.encode(x)).zq, images, device)
+    return through(lambda x: tok.quantize(tok.encode(x)).zq, images, device)
 
 def _bytes_at(images, i:Tensor) -> Tensor:
     "Images at these places of a tensor or a set, as bytes"
@@ -182,7 +182,7 @@ def _check(tok:Any, images:Any, trained:dict):
     if missing:
         raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} "
                          f"lacks {', '.join(missing)}")
-    if _about(images)['hash'] == trained['hash']:
+    if describe_images(images)['hash'] == trained['hash']:
         raise ValueError("train holds the measured images themselves; every nearest neighbour would be the "
                          "image: give others")
 
@@ -201,14 +201,14 @@ def ifid(
     of_between,of_evaluator = sort_settings('ifid', settings, Between, Evaluator)
     between = bundle(Between, between, **of_between)
     evaluator = Evaluator.of(evaluator, **of_evaluator)
-    trained = _about(train)
+    trained = describe_images(train)
     _check(tok, images, trained)
     images = evaluator.draw(images)
     with evaluator.measuring(images, tok, 'iFID') as measurement:
         where = measurement.device
         z = _encode(tok, images, where, False)
         partners = _partners(tok, images, train, z.to(where), between, evaluator.seed)
-        value,replicates = measurement.distance(_through(tok.decode, between.points(z, partners), where))
+        value,replicates = measurement.distance(through(tok.decode, between.points(z, partners), where))
     how = dict(tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'],
                train_n=trained['n'], top_k=between.top_k, t=between.t, how=between.how,
                same_class=between.same_class, near='cosine of whole latents',

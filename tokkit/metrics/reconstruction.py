@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import bundle, check_count, check_range, make_rng, sort_settings
 from ..features import FeatureExtractor
 from .card import Card
-from .evaluator import _print, _se, _through, Evaluator, Measurement, METRICS
+from .evaluator import _print, _se, through, Evaluator, Measurement, METRICS
 from ..perturbation import effective_rate, perturb_codes, perturb_latents
 from ..tokenizers import NeighbourTable, Quantizer
 
@@ -35,7 +35,7 @@ def rfid(
     evaluator = Evaluator.of(evaluator, **settings)
     images = evaluator.draw(images)
     with evaluator.measuring(images, tok, 'rFID') as measurement:
-        made = _through(tok.reconstruct, images, measurement.device)
+        made = through(tok.reconstruct, images, measurement.device)
         value,replicates = measurement.distance(made)
     return measurement.card('rFID', value, replicates, measurement.settings(tokenizer=_print(tok)))
 
@@ -99,7 +99,7 @@ def cells(self:Doses,
 def _encode(tok:Any, images:Any, device:Any, discrete:bool) -> Tensor:
     "Ids (n t), or latents (n t d) as the decoder takes them"
     f = tok.tokenize if discrete else lambda x: tok.quantize(tok.encode(x)).zq
-    return torch.cat([t.cpu() for t in _through(f, images, device)])
+    return torch.cat([t.cpu() for t in through(f, images, device)])
 
 def _codes(tok:Any) -> Tensor|Quantizer|None:
     "Who knows the neighbours of codes, on the CPU: the quantizer, or a foreign tokenizer's codebook"
@@ -140,7 +140,7 @@ def _measure_cells(measurement:Measurement, tok:Any, images:Any, cells:list[dict
     replicates = []
     for cell in cells:
         moved,rate = perturb(clean, cell)
-        value,r = measurement.distance(_through(decode, moved, measurement.device))
+        value,r = measurement.distance(through(decode, moved, measurement.device))
         name = ' '.join(f'{k}={v:g}' for k,v in cell.items())
         rows[name] = cell | dict(value=value, se=_se(r), rate=rate)
         replicates.append(r)

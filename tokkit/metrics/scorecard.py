@@ -19,13 +19,13 @@ from ..core import Registry, sort_settings
 from ..data import from_uint8, to_uint8
 from ..features import efficientnet_taps, FeatureExtractor, stream
 from .card import Card
-from .evaluator import (_alike, _on_device, _print, _se, _through, Evaluator, Measurement,
+from .evaluator import (_alike, on_device, _print, _se, through, Evaluator, Measurement,
                                       METRICS)
 from .frechet import bootstrap_weights
 from .generation import _fidelity, _impossible, _wanted, Comparison, FEATURE_METRICS
 from .pixel import psnr, ssim
 from .reconstruction import _encode, Doses
-from .reference import _about
+from .reference import describe_images
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #a0c3d955
 class FeatureDistance(nn.Module):
@@ -112,21 +112,21 @@ def _saved(x:Tensor) -> Tensor:
 def _reconstruct(tok:Any, images:Any, judge:FeatureExtractor, measures:dict,
                  where:Any) -> tuple[Tensor,dict[str,Tensor]]:
     "Features of all reconstructions, and what is measured of each"
-    shape = _about(images)['shape']
+    shape = describe_images(images)['shape']
     parts = {m: [] for m in measures}
     def rebuilt(x):
         xh, = _alike(iter([tok.reconstruct(x)]), shape)
         for m,f in measures.items(): parts[m].append(f(_saved(xh), _saved(x)).cpu())
         return xh
-    features = torch.cat([*stream(judge, _through(rebuilt, images, where), where)])
+    features = torch.cat([*stream(judge, through(rebuilt, images, where), where)])
     return features, {m: torch.cat(p) for m,p in parts.items()}
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #e2f41084
 def _look(tok:Any, images:Any, wanted:list[str], evaluator:Evaluator) -> _Seen:
     "All images through the tokenizer and past the judge, once"
-    about = _about(images)
+    about = describe_images(images)
     judge = evaluator.judge(about['size'])
-    with _on_device(tok, evaluator.device) as where:
+    with on_device(tok, evaluator.device) as where:
         look = evaluator.perceptual or (FeatureDistance().to(where) if 'LPIPS-style' in wanted else None)
         classifier = evaluator.classifier and evaluator.classifier.to(where)
         measures = _measures(wanted, look, classifier)
@@ -186,8 +186,8 @@ def evaluate_tokenizer(
     judging,doses = sort_settings('evaluate_tokenizer', settings, Evaluator, Doses)
     evaluator = Evaluator.of(evaluator, **judging)
     images = evaluator.draw(images)
-    evaluator = replace(evaluator, n=None, extractor=evaluator.judge(_about(images)['size']))
-    no = _not_possible(tok, _about(images)['size'], evaluator, train, doses)
+    evaluator = replace(evaluator, n=None, extractor=evaluator.judge(describe_images(images)['size']))
+    no = _not_possible(tok, describe_images(images)['size'], evaluator, train, doses)
     wanted = _wanted(metrics, tokenizer_metrics(), no)
     seen = _look(tok, images, wanted, evaluator)
     measurement = seen.of.measurement
