@@ -202,6 +202,7 @@ SETTINGS = """
 import functools, torch
 from torch import nn
 from torch.nn import functional as F
+from tokkit.features import fingerprint
 class Scale:
     def __init__(self, by): self.by = by
     def __call__(self, x): return x*self.by

@@ -153,6 +153,7 @@ def test_ranges_name_the_last_layer_last(gen):
 
 class Plain(LatentGenerator):
     "Has neither blocks nor steps"
+    kind = 'plain'
     shape = (4,)
     classes = 3
     label_dropout = 0.
