@@ -10,9 +10,17 @@ SECONDS = 600  # a page that takes longer does not belong among the pages that a
 PAGES = [str(p.relative_to(NBS)) for p in sorted(NBS.rglob('*.ipynb'))
          if not (p.parent/'.notest').exists()
          and not any(part.startswith(('_', '.')) for part in p.relative_to(NBS).parts)]
+# pages that train for more than a minute
+SLOW = {'tutorials/01_first_tokenizer.ipynb', 'tutorials/03_generate.ipynb',
+        'tutorials/04_heal_the_decoder.ipynb', 'tutorials/05_measure.ipynb',
+        'howto/heal_on_your_own_images.ipynb', 'explain/which_ruler.ipynb', 'ui/08_before_after.ipynb', 'analysis/06_decoder_sensitivity.ipynb'}
 
 
-@pytest.mark.parametrize('name', PAGES)
+def test_slow_pages_are_pages(): assert SLOW <= set(PAGES)
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+                                  for name in PAGES])
 def test_runs(name, tmp_path):
     env = dict(os.environ, OMP_NUM_THREADS='1', TOKKIT_RUNS=str(tmp_path/'runs'), PYTHONPATH=str(ROOT),
                IPYTHONDIR=str(tmp_path/'ipython'))

@@ -56,6 +56,7 @@ def test_demo_reuses_what_is_finished(finished):
     assert time.monotonic()-start < 120, "a second call must reuse the finished stages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('generator', ['masked', 'flow'])
 def test_demo_with_another_generator(generator, tmp_path):
     "The same story with tokens that are filled in, and with continuous latents"
