@@ -13,7 +13,8 @@ PAGES = [str(p.relative_to(NBS)) for p in sorted(NBS.rglob('*.ipynb'))
 # pages that train for more than a minute
 SLOW = {'tutorials/01_first_tokenizer.ipynb', 'tutorials/03_generate.ipynb',
         'tutorials/04_heal_the_decoder.ipynb', 'tutorials/05_measure.ipynb',
-        'howto/heal_on_your_own_images.ipynb', 'explain/which_ruler.ipynb', 'ui/08_before_after.ipynb', 'analysis/06_decoder_sensitivity.ipynb'}
+        'howto/heal_on_your_own_images.ipynb', 'explain/which_ruler.ipynb', 'ui/08_before_after.ipynb',
+        'analysis/06_decoder_sensitivity.ipynb'}
 
 
 def test_slow_pages_are_pages(): assert SLOW <= set(PAGES)
