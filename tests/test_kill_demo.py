@@ -2,12 +2,15 @@
 one stage a run of the tests, drawn by `$TOKKIT_KILL_SEED`"""
 import os
 
+import pytest
+
 from kill_demo import check
 
 SMALL = [word for k, v in dict(train_images=300, n=100, n_pfid=100, pairs=150, bootstrap=4).items()
          for word in ('-p', k, str(v))]
 
 
+@pytest.mark.slow
 def test_killed_in_one_stage(tmp_path, capsys):
     seed = int(os.environ.get('TOKKIT_KILL_SEED', '0'))
     said = []

@@ -167,6 +167,7 @@ def test_the_study_is_wide_enough():
         assert {p['seed'] for p in points if p['tokenizer'] == name and p['generator'] == 'masked'} == {0}
 
 
+@pytest.mark.slow
 def test_the_study_runs(tmp_path):
     "Two seeds of a generator share their tokenizer, and every number that the result page reads is a row"
     command = [Path(sys.executable).parent/'tokkit', 'sweep', EXPERIMENT, '-g', 'seed=0,1', '-p', 'preset',
