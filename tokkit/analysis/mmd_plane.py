@@ -8,7 +8,7 @@ __all__ = ['WIDTHS', 'latents_of', 'LatentComparison', 'mmd_plane', 'code_featur
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #4bdfa59f
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from .generator_errors import as_codes, as_ids
-from ..core import bar, bundle, make_rng
+from ..core import bar, bundle, make_rng, own_settings
 from ..metrics import get_kernel, mmd2
 from ..perturbation import Level, perturb_codes, split_levels
 from ..tokenizers import NeighbourTable, Quantizer
@@ -46,11 +46,6 @@ class LatentComparison:
     n:int = 1000             # images of either side that are looked at, drawn by the seed
     seed:int = 0             # of the images and their perturbations
 
-def _own(kind:type, how:dict) -> tuple[dict,dict]:
-    "Keywords that are fields of a bundle, and the others"
-    names = {f.name for f in fields(kind)}
-    return {k: v for k,v in how.items() if k in names}, {k: v for k,v in how.items() if k not in names}
-
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #21551027
 def mmd_plane(
     generated:Int[Tensor, "b *n"]|np.ndarray,  # ids a generator made
@@ -63,7 +58,7 @@ def mmd_plane(
     **how,                          # its fields: kernel, n, seed; and arguments of `perturb_codes`
 ) -> pd.DataFrame:
     "Squared MMD between generated latents and perturbed real ones, a row a cell, with its jackknife error"
-    own,dose = _own(LatentComparison, how)
+    own,dose = own_settings(LatentComparison, how)
     comparison = bundle(LatentComparison, comparison, **own)
     seed = comparison.seed
     generated = _some(as_ids(generated), comparison.n, seed, 'mmd_plane', 'generated')

@@ -7,7 +7,7 @@ __all__ = ['PairFiles', 'write_pairs', 'open_pairs', 'latent_pairs']
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #afd2f203
 import json, warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,8 +16,8 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import (atomic_path, bar, bundle, check_range, read_json, set_aside, stable_hash,
-                         tensors_hash, to_plain, write_json)
+from ..core import (atomic_path, bar, bundle, check_range, own_settings, read_json, set_aside,
+                         stable_hash, tensors_hash, to_plain, write_json)
 from ..data import ImageSet
 from ..generators import LatentGenerator
 from .pairs import _merged, LatentPairs, make_pairing, PairMaker, Pairing
@@ -178,9 +178,9 @@ def write_pairs(
     **how,                               # fields of `Pairing` and `PairFiles`, and arguments of `sample`
 ) -> int:                                # files still missing, of any worker
     "Make pairs and keep them in a folder, file by file"
-    own = [f.name for f in fields(PairFiles)]
-    files = bundle(PairFiles, files, **{k:how.pop(k) for k in own if k in how})
-    maker = PairMaker(generator, tok, images, make_pairing(pairing, **how), known)
+    kept,made = own_settings(PairFiles, how)
+    files = bundle(PairFiles, files, **kept)
+    maker = PairMaker(generator, tok, images, make_pairing(pairing, **made), known)
     return _write_share(Path(folder), maker, files)
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #5d1aae12

@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'LatentPairs', 'clean_pairs', 'Pairing', 'make_pairing', '
 # %% ../../nbs/posttraining/01_pairs.ipynb #afd2f203
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import make_rng, stable_hash, tensors_hash, to_plain
+from ..core import make_rng, own_settings, stable_hash, tensors_hash, to_plain
 from ..data import ImageSet
 from ..generators import LatentGenerator, row_seeds, sample_batches
 from .preservation import _plain_sigma, check_fit, row_sigmas, Sigma
@@ -117,9 +117,7 @@ def make_pairing(
     "How pairs shall be made, from what a caller said"
     if given is None: given = Pairing()
     elif not isinstance(given, Pairing): given = Pairing(sigma=given)
-    own = [f.name for f in fields(Pairing)]
-    changes = {k:v for k,v in how.items() if k in own}
-    drawn = {k:v for k,v in how.items() if k not in own}
+    changes,drawn = own_settings(Pairing, how)
     changes['sampling'] = changes.get('sampling', given.sampling)|drawn
     return replace(given, **changes)
 
