@@ -221,7 +221,7 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
     for wrong, message in (('--lora -1', 'lora must be in'), ('--lora 5000', 'lora must be in'),
                            ('--freeze official --lora 2', 'knows no lora'),
                            ('--freeze official --source reencode', "give pairs with source='tokens'"),
-                           ('--mode unpaired --moments 0', 'got --moments 0'),
+                           ('--mode unpaired --distribution 0', 'got --distribution 0'),
                            ('--mode unpaired --consistency -1', 'consistency must be in')):
         assert main([*words, *wrong.split()]) == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "refused before a pair is made"
@@ -261,8 +261,8 @@ def test_posttrain_refuses_classes_the_generator_does_not_know(own, tmp_path, ca
             and list(tmp_path.iterdir()) == [more])
 
 @pytest.mark.parametrize('choice',
-                         [['--source', 'tokens'], ['--freeze', 'official'], ['--moments', '1'],
-                          ['--mode', 'unpaired', '--moments', '.1']], ids=' '.join)
+                         [['--source', 'tokens'], ['--freeze', 'official'], ['--distribution', '1'],
+                          ['--mode', 'unpaired', '--distribution', '.1']], ids=' '.join)
 def test_every_way_of_posttrain(own, tmp_path, choice):
     # two steps: the last layer of the head starts at zero, so those before it move in the second
     from tokkit.posttraining import robustok_trainable

@@ -36,16 +36,17 @@ def kept(tok): return {k: v.clone() for k, v in tok.state_dict().items() if not 
 
 
 @pytest.mark.parametrize('preset', QUANTIZERS)
-@pytest.mark.parametrize('how', ['plain', 'lora', 'consistency', 'moments', 'unpaired'])
+@pytest.mark.parametrize('how', ['plain', 'lora', 'consistency', 'distribution', 'unpaired'])
 def test_frozen_means_frozen(preset, how, images):
     tok = small(preset)
     before = kept(tok)
     decoder = [v.clone() for k, v in tok.state_dict().items() if k.startswith('decoder.')]
+    cfg = replace(BRIEF, distribution=1.) if how in ('distribution', 'unpaired') else BRIEF
     if how == 'unpaired':
-        healed, _ = match_distribution(tok, encode_all(tok, images).flip(0), images, BRIEF, device='cpu')
+        healed, _ = match_distribution(tok, encode_all(tok, images).flip(0), images, cfg, device='cpu')
     else:
-        healed, _ = posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, device='cpu',
-                                      **({} if how == 'plain' else {how: 2}))
+        healed, _ = posttrain_decoder(tok, clean_pairs(tok, images), cfg, device='cpu',
+                                      **({how: 2} if how in ('lora', 'consistency') else {}))
     for t in (tok, healed):
         assert list(kept(t)) == list(before) and all(torch.equal(v, before[k]) for k, v in kept(t).items())
     after = [v for k, v in healed.state_dict().items() if k.startswith('decoder.')]
@@ -163,7 +164,7 @@ def test_latents_of_another_tokenizer_are_refused(images):
         with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'):
             posttrain_decoder(tok, clean_pairs(other, few), how, device='cpu')
         with pytest.raises(ValueError, match=f'{says}.*give latents of this tokenizer'):
-            match_distribution(tok, encode_all(other, few), few, how, device='cpu', moments=0)
+            match_distribution(tok, encode_all(other, few), few, replace(how, distribution=1.), device='cpu')
     with pytest.raises(ValueError, match='decodes continuous latents .* got ids'):
         posttrain_decoder(kl, clean_pairs(tok, few), how, device='cpu')
     with pytest.raises(ValueError, match='ids must be in 0..511 for 512 codes.*of another tokenizer'):
@@ -185,35 +186,33 @@ def test_moments_of_pairs(images, tmp_path):
     how = replace(BRIEF, epochs=4)
     def far(t): return copy.deepcopy(look).forget().eval()(decode_all(t, pairs.latents)).item()
     def play(work, preview=None, **more):
-        return posttrain_decoder(tok, pairs, how, work=work, preview=preview, device='cpu', moments=1.,
-                                 **dict(loss=look) | more)
+        sets = replace(how, **dict(distribution=1.) | more)
+        return posttrain_decoder(tok, pairs, sets, work=work, preview=preview, device='cpu')
     def stop(learner):
         if learner.epoch: raise KeyboardInterrupt
     healed, history = play(tmp_path/'whole')
     assert far(healed) < .9*far(posttrain_decoder(tok, pairs, how, device='cpu')[0])
-    assert history.moments.iloc[-1] < history.moments.iloc[0] and not look.steps
+    assert history.moments.iloc[-1] < history.moments.iloc[0]
     with pytest.raises(KeyboardInterrupt): play(tmp_path/'killed', stop)
     with pytest.raises(ValueError, match='training with other settings'):
-        play(tmp_path/'killed', loss=MomentLoss().fit(images.subset(20)))
-    assert (play(tmp_path/'killed')[0].fingerprint == healed.fingerprint == play(None,
-                                                                                 loss=None)[0].fingerprint)
+        play(tmp_path/'killed', distribution_kind='frechet')
+    assert play(tmp_path/'killed')[0].fingerprint == healed.fingerprint == play(None)[0].fingerprint
 
 def test_wrong_options_are_named(images, tmp_path):
     tok = small('tiny')
     gen = ARGenerator(ARCfg(codebook_size=512, width=32, depth=1)).eval()
     pairs = clean_pairs(tok, images)
-    with pytest.raises(ValueError, match='moments must be in'):
-        posttrain_decoder(tok, pairs, BRIEF, moments=-1.)
+    with pytest.raises(ValueError, match='weight distribution must be in'): replace(BRIEF, distribution=-1.)
     with pytest.raises(ValueError, match="give pairs with source='tokens'"):
         posttrain_decoder(tok, latent_pairs(gen, tok, images, .7), freeze='official')
     game = replace(BRIEF, adversarial=.1, adversarial_start=0., adaptive=False)
     with pytest.raises(OSError, match='no file'):
         posttrain_decoder(tok, pairs, game, discriminator=tmp_path/'none.safetensors')
 
-def test_official_knows_no_moments(images):
+def test_official_knows_no_consistency(images):
     tok = small('tiny')
-    with pytest.raises(ValueError, match='no consistency and no moments'):
-        posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, freeze='official', moments=1.)
+    with pytest.raises(ValueError, match='no lora and no consistency'):
+        posttrain_decoder(tok, clean_pairs(tok, images), BRIEF, freeze='official', consistency=1.)
 
 def test_another_probe_is_not_gone_on_with(tmp_path, images):
     """A training that was ended under one judge is refused under another,
@@ -325,7 +324,7 @@ def test_healing_leaves_a_tokenizer_in_training_mode_as_it_is(images, name, opti
     before = copy.deepcopy(tok.state_dict())
     how = ImageTraining(epochs=1, batch=10, perceptual=0)
     drawn = torch.randint(512, (20, 49), generator=torch.Generator().manual_seed(0))
-    healed, _ = match_distribution(tok, drawn, images.subset(20), how, device='cpu', moments=0)
+    healed, _ = match_distribution(tok, drawn, images.subset(20), replace(how, distribution=1.), device='cpu')
     assert tok.training and all(v.equal(before[k]) for k, v in tok.state_dict().items())
     assert all(v.equal(before[k]) for k, v in healed.state_dict().items() if not k.startswith('decoder.'))
 

@@ -35,7 +35,7 @@ BASE = [ # words of commands that work; every path is relative to the folder of 
         'metric rfid --tokenizer tokenizer --data images -n 8 --bootstrap 0 --reference stats.npz',
     'posttrain --tokenizer tokenizer --generator generator --data images --out healed -n 16 --sigma .9,.5 '
     '--epochs 1', 'posttrain --tokenizer tokenizer --generator generator --data images --out healed --mode '
-                  'unpaired --moments 1 --lora 2',
+                  'unpaired --distribution 1 --lora 2',
     '--device cpu metric rfid --tokenizer tokenizer --data images -n 8 --bootstrap 0', '--help',
         'metric --help', '--version']
 ODD = ['', ' ', '-', '--', '-1', '0', '1e400', 'nan', 'inf', '-inf', 'None', 'true', '[]', '[1', '{}',

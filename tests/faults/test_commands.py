@@ -105,7 +105,7 @@ TABLE = [ # words, exit code, what is said
         ('--sigma 0', 'sigma 0 keeps nothing'), ('--sigma 90', 'sigma must be in [0, 1], got 90'), ('--sigma ,', 'comma-separated float'), ('--sigma .9,.9', 'each sigma once'), ('--clean 2', 'clean must be in'), ('--moments -1', 'moments must be in'),
         ('--lora -1', 'lora must be in'), ('--lora 2.5', 'invalid int'), ('--consistency -1', 'consistency must be in'), ('--epochs 0', 'epochs must be a whole number in 1..100000, got 0'), ('--epochs -1', 'epochs must be'), ('--guidance -1', 'guidance must be in'),
         ('--guidance nan', 'guidance must be in'), ('-n 0', 'must be in 1..64, got 0'), ('-n 1000', 'must be in 1..64, got 1000'), ('--mode other', 'invalid choice'), ('--mode unpaired --sigma .9', '--sigma belong to --mode paired'),
-        ('--mode unpaired --moments 0', 'got --moments 0'), ('--freeze official --lora 2', 'knows no lora'), ('--freeze official --source reencode', "give pairs with source='tokens'"), ('--source made', 'invalid choice'), ('--device tpu', 'device must be')]),
+        ('--mode unpaired --distribution 0', 'got --distribution 0'), ('--freeze official --lora 2', 'knows no lora'), ('--freeze official --source reencode', "give pairs with source='tokens'"), ('--source made', 'invalid choice'), ('--device tpu', 'device must be')]),
 ]
 
 def spell(words, own, tmp):

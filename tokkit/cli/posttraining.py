@@ -22,7 +22,7 @@ class PosttrainOptions:
     out:str                              # folder for the healed tokenizer
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     n:int|None = None                    # images to train on; all when left out
-    # pairs of latents and images (the paper's), or free samples and the moments of features
+    # pairs of latents and images (the paper's), or free samples, which should look like images as a set
     mode:Literal['paired','unpaired'] = 'paired'
     # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
     sigma:list[float]|None = None
@@ -32,8 +32,10 @@ class PosttrainOptions:
     freeze:Literal['all','official']|None = None
     # paired: share of pairs that are the image's own tokens; none when left out
     clean:float|None = None
-    # weight of the moments of features; 0 (paired) or 1 (unpaired, must be above 0) when left out
-    moments:float|None = None
+    # weight of the distance of decoded from real images as sets; 0 (paired) or 1 (unpaired) when left out
+    distribution:float|None = None
+    # how far sets are apart: by moments of features, or by the Frechet distance
+    distribution_kind:Literal['moments','frechet'] = 'moments'
     # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
     consistency:float|None = None
     lora:int = 0                         # rank of the change of the decoder's matrices; 0 trains the matrices
@@ -50,7 +52,8 @@ class _Plan(NamedTuple):
     mode:str                # 'paired' or 'unpaired'
     epochs:int              # passes over the images
     drawing:dict[str,Any]   # guidance and seed of the generator
-    losses:dict[str,Any]    # lora, and the weights of losses that were given
+    losses:dict[str,Any]    # lora and consistency, where they were given
+    sets:dict[str,Any]      # weight and kind of the distance between sets
     freeze:str              # what is not trained
     pairing:dict[str,Any]   # sigma, clean and source of the pairs
 
@@ -58,9 +61,9 @@ def _check_unpaired(options:PosttrainOptions):
     "Raise one line about options that mean something to pairs alone"
     paired = _given(**{name: getattr(options, name) for name in ('sigma', 'source', 'freeze', 'clean')})
     if paired: raise ValueError(f"--{' and --'.join(paired)} belong to --mode paired; got unpaired")
-    if options.moments == 0:
-        raise ValueError("--mode unpaired learns from samples by the moments alone; got --moments 0, give "
-                         "more")
+    if options.distribution == 0:
+        raise ValueError("--mode unpaired learns from samples by their distribution alone; got "
+                         "--distribution 0, give more")
 
 # %% ../../nbs/cli/02_posttraining.ipynb #045b58d8
 def _plan(options:PosttrainOptions) -> _Plan:
@@ -68,6 +71,7 @@ def _plan(options:PosttrainOptions) -> _Plan:
     from tokkit.core import check_count
     from tokkit.generators import Guidance
     from tokkit.posttraining import row_sigmas
+    from tokkit.training import ImageTraining
     if options.mode == 'unpaired': _check_unpaired(options)
     check_count('epochs', options.epochs, 100_000)
     Guidance(options.guidance)
@@ -77,8 +81,12 @@ def _plan(options:PosttrainOptions) -> _Plan:
     pairing = dict(sigma=sigma, clean=options.clean or 0., source=source)
     row_sigmas(1, pairing['sigma'], pairing['clean'])
     drawing = dict(guidance=options.guidance, seed=options.seed)
-    losses = _given(lora=options.lora, consistency=options.consistency, moments=options.moments)
-    return _Plan(options.mode, options.epochs, drawing, losses, freeze, pairing)
+    losses = _given(lora=options.lora, consistency=options.consistency)
+    weight = options.distribution
+    if weight is None: weight = float(options.mode == 'unpaired')
+    sets = dict(distribution=weight, distribution_kind=options.distribution_kind)
+    ImageTraining(epochs=options.epochs, **sets)
+    return _Plan(options.mode, options.epochs, drawing, losses, sets, freeze, pairing)
 
 # %% ../../nbs/cli/02_posttraining.ipynb #a0f67f85
 def _models(tokenizer:str, generator:str, device, plan:_Plan) -> tuple:
@@ -109,8 +117,8 @@ def _train_decoder(tmp:Path, work:Path, plan:_Plan, given:tuple, device:str):
     from tokkit.training import ImageTraining
     tok, gen, images = given
     how = ImageTraining(epochs=plan.epochs, batch=min(128, len(images)), lr=1e-3,
-                        perceptual_size=max(32, images.size))
-    checkpoint = work/stable_hash([plan.losses, plan.freeze, plan.epochs])
+                        perceptual_size=max(32, images.size), **plan.sets)
+    checkpoint = work/stable_hash([plan.losses, plan.sets, plan.freeze, plan.epochs])
     common = dict(plan.losses, work=checkpoint, device=device, seed=plan.drawing['seed'])
     if plan.mode == 'paired':
         pairs = latent_pairs(gen, tok, images, folder=work/'pairs', **plan.drawing, **plan.pairing)

@@ -27,8 +27,8 @@ from .pairs import LatentPairs
 from .preservation import check_decodable
 from ..tokenizers import decode_all, Tokenizer
 from ..training import (Callback, EMA, ema_weights, fit_model, image_optimizer, ImageLoss,
-                             ImageTraining, MomentLoss, moments_to_train, only_train, Phase, rate_schedule,
-                             recon_loss, TrainingContext)
+                             ImageTraining, only_train, Phase, rate_schedule, recon_loss,
+                             TrainingContext)
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #22b88d86
 FREEZE = 'all', 'official'
@@ -58,10 +58,6 @@ class PostTraining:
     lora:int = 0         # rank of the change of each of the decoder's matrices; 0: they learn whole
     # weight of staying near the untouched decoder; None: 0 with pairs, .1 with samples
     consistency:float|None = None
-    # weight of the moments of features, which pictures should share with images; None: 0 with pairs, 1 with
-    # samples
-    moments:float|None = None
-    loss:MomentLoss|None = None          # one that was fitted to the images; None: a new one, of their size
     discriminator:str|Path|None = None   # kept by `train_tokenizer`; None: fresh, if adversarial
     probe:Callable|None = None           # tokenizer -> card, e.g. `Probe`; the best epoch by it is kept
     patience:int = 1                     # epochs the probe may be worse before training ends
@@ -70,21 +66,18 @@ class PostTraining:
         if self.freeze not in FREEZE:
             raise ValueError(f"freeze must be 'all' or 'official', got {self.freeze!r}")
         check_range('lora', self.lora, 0, 4096, 'it is a rank; 0 trains the matrices themselves')
-        for name in ('consistency', 'moments'):
-            check_range(name, getattr(self, name) or 0, 0, 1e6, 'it is a weight')
-        if self.freeze == 'official' and (self.lora or self.consistency or self.moments):
-            raise ValueError("freeze='official' knows no lora, no consistency and no moments; take "
-                             "freeze='all', or leave them out")
+        check_range('consistency', self.consistency or 0, 0, 1e6, 'it is a weight')
+        if self.freeze == 'official' and (self.lora or self.consistency):
+            raise ValueError("freeze='official' knows no lora and no consistency; take freeze='all', or "
+                             "leave them out")
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #1ad77f52
 @patch
 def filled(self:PostTraining,
     consistency:float,   # where it is left open
-    moments:float,       # likewise
 ) -> PostTraining:
     "The same with nothing left open"
-    return replace(self, consistency=consistency if self.consistency is None else self.consistency,
-                   moments=moments if self.moments is None else self.moments)
+    return self if self.consistency is not None else replace(self, consistency=consistency)
 
 @patch
 def check(self:PostTraining,
@@ -203,8 +196,6 @@ def posttrain_step(
     loss:ImageLoss,                  # of the decoded image
     consistency:float = 0.,          # weight of staying near `original` on the image's own latents
     original:Tokenizer|None = None,  # the tokenizer as it was
-    moments:MomentLoss|None = None,  # of real images
-    weight:float = 0.,               # of the moments
 ) -> Callable:
     "The step of post-training"
     def step(learner, batch):
@@ -212,7 +203,6 @@ def posttrain_step(
         made = tok.from_latents(latents).float()
         out = loss(learner, made, x)
         terms = {}
-        if moments is not None: terms['moments'] = moments(made),weight
         if consistency:
             with torch.no_grad():
                 own = original.quantize(original.encode(x)).zq
@@ -247,17 +237,13 @@ class _Frozen(nn.Module):
         return self
 
 class _HealingLoss(ImageLoss):
-    "The image loss, with the original tokenizer and perhaps a further loss beside it"
-    def __init__(self, cfg, tok, seed, extra=None, original=None):
-        self.extra = extra
+    "The image loss, with the original tokenizer beside it"
+    def __init__(self, cfg, tok, seed, original=None):
         self.original = original and copy.deepcopy(original).requires_grad_(False).eval()
         super().__init__(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed, tok.spec.shape[1])
     def to(self, device):
-        for part in (self.extra, self.original):
-            if part is not None: part.to(device)
+        if self.original is not None: self.original.to(device)
         return super().to(device)
-    def _learned(self):
-        return super()._learned()|({} if self.extra is None else dict(extra=self.extra))
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #37c59c37
 def _fit_and_keep_best(plan, tok, desc, how) -> pd.DataFrame:
@@ -276,10 +262,9 @@ def _fit_and_keep_best(plan, tok, desc, how) -> pd.DataFrame:
     how['model'].load_state_dict(kept[0].weights)
     return pd.DataFrame(kept[0].rows).merge(history, 'left', on='epoch')
 
-def _decides(plan, loss, extra) -> dict:
+def _decides(plan, loss) -> dict:
     "What decides the result beside settings, data and weights; files and networks by what is in them"
-    told = dict(freeze=plan.freeze, consistency=plan.consistency, moments=plan.moments,
-                to=extra and tensors_hash(extra.state_dict()),
+    told = dict(freeze=plan.freeze, consistency=plan.consistency,
                 discriminator=plan.discriminator and tensors_hash(loss.discriminator.state_dict()))
     if plan.probe: told |= dict(patience=plan.patience, probe=getattr(plan.probe, 'hash', None))
     return told
@@ -300,12 +285,12 @@ def finetune_decoder(
     cfg:ImageTraining,                   # how
     plan:PostTraining|None = None,       # what learns, and what else its step looks at
     context:TrainingContext|None = None, # where, and who watches
-    extra:nn.Module|None = None,         # a further loss, which moves along and is kept in checkpoints
+    images:Any = None,                   # real ones, which a term for distributions learns to know
     **how,                               # fields of `PostTraining` and `TrainingContext`
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "Train a copy of a tokenizer, frozen as asked, by any step"
     plan,context = _settings('finetune_decoder', 'healing', plan, context, how)
-    plan = plan.filled(0., 0.)
+    plan = plan.filled(0.)
     healed = copy.deepcopy(tok)
     official = plan.freeze == 'official'
     model = healed if official else _Frozen(healed)
@@ -314,13 +299,14 @@ def finetune_decoder(
         if official: _freeze_backbone(healed)
         layers = add_low_rank(healed.decoder, plan.lora, healed.last_layer) if plan.lora else []
         remember = official or plan.consistency > 0
-        loss = _HealingLoss(cfg, healed, context.seed, extra, tok if remember else None)
+        loss = _HealingLoss(cfg, healed, context.seed, tok if remember else None)
+        loss.fit(images, context.device)
         if plan.discriminator: loss.load_discriminator(plan.discriminator)
         optimizer = image_optimizer(healed, loss)
         learn = Phase(step(healed, loss, loss.original), optimizer, rate_schedule(cfg), cfg.clip)
         history = _fit_and_keep_best(plan, healed, context.desc, dict(
             model=model, data=data, phases=[learn, *loss.phases()], cfg=cfg, context=context, loss=loss,
-            asked=_decides(plan, loss, extra)))
+            asked=_decides(plan, loss)))
         merge_low_rank(layers)
     return healed.eval(), history
 
@@ -335,14 +321,13 @@ def posttrain_decoder(
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
     plan,context = _settings('posttrain_decoder', 'post-training', plan, context, how)
-    plan = plan.filled(consistency=0., moments=0.)
+    plan = plan.filled(consistency=0.)
     plan.check(tok, getattr(pairs, 'about', {}).get('source'))
     if isinstance(pairs, LatentPairs): check_decodable(tok, pairs.parts, pairs.images)
     official = plan.freeze == 'official'
     if not official: cfg = replace(cfg, semantic=0.)  # latents are given: that term has nobody to teach
-    extra = moments_to_train(pairs.images, plan.moments, plan.loss, context.device)
     def step(healed, losses, original):
         if official: return robustok_step(healed, losses, original)
-        return posttrain_step(healed, losses, plan.consistency, original, extra, plan.moments)
+        return posttrain_step(healed, losses, plan.consistency, original)
     return finetune_decoder(tok=tok, data=pairs, step=step, cfg=cfg, plan=plan, context=context,
-                            extra=extra)
+                            images=getattr(pairs, 'images', None))

@@ -7,5 +7,7 @@ from .discriminators import *
 from .semantic import *
 from .adversarial import *
 from .feature_moments import *
+from .frechet_loss import *
+from .settings import *
 from .image_loss import *
 from .train import *
