@@ -83,12 +83,21 @@ def __repr__(self:LatentPairs):
     return f"LatentPairs: {len(self)} of {self.images.name}, {about}"
 
 # %% ../../nbs/posttraining/01_pairs.ipynb #1525f618
+def _change(latents, real) -> float:
+    "Fraction of ids that differ, or root mean square difference over the standard deviation"
+    if not latents.is_floating_point(): return (latents != real).double().mean().item()
+    return ((latents-real).double().square().mean().sqrt()/real.double().std()).item()
+
 def clean_pairs(
-    tok:Tokenizer,    # in eval mode
-    images:ImageSet,  # real images
+    tok:Tokenizer,          # in eval mode
+    images:ImageSet,        # real images
+    reencoded:bool = False, # decode them and encode again, as pairs of source 'reencode' are
 ) -> LatentPairs:
     "The control: the images' own latents"
-    return LatentPairs(encode_all(tok, images), images, dict(source='clean'))
+    latents = encode_all(tok, images)
+    if not reencoded: return LatentPairs(latents, images, dict(source='clean'))
+    again = reencode(tok, latents)
+    return LatentPairs(again, images, dict(source='clean, re-encoded', given_differ=_change(again, latents)))
 
 # %% ../../nbs/posttraining/01_pairs.ipynb #672d482f
 SOURCES = 'reencode', 'tokens'
@@ -122,11 +131,6 @@ def make_pairing(
     return replace(given, **changes)
 
 # %% ../../nbs/posttraining/01_pairs.ipynb #2560b98e
-def _change(latents, real) -> float:
-    "Fraction of ids that differ, or root mean square difference over the standard deviation"
-    if not latents.is_floating_point(): return (latents != real).double().mean().item()
-    return ((latents-real).double().square().mean().sqrt()/real.double().std()).item()
-
 def _merged(differs) -> dict:
     "How far from the real latents all parts together are"
     n = sum(d.get('drawn', 0) for d in differs)

@@ -6,6 +6,8 @@
 __all__ = ['DISTRIBUTION_LOSSES', 'DistributionLoss', 'MomentLoss', 'distribution_loss']
 
 # %% ../../nbs/training/07_feature_moments.ipynb #01257518
+import copy
+
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
@@ -44,6 +46,24 @@ class DistributionLoss(nn.Module):
         if len(whole[0]) < 2: raise ValueError(f"moments need at least 2 real images, got {len(whole[0])}")
         return whole
 
+    def compare(self, spaces:list[Float[Tensor, "b d"]]) -> Tensor:
+        "The loss of features"
+        raise NotImplementedError
+
+    def forward(self, x:Float[Tensor, "b c h w"]) -> Tensor:
+        "The loss of a batch; in training the running moments move"
+        return self.compare(self.spaces(x))
+
+    @torch.no_grad()
+    def of_set(self,
+        images,   # decoded ones, a tensor (n c h w) or batches
+    ) -> float:
+        "The loss of a whole set by itself, whatever a training has run up"
+        device = next(self.taps.parameters()).device
+        parts = [self.spaces(x.to(device)) for x in chunks(images, 250)]
+        fresh = copy.deepcopy(self).forget().eval()
+        return fresh.compare([torch.cat(part) for part in zip(*parts)]).item()
+
 # %% ../../nbs/training/07_feature_moments.ipynb #108c00fd
 DISTRIBUTION_LOSSES = Registry('distribution loss', 'tokkit.distribution_losses')
 
@@ -55,15 +75,11 @@ class MomentLoss(DistributionLoss):
         for name in ('centre','scale','correlation','mean','second','steps'):
             self.register_buffer(name, torch.zeros(0))
 
-    def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        "All spaces side by side"
-        return torch.cat(self.spaces(x), 1)
-
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Tensor:
-        "The loss of a batch; in training the running moments move"
+    def compare(self, spaces:list[Float[Tensor, "b d"]]) -> Tensor:
+        "The loss of a batch's features; in training the running moments move"
         if not len(self.centre):
             raise RuntimeError("MomentLoss knows no real images yet; call fit(images) first")
-        z = (self.features(x)-self.centre)/self.scale
+        z = (torch.cat(spaces, 1)-self.centre)/self.scale
         mean = z.mean(0)
         second = z.T@z/len(z)
         if self.steps:

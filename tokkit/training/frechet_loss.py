@@ -99,9 +99,9 @@ class FrechetLoss(DistributionLoss):
         for space in self.each: space.forget()
         return self
 
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Tensor:
-        "The loss of a batch; in training the running moments move"
+    def compare(self, spaces:list[Float[Tensor, "b d"]]) -> Tensor:
+        "The loss of a batch's features; in training the running moments move"
         if not len(self.each):
             raise RuntimeError("FrechetLoss knows no real images yet; call fit(images) first")
-        distances = [space(f, self.memory) for space,f in zip(self.each, self.spaces(x))]
+        distances = [space(f, self.memory) for space,f in zip(self.each, spaces)]
         return torch.stack(distances).mean().float()

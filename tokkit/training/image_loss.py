@@ -6,6 +6,7 @@
 __all__ = ['ImageLoss']
 
 # %% ../../nbs/training/10_image_loss.ipynb #3201f8c6
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxtyping import Float
 from torch import nn, Tensor
 
 from ..core import default_device, load_strictly, read_tensors, save_tensors
+from ..data import ImageSet
+from ..features import chunks
 from .adversarial import adaptive_weight, ADVERSARIAL, LeCAM, make_discriminator
 from .discriminators import blur_schedule, DiffAug
 from .feature_moments import distribution_loss
@@ -121,6 +124,27 @@ def _as_a_set(self:ImageLoss, made) -> Tensor:
     if self.distribution is None:
         raise RuntimeError("the distribution term knows no real images yet; call fit(images) first")
     return self.distribution(made)
+
+# %% ../../nbs/training/10_image_loss.ipynb #e1887797
+@patch
+@torch.no_grad()
+def held_out(self:ImageLoss,
+    reconstruct:Callable,              # images -> what becomes of them
+    images:ImageSet,                   # none of those that the training sees
+) -> float:
+    "The loss of images that nobody trains on: pixels, features and distribution"
+    c = self.cfg
+    made = []
+    likeness = 0.
+    for x in chunks(images, 250):
+        xh = reconstruct(x.to(self.last.device)).float()
+        x = x.to(xh.device)
+        terms = c.reconstruction*recon_loss(xh, x, c.reconstruction_kind)
+        if self.perceptual is not None: terms = terms+c.perceptual*self.perceptual(xh, x)
+        likeness += float(terms)*len(x)/len(images)
+        made.append(xh.cpu())
+    if not c.distribution: return likeness
+    return likeness+c.distribution*self.distribution.of_set(torch.cat(made))
 
 # %% ../../nbs/training/10_image_loss.ipynb #9fe59291
 @patch
