@@ -2,5 +2,6 @@
 from .settings import *
 from .demo import *
 from .trainings import *
+from .arms import *
 from .cards import *
 from .story import *

@@ -41,6 +41,17 @@ class PerceptualLoss(nn.Module):
             return (F.normalize(f, dim=1, eps=1e-6)-F.normalize(r, dim=1, eps=1e-6)).square().sum(1).mean()
         return sum(apart(f, r) for f,r in zip(self.taps(xh), real))
 
+    @torch.no_grad()
+    def each(self,
+        xh:Float[Tensor, "b c h w"],  # reconstructions
+        x:Float[Tensor, "b c h w"],   # targets
+    ) -> Float[Tensor, "b"]:
+        "The distance of every image by itself, to measure with"
+        def apart(f, r):
+            gap = F.normalize(f, dim=1, eps=1e-6)-F.normalize(r, dim=1, eps=1e-6)
+            return gap.square().sum(1).mean((1, 2))
+        return sum(apart(f, r) for f,r in zip(self.taps(xh), self.taps(x)))
+
 # %% ../../nbs/training/03_losses.ipynb #1cebcf3f
 PERCEPTUAL = Registry('perceptual loss', 'tokkit.perceptual_losses')
 PERCEPTUAL.register('efficientnet_lite2', PerceptualLoss)

@@ -228,8 +228,8 @@ def still_falling(
 def _warn_if_falling(history):
     "Say that a training was too short to be compared with others"
     if len(history) < 2 or (fell := still_falling(history)) <= FALLING: return
-    warnings.warn(f"the loss of held-out images still falls by {fell:.1%} an epoch, so this tokenizer has not "
-                  "converged: give it more epochs before it is compared", stacklevel=3)
+    warnings.warn(f"the loss of held-out images still falls by {fell:.1%} an epoch, so this tokenizer has "
+                  "not converged: give it more epochs before it is compared", stacklevel=3)
 
 def train_tokenizer(
     # changed in place; ends with its averaged weights, in eval mode
