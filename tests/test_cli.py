@@ -8,8 +8,11 @@ import pytest
 from waiting import wait_for
 from tokkit import __version__
 from tokkit.cli import COMMANDS, command_options, main
+from tokkit.cli.options import read_sweep
+from tokkit.runs import grid_runs
 
 TINY = Path(__file__).parent/'notebooks'/'tiny.ipynb'
+EXPERIMENTS = Path(__file__).parent.parent/'nbs'/'experiments'
 SHELL = [sys.executable, '-c', 'import sys; from tokkit.cli import main; sys.exit(main())']
 
 
@@ -114,12 +117,18 @@ def test_run_sweep_results(tmp_path, capsys):
                           ('notebook: a\ngrid: 5', 'Expected object | array, got int'),
                           ('notebook: a\ngrid: {1: [2]}', 'Expected str'),
                           ('notebook: a\ngrid: {}\nworkers: two', 'Expected int | null, got str'),
-                          ('notebook: &n a\ngrid: {seed: *n}', 'it has an alias')])
+                          ('notebook: a\ngrid: &g {seed: [*g]}', 'its aliases (*name) unfold to more than')])
 def test_damaged_sweep_files(tmp_path, text, says, capsys):
     (tmp_path/'s.yaml').write_text(text)
     assert main(['sweep', str(tmp_path/'s.yaml')]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count('\n') == 1
+
+@pytest.mark.parametrize('path', sorted(EXPERIMENTS.glob('*.yaml')), ids=lambda p: p.stem)
+def test_every_published_sweep_can_be_called(path):
+    "Its file is read, and each of its points is one of its notebook"
+    spec = read_sweep(path)
+    assert grid_runs(spec['notebook'], spec['grid'], spec.get('params'))
 
 def test_results_of_nothing(tmp_path, capsys):
     assert main(['results', str(tmp_path)]) == 0 and 'no finished runs' in capsys.readouterr().err
