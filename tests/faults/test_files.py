@@ -132,7 +132,8 @@ def test_a_sweep_with_one_value_changed(tmp_path, data):
     refused(read)
 
 @pytest.mark.parametrize('text, says', [
-    ('a: &a ['+'x,'*99+']\nb: &b ['+'*a,'*99+']\nc: &c ['+'*b,'*99+']\nnotebook: x\ngrid: {a: *c}', 'unfold to more than'),
+    ('a: &a ['+'x,'*99+']\nb: &b ['+'*a,'*99+']\nc: &c ['+'*b,'*99+']\nnotebook: x\ngrid: {a: *c}',
+     'unfold to more than'),
     ('notebook: x\nnotebook: y\ngrid: {}', 'the key notebook twice'),
     ('notebook: x\ngrid: {a: [1], a: [2]}', 'the key a twice'),
     ('notebook: x\ngrid: 5', 'Expected object | array, got int'),

@@ -68,7 +68,7 @@ def demo(
 ):
     "Train, perturb, generate, heal and measure once, on the embedded images"
     from tokkit.core import locked, writing
-    from tokkit.demo import demo_cfg, demo_rows, finding, run_stages
+    from tokkit.demo import demo_cfg, demo_rows, finding, run_stages, table_rows
     from tokkit.runs import run_experiment, runs_root
     from tokkit.ui import cards_table
     notebook = checkout_for('tokkit demo')/'nbs'/'experiments'/'e00_demo.ipynb'
@@ -82,8 +82,8 @@ def demo(
     folder = run_experiment(notebook, given, root, device)
     with writing(root), locked(root/'demo', 'the report', wait=True): files = _publish(folder, root/'demo')
     rows = demo_rows(made)
-    main_rows = [r['card'].row()|r for r in rows if r['card'].metric in ('rFID','pFID','gFID')]
-    print(cards_table(main_rows).to_string())
+    main_rows = table_rows([r for r in rows if r['card'].metric in ('rFID','pFID','gFID')])
+    print(cards_table(main_rows, ('tokenizer','generated','stage')).to_string())
     print(finding(rows), *files, sep='\n')
 
 # %% ../../nbs/cli/03_commands.ipynb #b59d58a0

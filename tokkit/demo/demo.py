@@ -37,7 +37,7 @@ def _check_numbers(c:DemoCfg):
         check_range(name, getattr(c, name), 1e-6, 1e6, 'it is passes over the latents, or a part of one')
     for name in ('perceptual','distribution','adversarial','semantic'):
         check_range(name, getattr(c, name), 0, 1e6, 'it is a weight')
-    for name in ('generator_lr','post_lr'): check_range(name, getattr(c, name), 1e-12, 100)
+    for name in ('tokenizer_lr','generator_lr','post_lr'): check_range(name, getattr(c, name), 1e-12, 100)
     check_range('temperature', c.temperature, 1e-6, 1e6)
 
 # %% ../../nbs/demo/01_demo.ipynb #a5a661c5
@@ -148,7 +148,7 @@ def sampling(self:Demo) -> dict:
 def _training(self:Demo, epochs, **changes):
     "How a tokenizer or a decoder is trained"
     c = self.cfg
-    training = ImageTraining(epochs, c.batch, adversarial=c.adversarial, semantic=c.semantic,
+    training = ImageTraining(epochs, c.batch, c.tokenizer_lr, adversarial=c.adversarial, semantic=c.semantic,
                              perceptual=c.perceptual, perceptual_every=c.perceptual_every,
                              perceptual_size=c.size, distribution=c.distribution,
                              distribution_kind=c.distribution_kind,

@@ -27,6 +27,7 @@ class DemoCfg:
     codebook_size:int = 512        # K; 0 where latents are continuous
     base_epochs:int = 0            # plain epochs both tokenizers share; 0: each trains from the start
     branch_epochs:int = 8          # epochs each goes on alone
+    tokenizer_lr:float = 3e-3      # largest learning rate of the tokenizers
     perceptual:float = .1          # weight of the perceptual loss
     perceptual_every:int = 2       # steps between its uses
     distribution:float = .1        # weight of the distance between decoded and real images as sets
@@ -65,7 +66,7 @@ class DemoCfg:
 # where a decoder that is sharpened looks: blocks of `efficientnet_lite2`
 SHARP_LAYERS = (1, 4, 7, 11, 14)
 
-_BLURRING = dict(distribution=0., pairs=4_000)
+_BLURRING = dict(distribution=0., tokenizer_lr=2e-3, pairs=4_000)
 
 DEMOS = {
     'smoke':   DemoCfg(train_images=1_000, branch_epochs=1, generator_epochs=1, width=64, depth=2, pairs=250,
@@ -74,9 +75,10 @@ DEMOS = {
     'full':    DemoCfg(train_images=60_000, branch_epochs=8, generator_epochs=6, width=128, depth=4,
                        pairs=20_000, post_epochs=4, n=5_000, n_pfid=1_000, bootstrap=50),
     # of studies that compare decoders: bases that have converged, and enough steps
-    'sharp':   DemoCfg(branch_epochs=16, post_epochs=5),
-    'sharp-large': DemoCfg(train_images=60_000, branch_epochs=16, generator_epochs=16, width=192, depth=6,
-                           batch=128, pairs=50_000, post_epochs=4, n=5_000, n_pfid=2_000, bootstrap=50),
+    'sharp':   DemoCfg(branch_epochs=16, tokenizer_lr=2e-3, post_epochs=5),
+    'sharp-large': DemoCfg(train_images=60_000, branch_epochs=16, tokenizer_lr=2e-3, generator_epochs=16,
+                           width=192, depth=6, batch=128, pairs=50_000, post_epochs=4, n=5_000,
+                           n_pfid=2_000, bootstrap=50),
     # of older studies: pixels and features alone, which blur; two tokenizers that share their first half
     'blurring': DemoCfg(base_epochs=3, branch_epochs=3, **_BLURRING),
     # and of those that train many tokenizers: no shared start

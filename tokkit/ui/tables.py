@@ -51,7 +51,7 @@ def _row(card:Any) -> dict:
 
 # %% ../../nbs/ui/01_tables.ipynb #235130a7
 METRICS_FIRST = ('rFID', 'pFID', 'iFID', 'gFID')
-STAGES_FIRST = ('before', 'control', 'after')
+STAGES_FIRST = ('before', 'control', 'reencoded', 'pairs', 'after', 'matching', 'own', 'both')
 
 def cards_table(
     cards:Any,                                        # what `cards_rows` understands
