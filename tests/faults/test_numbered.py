@@ -244,7 +244,7 @@ def small_demo(tmp_path_factory):
     d = make()
     d.samples('plain')
     d.classifier()
-    d.pairs('plain', 'after')
+    d.pairs('plain')
     d.cards('plain', 'before')
     return root, make
 
@@ -264,7 +264,7 @@ def test_6_a_flipped_bit_in_an_artifact(small_demo, what, file):
     def ask(d):
         return dict(samples=lambda: d.samples('plain'), classifier=d.classifier,
                     tokens=lambda: d.tokens('plain'), tokenizer=lambda: d.tokenizer('base'),
-                            generator=lambda: d.generator('plain'), pairs=lambda: d.pairs('plain', 'after'),
+                            generator=lambda: d.generator('plain'), pairs=lambda: d.pairs('plain'),
                     cards=lambda: d.cards('plain', 'before'))[what]()
     name = folder.name
     # whichever came first

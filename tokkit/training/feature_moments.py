@@ -31,13 +31,13 @@ class DistributionLoss(nn.Module):
         self.taps = efficientnet_taps('lite2', layers=tuple(layers), size=size)
         self.memory = memory
 
-    def spaces(self, x:Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d"]]:
+    def spaces(self, x:Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _"]]:
         "For each layer, mean and standard deviation over space of every channel of its map"
         def spread(m): return (m.var((2, 3), correction=0)+1e-6).sqrt()
         return [torch.cat([m.mean((2, 3)), spread(m)], 1).float() for m in self.taps(x)]
 
     @torch.no_grad()
-    def real_spaces(self, images) -> list[Float[Tensor, "n d"]]:
+    def real_spaces(self, images) -> list[Float[Tensor, "n _"]]:
         "The spaces of real images, a set or a tensor (n c h w), in double precision"
         device = next(self.taps.parameters()).device
         parts = [self.spaces(x.to(device))
@@ -46,7 +46,7 @@ class DistributionLoss(nn.Module):
         if len(whole[0]) < 2: raise ValueError(f"moments need at least 2 real images, got {len(whole[0])}")
         return whole
 
-    def compare(self, spaces:list[Float[Tensor, "b d"]]) -> Tensor:
+    def compare(self, spaces:list[Float[Tensor, "b _"]]) -> Tensor:
         "The loss of features"
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ class MomentLoss(DistributionLoss):
         for name in ('centre','scale','correlation','mean','second','steps'):
             self.register_buffer(name, torch.zeros(0))
 
-    def compare(self, spaces:list[Float[Tensor, "b d"]]) -> Tensor:
+    def compare(self, spaces:list[Float[Tensor, "b _"]]) -> Tensor:
         "The loss of a batch's features; in training the running moments move"
         if not len(self.centre):
             raise RuntimeError("MomentLoss knows no real images yet; call fit(images) first")

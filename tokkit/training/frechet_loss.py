@@ -99,7 +99,7 @@ class FrechetLoss(DistributionLoss):
         for space in self.each: space.forget()
         return self
 
-    def compare(self, spaces:list[Float[Tensor, "b d"]]) -> Tensor:
+    def compare(self, spaces:list[Float[Tensor, "b _"]]) -> Tensor:
         "The loss of a batch's features; in training the running moments move"
         if not len(self.each):
             raise RuntimeError("FrechetLoss knows no real images yet; call fit(images) first")
