@@ -81,7 +81,7 @@ def decoder(self:Demo, kind:str, arm:str) -> Tokenizer:
     tok = self.tokenizer(kind)
     if arm == 'before': return tok
     c = self.cfg
-    cfg = self._training(c.post_epochs, lr=c.post_lr)
+    cfg = self.training(c.post_epochs, lr=c.post_lr)
     lessons = self._lessons(kind, arm)
     params = dict(tokenizer=tok.fingerprint, lessons=_told(lessons), training=cfg, seed=c.seed)
     train = posttrain_decoder if arm in PAIRED else match_distribution

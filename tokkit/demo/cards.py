@@ -121,7 +121,7 @@ def _told_of(self:Demo, arm) -> dict:
     "What a card says of an arm"
     if arm == 'before': return dict(arm=arm)
     c = self.cfg
-    return dict(arm=arm, steps=self.post_steps, loss=self._training(c.post_epochs).terms)
+    return dict(arm=arm, steps=self.post_steps, loss=self.training(c.post_epochs).terms)
 
 # %% ../../nbs/demo/04_cards.ipynb #ae7e67fb
 @patch

@@ -145,7 +145,10 @@ def sampling(self:Demo) -> dict:
     return dict(guidance=Guidance(self.cfg.guidance, self.cfg.power), temperature=self.cfg.temperature)
 
 @patch
-def _training(self:Demo, epochs, **changes):
+def training(self:Demo,
+    epochs:int,   # passes over the images
+    **changes,    # other fields of `ImageTraining`
+) -> ImageTraining:
     "How a tokenizer or a decoder is trained"
     c = self.cfg
     training = ImageTraining(epochs, c.batch, c.tokenizer_lr, adversarial=c.adversarial, semantic=c.semantic,

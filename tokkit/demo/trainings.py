@@ -53,7 +53,7 @@ def tokenizer(self:Demo, kind:str) -> Tokenizer:
     train,test = self.images
     shape = replace(make_tokenizer(c.tokenizer).cfg, size=train.size, channels=train.channels,
                     codebook_size=c.codebook_size)
-    cfg = self._training(c.base_epochs if kind == 'base' else c.branch_epochs)
+    cfg = self.training(c.base_epochs if kind == 'base' else c.branch_epochs)
     damage = self._perturbation(kind)
     params = dict(images=train.hash, shape=shape, training=cfg, perturbation=damage, seed=c.seed,
                   base=base and base.fingerprint)

@@ -6,3 +6,4 @@ from .low_rank import *
 from .decoder import *
 from .distribution_matching import *
 from .sigma import *
+from .positive_control import *
