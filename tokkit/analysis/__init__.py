@@ -7,3 +7,4 @@ from .calibration import *
 from .predictors import *
 from .decoder_sensitivity import *
 from .decoded_power import *
+from .arms import *
