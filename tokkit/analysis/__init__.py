@@ -8,3 +8,4 @@ from .predictors import *
 from .decoder_sensitivity import *
 from .decoded_power import *
 from .arms import *
+from .rank_power import *

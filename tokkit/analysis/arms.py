@@ -23,8 +23,8 @@ def check_alike(
     for name in ALIKE:
         if name in trained and trained[name].nunique() > 1:
             found = ', '.join(map(str, trained[name].unique()[:4]))
-            raise ValueError(f"arms with different {name} cannot be compared ({found}); the difference would be "
-                             f"that of the {name}: keep one of them")
+            raise ValueError(f"arms with different {name} cannot be compared ({found}); the difference "
+                             f"would be that of the {name}: keep one of them")
 
 # %% ../../nbs/analysis/08_arms.ipynb #49490cb1
 def least_favourable(

@@ -4,4 +4,5 @@ from .demo import *
 from .trainings import *
 from .arms import *
 from .cards import *
+from .helper import *
 from .story import *

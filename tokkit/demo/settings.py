@@ -53,7 +53,7 @@ class DemoCfg:
     # post-training
     sigma:float = .9               # preservation ratio of the pairs
     source:str = 'reencode'        # 'reencode' (paper) or 'tokens'
-    pairs:int = 8_000              # images, pairs and samples that decoders are trained on
+    pairs:int = 6_000              # images, pairs and samples that decoders are trained on
     post_epochs:int = 2            # passes over them
     post_lr:float = 1e-3           # largest learning rate of post-training
     # measuring
@@ -75,7 +75,7 @@ DEMOS = {
     'full':    DemoCfg(train_images=60_000, branch_epochs=8, generator_epochs=6, width=128, depth=4,
                        pairs=20_000, post_epochs=4, n=5_000, n_pfid=1_000, bootstrap=50),
     # of studies that compare decoders: bases that have converged, and enough steps
-    'sharp':   DemoCfg(branch_epochs=16, tokenizer_lr=2e-3, post_epochs=5),
+    'sharp':   DemoCfg(branch_epochs=16, tokenizer_lr=2e-3, pairs=8_000, post_epochs=5),
     'sharp-large': DemoCfg(train_images=60_000, branch_epochs=16, tokenizer_lr=2e-3, generator_epochs=16,
                            width=192, depth=6, batch=128, pairs=50_000, post_epochs=4, n=5_000,
                            n_pfid=2_000, bootstrap=50),
