@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import tokkit
 from .settings import DemoCfg
 from ..runs.execute import _end
 
@@ -31,7 +32,7 @@ for name,stage in stages(demo).items():
 
 def _environment(threads:int) -> dict[str,str]:
     "Of a process that computes with so many threads and says nothing"
-    here = str(Path(__file__).parents[2])           # this tokkit, not another one
+    here = str(Path(tokkit.__file__).parents[1])    # this tokkit, not another one
     path = os.pathsep.join([here, *filter(None, [os.environ.get('PYTHONPATH')])])
     return os.environ | dict(OMP_NUM_THREADS=str(threads), TOKKIT_QUIET='1', PYTHONPATH=path)
 

@@ -19,7 +19,7 @@ class DemoCfg:
     size:int = 28                  # side of the images, pixels
     skip_broken:bool = False       # leave out a folder's unreadable images
     upscale:bool = False           # enlarge a folder's images that are smaller than `size`
-    train_images:int = 8_000       # images everything is trained on
+    train_images:int = 6_000       # images everything is trained on
     seed:int = 0                   # moves every random choice
     batch:int = 64                 # images a step
     # tokenizers
@@ -44,7 +44,7 @@ class DemoCfg:
     generator:str = 'ar'           # preset of `tokkit.generators.registry`: ar, rar, masked, flow
     width:int = 96                 # channels of the generator
     depth:int = 3                  # blocks of the generator
-    generator_epochs:float = 5.    # passes over the latents; .5: half of them, once
+    generator_epochs:float = 4.    # passes over the latents; .5: half of them, once
     early_epochs:float = .5        # those of the early generator
     generator_lr:float = 2e-3      # largest learning rate of the generator
     guidance:float = 1.5           # final guidance scale, here and in gFID
@@ -53,7 +53,7 @@ class DemoCfg:
     # post-training
     sigma:float = .9               # preservation ratio of the pairs
     source:str = 'reencode'        # 'reencode' (paper) or 'tokens'
-    pairs:int = 6_000              # images, pairs and samples that decoders are trained on
+    pairs:int = 5_000              # images, pairs and samples that decoders are trained on
     post_epochs:int = 2            # passes over them
     post_lr:float = 1e-3           # largest learning rate of post-training
     # measuring
@@ -75,12 +75,13 @@ DEMOS = {
     'full':    DemoCfg(train_images=60_000, branch_epochs=8, generator_epochs=6, width=128, depth=4,
                        pairs=20_000, post_epochs=4, n=5_000, n_pfid=1_000, bootstrap=50),
     # of studies that compare decoders: bases that have converged, and enough steps
-    'sharp':   DemoCfg(branch_epochs=16, tokenizer_lr=2e-3, pairs=8_000, post_epochs=5),
+    'sharp':   DemoCfg(train_images=8_000, branch_epochs=16, tokenizer_lr=2e-3, generator_epochs=5.,
+                       pairs=8_000, post_epochs=5),
     'sharp-large': DemoCfg(train_images=60_000, branch_epochs=16, tokenizer_lr=2e-3, generator_epochs=16,
                            width=192, depth=6, batch=128, pairs=50_000, post_epochs=4, n=5_000,
                            n_pfid=2_000, bootstrap=50),
     # of older studies: pixels and features alone, which blur; two tokenizers that share their first half
-    'blurring': DemoCfg(base_epochs=3, branch_epochs=3, **_BLURRING),
+    'blurring': DemoCfg(train_images=8_000, base_epochs=3, branch_epochs=3, generator_epochs=5., **_BLURRING),
     # and of those that train many tokenizers: no shared start
     'study':   DemoCfg(train_images=4_000, branch_epochs=8, semantic=.1, generator_epochs=8, width=64,
                        depth=2, **_BLURRING),
