@@ -73,6 +73,11 @@ def post_steps(self:Demo) -> int:
     c = self.cfg
     return c.post_epochs*(len(self.healing_images)//c.batch)
 
+@patch
+def steps(self:Demo, arm:str) -> int:
+    "Steps that an arm's decoder was trained for after its tokenizer; 0 where it is untouched"
+    return 0 if arm == 'before' else self.post_steps
+
 # %% ../../nbs/demo/03_arms.ipynb #f96defa1
 @patch
 def decoder(self:Demo, kind:str, arm:str) -> Tokenizer:

@@ -67,7 +67,8 @@ def demo_rows(
     for k in TOKENIZERS:
         for s in STAGES:
             for which,one in _demos(demo).items():
-                about = dict(tokenizer=k, generated=which, stage=s)
+                about = dict(tokenizer=k, generated=which, stage=s, steps=one.steps(s),
+                             generator_epochs=one.cfg.generator_epochs)
                 rows += [dict(about, card=card) for card in one.cards(k, s)]
     return rows
 
@@ -135,12 +136,15 @@ def differences(
     "The finding's comparisons as cards, in percent, with paired errors"
     def key(r): return r['tokenizer'], r['generated'], r['stage'], r['card'].metric, r['card'].extractor
     card = {key(r):r['card'] for r in rows}
+    # what else is known of these cards: steps, epochs of the generator
+    told = {key(r)[:3]:{k:r[k] for k in ('steps','generator_epochs') if k in r} for r in rows}
     def against(other, metrics):
         found = []
         for (kind,which,stage,metric,judge),mine in card.items():
             base = card.get((*other(kind, which, stage), metric, judge))
             if base is None or metric not in metrics: continue
-            found.append(dict(card=mine.change(base), tokenizer=kind, generated=which, stage=stage))
+            about = dict(tokenizer=kind, generated=which, stage=stage)
+            found.append(dict(told[kind,which,stage], card=mine.change(base), **about))
         return found
     def plain(kind, which, stage):
         return ('plain', which, stage) if (kind, stage) == ('perturbed', 'before') else (None,)*3
