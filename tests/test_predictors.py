@@ -158,13 +158,13 @@ def test_the_study_is_wide_enough():
     spec = yaml.safe_load(EXPERIMENT.with_suffix('.yaml').read_text())
     points = grid_points(spec['grid'])
     names = {p['tokenizer'] for p in points}
-    assert len(names) >= 12 and len(points) == len({tuple(sorted(p.items())) for p in points})
+    assert len(names) >= 24 and len(points) == len({tuple(sorted(p.items())) for p in points})
     # quantizer, K, words
     for what in (lambda n: n.split('-')[0], lambda n: n.split('-')[1], lambda n: n.split('-')[2:]):
         assert len({str(what(n)) for n in names}) >= 3
     for name in names:
-        assert {p['seed'] for p in points if p['tokenizer'] == name and p['generator'] == 'ar'} == {0, 1, 2}
-        assert {p['seed'] for p in points if p['tokenizer'] == name and p['generator'] == 'masked'} == {0}
+        mine = {(p['epochs'], p['seed']) for p in points if p['tokenizer'] == name}
+        assert mine == {(epochs, seed) for epochs in (1., 8.) for seed in (0, 1, 2)}
 
 
 @pytest.mark.slow
@@ -179,11 +179,11 @@ def test_the_study_runs(tmp_path):
     table = collect(tmp_path/'runs')
     assert ({'metric', 'value', 'se', 'n', 'extractor', 'seed', 'run_id', 'tokenizer', 'quantizer', 'K',
              'perturbation', 'loss', 'generator', 'guidance'} <= set(table))
-    assert ({'rFID', 'pFID', 'iFID', 'calibrated pFID', 'gFID', 'calibrated alpha',
+    assert ({'rFID', 'pFID', 'iFID', 'FDr3', 'calibrated pFID', 'gFID', 'calibrated alpha',
              'pFID cell'} <= set(table.metric))
     values = table.pivot_table(index=['metric', 'guidance'], columns='seed', values='value')
     # measured once
-    for m in ('rFID', 'pFID', 'iFID'): assert values.loc[m][0].item() == values.loc[m][1].item()
+    for m in ('rFID', 'pFID', 'iFID', 'FDr3'): assert values.loc[m][0].item() == values.loc[m][1].item()
     # another generator
     assert (values.loc['gFID'][0] != values.loc['gFID'][1]).all()
     assert (len([p for p in (tmp_path/'runs'/'tokenizer').glob('*perturbed*')
