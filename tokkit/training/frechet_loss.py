@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from .feature_moments import DISTRIBUTION_LOSSES, DistributionLoss
+from .feature_moments import DISTRIBUTION_LOSSES, DistributionLoss, over_processes
 
 # %% ../../nbs/training/08_frechet_loss.ipynb #c21da644
 LEAST = 1e-8  # eigenvalue of a product of covariances, features in units of their scatter
@@ -66,8 +66,8 @@ def forward(self:FrechetSpace,
 ) -> Tensor:
     "The loss of a batch; in training the running moments move"
     z = (features.double()-self.centre)/self.scale
-    mean = z.mean(0)
-    second = z.T@z/len(z)
+    mean = over_processes(z.mean(0))
+    second = over_processes(z.T@z/len(z))
     if self.training:
         mean = _mixed(self.mean, mean, memory)
         second = _mixed(self.second, second, memory)
