@@ -19,7 +19,11 @@ def check_alike(
     rows:pd.DataFrame, # of a table of results, all of which will be compared
 ):
     "Raise one line where arms were not trained alike; rows of untouched decoders, of 0 steps, are let pass"
-    trained = rows[rows.steps > 0] if 'steps' in rows else rows
+    missing = [name for name in ('loss','steps') if name not in rows]
+    if missing:
+        raise ValueError(f"whether arms were trained alike is told by the columns loss and steps; this table "
+                         f"lacks {' and '.join(missing)}")
+    trained = rows[rows.steps > 0]
     for name in ALIKE:
         if name in trained and trained[name].nunique() > 1:
             found = ', '.join(map(str, trained[name].unique()[:4]))

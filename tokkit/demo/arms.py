@@ -14,7 +14,7 @@ from ..data import ImageSet
 from .demo import Demo
 from ..posttraining import (clean_pairs, LatentPairs, match_distribution, open_pairs,
                                  posttrain_decoder, write_pairs)
-from ..tokenizers import encode_all, Tokenizer
+from ..tokenizers import Tokenizer
 
 # %% ../../nbs/demo/03_arms.ipynb #ac7a638c
 # arms by what their decoder learns from
@@ -29,13 +29,21 @@ def healing_images(self:Demo) -> ImageSet:
     return train.subset(min(self.cfg.pairs, len(train)))
 
 @patch
+def _clean(self:Demo, kind, reencoded) -> LatentPairs:
+    "The control's pairs, encoded once"
+    key = 'clean pairs', f'{kind}-{reencoded}'
+    if key not in self._kept:
+        self._kept[key] = clean_pairs(self.tokenizer(kind), self.healing_images, reencoded)
+    return self._kept[key]
+
+@patch
 def pairs(self:Demo, kind:str, arm:str = 'pairs') -> LatentPairs:
     "Latents beside the image they should give: generated ('pairs'), clean ('control') or 'reencoded'"
     if arm not in PAIRED: raise ValueError(f"pairs are of {', '.join(PAIRED)}, got {arm!r}")
     c = self.cfg
     tok = self.tokenizer(kind)
     images = self.healing_images
-    if arm != 'pairs': return clean_pairs(tok, images, reencoded=arm == 'reencoded')
+    if arm != 'pairs': return self._clean(kind, arm == 'reencoded')
     gen = self.generator(kind)
     params = dict(images=images.hash, tokenizer=tok.fingerprint, generator=gen.fingerprint, sigma=c.sigma,
                   source=c.source, seed=c.seed, **self.sampling)
@@ -56,7 +64,7 @@ def _lessons(self:Demo, kind:str, arm:str) -> dict:
     "What an arm's decoder learns from: `pairs`, or `samples` and what stands beside them"
     if arm in PAIRED: return dict(pairs=self.pairs(kind, arm))
     images = self.healing_images
-    if arm == 'own': return dict(samples=encode_all(self.tokenizer(kind), images), images=images)
+    if arm == 'own': return dict(samples=self.pairs(kind, 'control').latents, images=images)
     beside = self.pairs(kind) if arm == 'both' else images
     return dict(samples=self.free_samples(kind), images=beside)
 
@@ -89,10 +97,11 @@ def decoder(self:Demo, kind:str, arm:str) -> Tokenizer:
     cfg = self.training(c.post_epochs, lr=c.post_lr)
     lessons = self._lessons(kind, arm)
     params = dict(tokenizer=tok.fingerprint, lessons=_told(lessons), training=cfg, seed=c.seed)
+    # nothing holds a decoder near the untouched one: that would be a further term, and all have one loss
     train = posttrain_decoder if arm in PAIRED else match_distribution
     def make(tmp, work):
-        healed,history = train(tok, *lessons.values(), cfg, work=work, device=str(self.device), seed=c.seed,
-                               desc=f'{arm} ({kind})')
+        healed,history = train(tok, *lessons.values(), cfg, consistency=0., work=work,
+                               device=str(self.device), seed=c.seed, desc=f'{arm} ({kind})')
         healed.save(tmp)
         history.to_csv(tmp/'history.csv', index=False)
     return self._stage('tokenizer', f'{kind}-{arm}', params, make,

@@ -120,8 +120,7 @@ def _measuring(self:Demo) -> dict:
 def _told_of(self:Demo, arm) -> dict:
     "What a card says of an arm"
     if arm == 'before': return dict(arm=arm)
-    c = self.cfg
-    return dict(arm=arm, steps=self.post_steps, loss=self.training(c.post_epochs).terms)
+    return dict(arm=arm, decoder_steps=self.post_steps, loss=self.loss)
 
 # %% ../../nbs/demo/04_cards.ipynb #ae7e67fb
 @patch
@@ -138,8 +137,10 @@ def reconstruction_cards(self:Demo, kind:str, arm:str) -> list[Card]:
                               **self._measuring))
         rebuilt = in_batches(tok.reconstruct, test[:][0], 500, self.device)
         accuracy = class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions')
-        return [*cards, accuracy]
-    return self._cards(f'{kind}-{arm}-reconstructions', dict(tokenizer=tok.fingerprint, arm=arm), measure)
+        told = self._told_of(arm)
+        return [replace(card, settings=card.settings|told) for card in (*cards, accuracy)]
+    params = dict(tokenizer=tok.fingerprint, told=self._told_of(arm))
+    return self._cards(f'{kind}-{arm}-reconstructions', params, measure)
 
 # %% ../../nbs/demo/04_cards.ipynb #d5651710
 @patch
@@ -165,14 +166,13 @@ def mean_card(
 
 @patch
 def redrawn(self:Demo, kind:str) -> Tensor:
-    "Latents of test images of which the generator has kept the fraction sigma"
+    "Latents of test images of which the generator has kept the fraction sigma, as drawn"
     c = self.cfg
     gen = self.generator(kind)
     test = self.images[1]
-    params = dict(generator=gen.fingerprint, images=test.hash, sigma=c.sigma, source=c.source,
-                  seed=c.seed+5, **self.sampling)
+    params = dict(generator=gen.fingerprint, images=test.hash, sigma=c.sigma, seed=c.seed+5, **self.sampling)
     def make(tmp):
-        pairs = latent_pairs(gen, self.tokenizer(kind), test, c.sigma, source=c.source, seed=c.seed+5,
+        pairs = latent_pairs(gen, self.tokenizer(kind), test, c.sigma, source='tokens', seed=c.seed+5,
                              **self.sampling)
         torch.save(dict(latents=pairs.latents), tmp/'redrawn.pt')
     return self._stage('redrawn', kind, params, make,
@@ -190,7 +190,7 @@ def restoration(self:Demo, kind:str, arm:str) -> list[Card]:
     look = PerceptualLoss(size=test.size)
     features = torch.cat([look.each(a, b) for a,b in zip(xh.split(250), x.split(250))])
     each = {'pixel error': (xh-x).square().mean((1, 2, 3)), 'perceptual error': features}
-    told = self._told_of(arm)|dict(sigma=c.sigma, source=c.source)
+    told = self._told_of(arm)|dict(sigma=c.sigma)
     return [mean_card(name, v, c.bootstrap, c.seed, **told) for name,v in each.items()]
 
 # %% ../../nbs/demo/04_cards.ipynb #78e0f10a
@@ -213,8 +213,7 @@ def sample_cards(self:Demo, kind:str, arm:str) -> list[Card]:
         accuracy = class_accuracy(self.classifier(), made, labels, 'accuracy of samples', **told)
         return [*cards, accuracy, *self.restoration(kind, arm)]
     params = dict(tokenizer=tok.fingerprint, told=told, original=self.tokenizer(kind).fingerprint,
-                  samples=tensors_hash(dict(latents=self.samples(kind))), sigma=self.cfg.sigma,
-                  source=self.cfg.source)
+                  samples=tensors_hash(dict(latents=self.samples(kind))), sigma=self.cfg.sigma)
     return self._cards(f'{kind}-{arm}-samples', params, measure)
 
 @patch

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import check_count, check_range, default_device
+from ..core import check_count, check_range, default_device, stable_hash
 from ..data import IMAGE_SOURCES, ImageSet, load_images
 from .settings import DemoCfg, SHARP_LAYERS
 from ..features import get_extractor
@@ -25,6 +25,12 @@ from ..tokenizers import check_delta, make_tokenizer
 from ..training import ImageTraining
 
 # %% ../../nbs/demo/01_demo.ipynb #065eb5dc
+def _check_passes(name:str, passes:float):
+    "Raise one line unless these are whole passes over the latents, or a part of one"
+    check_range(name, passes, 1e-6, 1e6, 'it is passes over the latents, or a part of one')
+    if passes > 1 and passes != int(passes):
+        raise ValueError(f"{name} must be below 1 or a whole number, got {passes}")
+
 def _check_numbers(c:DemoCfg):
     "Raise one line about a count or a weight that is out of range"
     for name in ('train_images','batch','branch_epochs','post_epochs','pairs','perceptual_every'):
@@ -33,8 +39,7 @@ def _check_numbers(c:DemoCfg):
         check_count(name, getattr(c, name), 10**9, 'a distance is between sets of images', least=2)
     for name in ('base_epochs','bootstrap','codebook_size'):
         check_count(name, getattr(c, name), 2**24, least=0)
-    for name in ('generator_epochs','early_epochs'):
-        check_range(name, getattr(c, name), 1e-6, 1e6, 'it is passes over the latents, or a part of one')
+    for name in ('generator_epochs','early_epochs'): _check_passes(name, getattr(c, name))
     for name in ('perceptual','distribution','adversarial','semantic'):
         check_range(name, getattr(c, name), 0, 1e6, 'it is a weight')
     for name in ('tokenizer_lr','generator_lr','post_lr'): check_range(name, getattr(c, name), 1e-12, 100)
@@ -52,6 +57,7 @@ def check_demo(
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {c.source!r}")
     LatentPerturbation(c.alpha, c.beta, c.delta, Annealing(0, 1, c.end_ratio), strength=c.strength)
     if c.codebook_size and c.beta: check_delta(c.delta, c.codebook_size)
+    ImageTraining(distribution=c.distribution, distribution_kind=c.distribution_kind)
     get_extractor(c.extractor, c.size)
     tok = make_tokenizer(c.tokenizer, size=c.size, codebook_size=c.codebook_size)
     make_generator(c.generator, tok.spec, width=c.width, depth=c.depth)
@@ -100,6 +106,7 @@ class Demo:
         self.root = runs_root(root)
         self.device = default_device(device)
         self._kept = {}
+        self._asked = {}
         self._folders = {}
 
     @cached_property
@@ -126,9 +133,11 @@ class Demo:
 def _stage(self:Demo, kind, slug, params, make, load):
     "An artifact on disk, and what it holds kept in memory"
     key = kind,slug
-    if key not in self._kept:
+    asked = stable_hash(params)
+    if self._asked.get(key) != asked:
         self._folders[key] = artifact(kind, params, make, self.root, f'{Path(self.cfg.data).name}-{slug}')
         self._kept[key] = load(self._folders[key])
+        self._asked[key] = asked
     return self._kept[key]
 
 @patch
@@ -157,3 +166,8 @@ def training(self:Demo,
                              distribution_kind=c.distribution_kind,
                              distribution_options=dict(layers=SHARP_LAYERS, size=c.size))
     return replace(training, **changes)
+
+@patch(as_prop=True)
+def loss(self:Demo) -> str:
+    "What every training on images minimises, in words"
+    return self.training(1).terms

@@ -50,8 +50,9 @@ def helping(
         return
     command = [sys.executable, '-c', _HELPER, str(os.getpid()), json.dumps(asdict(cfg)), str(root), 'cpu',
                word]
+    # its warnings are for everybody to see
     child = subprocess.Popen(command, env=_environment(threads//2), stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                             stdout=subprocess.DEVNULL)
     torch.set_num_threads(threads-threads//2)
     try: yield child
     finally:

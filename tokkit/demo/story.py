@@ -67,13 +67,13 @@ def demo_rows(
     for k in TOKENIZERS:
         for s in STAGES:
             for which,one in _demos(demo).items():
-                about = dict(tokenizer=k, generated=which, stage=s, steps=one.steps(s),
+                about = dict(tokenizer=k, generated=which, stage=s, steps=one.steps(s), loss=one.loss,
                              generator_epochs=one.cfg.generator_epochs)
                 rows += [dict(about, card=card) for card in one.cards(k, s)]
     return rows
 
 # %% ../../nbs/demo/06_story.ipynb #f3f9a15f
-JUDGES = dict(efficientnet='lite0', classifier='classifier', spectrum='spectrum')
+JUDGES = dict(efficientnet_lite0='lite0', classifier='classifier', spectrum='spectrum')
 
 def judge_name(
     extractor:str, # of a card
@@ -137,7 +137,7 @@ def differences(
     def key(r): return r['tokenizer'], r['generated'], r['stage'], r['card'].metric, r['card'].extractor
     card = {key(r):r['card'] for r in rows}
     # what else is known of these cards: steps, epochs of the generator
-    told = {key(r)[:3]:{k:r[k] for k in ('steps','generator_epochs') if k in r} for r in rows}
+    told = {key(r)[:3]:{k:r[k] for k in ('steps','loss','generator_epochs') if k in r} for r in rows}
     def against(other, metrics):
         found = []
         for (kind,which,stage,metric,judge),mine in card.items():

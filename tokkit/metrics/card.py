@@ -71,13 +71,13 @@ def warnings(self:Card) -> tuple[str,...]:
     counts = {'images': self.n, 'reference images': self.settings.get('reference_n') or self.n}
     said = [f"{count} {what} for {d} dimensions: take {2*d} or more, or fd_infinity"
             for what,count in counts.items() if count < 2*d]
-    steps = self.settings.get('steps', FEW_STEPS)
+    steps = self.settings.get('decoder_steps', FEW_STEPS)
     if steps < FEW_STEPS: said.append(f"a decoder trained for {steps} steps: take {FEW_STEPS} or more")
     return tuple(said)
 
 @patch
 def __str__(self:Card) -> str:
-    caution = f"; {self.warnings[0]}" if self.warnings else ''
+    caution = ''.join(f'; {warning}' for warning in self.warnings)
     return f"{self.label} {self.number} (n={self.n}, {self.reference}, seed {self.seed}{caution})"
 
 @patch
@@ -189,6 +189,8 @@ def __sub__(self:Card, other:Card) -> Card:
     elif self.se is not None and other.se is not None: se = math.hypot(self.se, other.se)
     settings = dict(error='paired bootstrap' if paired else 'independent', minuend=str(self),
                     subtrahend=str(other))
+    steps = [c.settings['decoder_steps'] for c in (self, other) if 'decoder_steps' in c.settings]
+    if steps: settings['decoder_steps'] = min(steps)
     metric = f'Δ{self.metric}' if self.metric == other.metric else f'{self.metric}-{other.metric}'
     return Card(metric, self.value-other.value, se=se, n=min(self.n, other.n), extractor=self.extractor,
                 reference=self.reference, seed=self.seed, settings=settings, replicates=replicates)
@@ -199,13 +201,19 @@ def change(self:Card,
     other:Card, # of the same metric, judge and reference
 ) -> Card:
     "From another card's value to this one's, in percent of the other, with a paired error where there is one"
+    if self.metric != other.metric or not other.value:
+        raise ValueError(f"a change in percent is from one {self.metric} to another that is not 0; got "
+                         f"{other.metric} {other.value:.4g}")
     gap = self-other
-    rows = np.array([self.replicates, other.replicates]) if len(gap.replicates) else np.zeros((2, 0))
-    replicates = 100*(rows[0]/rows[1]-1)
-    if len(replicates): se = float(np.std(replicates, ddof=1))
-    else:
-        ratio = 100*self.value/other.value
-        se = gap.se and abs(ratio)*math.hypot(self.se/self.value, other.se/other.value)
-    return Card(f'{self.metric} change', 100*gap.value/other.value, se=se, n=gap.n, extractor=gap.extractor,
+    ratio = self.value/other.value
+    def spread(ours, theirs): return 100*(np.asarray(ours)-ratio*np.asarray(theirs))/other.value
+    replicates = ()
+    se = None
+    if len(gap.replicates):
+        # about the measured ratio: replicates of a distance lie above it, and would shrink the error
+        replicates = 100*(ratio-1)+spread(self.replicates, other.replicates)
+        se = float(np.std(replicates, ddof=1))
+    elif gap.se is not None: se = float(np.hypot(spread(self.se, 0.), spread(0., other.se)))
+    return Card(f'{self.metric} change', 100*(ratio-1), se=se, n=gap.n, extractor=gap.extractor,
                 reference=gap.reference, seed=gap.seed, settings=gap.settings|dict(unit='percent'),
                 replicates=replicates)

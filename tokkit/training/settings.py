@@ -150,11 +150,15 @@ def rate_schedule(cfg:ImageTraining) -> Callable:
 # %% ../../nbs/training/09_settings.ipynb #ba2c889c
 @patch(as_prop=True)
 def terms(self:ImageTraining) -> str:
-    "The terms of the loss with their weights, in words"
+    "The terms of the loss with their weights and options, in words"
     kinds = dict(reconstruction=self.reconstruction_kind, perceptual=self.perceptual_kind,
                  semantic=self.semantic_kind, distribution=self.distribution_kind,
                  adversarial=self.adversarial_kind)
-    return ', '.join(f'{kind} {getattr(self, name):g}' for name,kind in kinds.items() if getattr(self, name))
+    options = dict(semantic=self.semantic_options, distribution=self.distribution_options)
+    def told(name, kind):
+        more = ' '.join(f'{k} {v}' for k,v in options.get(name, {}).items())
+        return f'{kind} {getattr(self, name):g}'+(f' ({more})' if more else '')
+    return ', '.join(told(name, kind) for name,kind in kinds.items() if getattr(self, name))
 
 # %% ../../nbs/training/09_settings.ipynb #921e97e6
 DECAYS = 'matrices', 'released'
