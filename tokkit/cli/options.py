@@ -148,12 +148,14 @@ def _check_size(node):
     "Raise one line where a document's aliases unfold to too much"
     import yaml
     todo = [node]
-    for count in range(MOST_VALUES):
-        if not todo: return
+    count = 0
+    while todo and count+len(todo) <= MOST_VALUES:
         value = todo.pop().value
+        count += 1
         if isinstance(value, str): continue
         for part in value: todo += part if isinstance(part, tuple) else [part]
-    raise yaml.YAMLError(f'its aliases (*name) unfold to more than {MOST_VALUES} values; write fewer')
+    if todo:
+        raise yaml.YAMLError(f'its aliases (*name) unfold to more than {MOST_VALUES} values; write fewer')
 
 def _plain_loader():
     "A reader of YAML that refuses keys that stand twice, and aliases without end"

@@ -265,6 +265,7 @@ def _fit_and_keep_best(plan, tok, desc, how) -> pd.DataFrame:
 def _decides(plan, loss) -> dict:
     "What decides the result beside settings, data and weights; files and networks by what is in them"
     told = dict(freeze=plan.freeze, consistency=plan.consistency,
+                real=loss.distribution and tensors_hash(loss.distribution.state_dict()),
                 discriminator=plan.discriminator and tensors_hash(loss.discriminator.state_dict()))
     if plan.probe: told |= dict(patience=plan.patience, probe=getattr(plan.probe, 'hash', None))
     return told

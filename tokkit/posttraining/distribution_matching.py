@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import make_rng, tensors_hash
+from ..core import make_rng, stable_hash, tensors_hash
 from ..data import ImageSet
 from .decoder import _settings, add_terms, finetune_decoder, PostTraining
 from .pairs import LatentPairs
@@ -46,7 +46,8 @@ class FreeSamples(Dataset):
         self.seed = seed
         self.epoch = 0
     @property
-    def hash(self) -> str: return tensors_hash(dict(samples=self.samples, latents=self.latents))
+    def hash(self) -> str:
+        return stable_hash([self.images.hash, tensors_hash(dict(samples=self.samples, latents=self.latents))])
     def set_epoch(self, epoch:int): self.epoch = epoch
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.samples[self._partners(i)],self.latents[i],self.images[i][0]

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..core import check_count, check_range, make_rng
 from ..data import ImageSet
-from ..perturbation import nth_nearest, perturb_codes
+from ..perturbation import perturb_codes
 from .pairs import LatentPairs
 from ..tokenizers import encode_all, Tokenizer
 
@@ -26,7 +27,7 @@ CHANNELS = 'fixed', 'random'
 class ErrorChannel:
     "A known way in which ids go wrong"
     kind:str = 'fixed'    # 'fixed' or 'random'
-    neighbour:int = 8     # fixed: which neighbour a code becomes; random: of how many one is drawn
+    neighbour:int = 8     # fixed: about which neighbour a code becomes; random: of how many one is drawn
     rate:float = .5       # fraction of an image's places
     seed:int = 0          # of the places, and of random draws
 
@@ -46,9 +47,9 @@ class ErrorChannel:
             raise ValueError(f"a code has {len(codebook)-1} neighbours, asked for is number {self.neighbour}")
         if self.kind == 'random':
             rng = make_rng(self.seed, 'channel', part)
-            return perturb_codes(ids, codebook, self.rate, self.neighbour, rng=rng)
+            return perturb_codes(ids, codebook, self.rate, self.neighbour, include_self=False, rng=rng)
         places = self._places(ids[0].numel()).view(ids.shape[1:])
-        return torch.where(places, self._shifted(ids, codebook), ids)
+        return torch.where(places, self.permutation(codebook)[ids], ids)
 
 # %% ../../nbs/posttraining/07_positive_control.ipynb #509f8722
 @patch
@@ -60,11 +61,16 @@ def _places(self:ErrorChannel, n:int) -> Tensor:
     return wrong
 
 @patch
-def _shifted(self:ErrorChannel, ids, codebook) -> Tensor:
-    "Every id as its neighbour, the code itself not counted"
-    every = torch.arange(len(codebook))
-    becomes = nth_nearest(codebook, codebook, torch.full_like(every, self.neighbour))
-    return becomes[ids]
+def permutation(self:ErrorChannel,
+    codebook:Float[Tensor, "k d"],  # code vectors, at most some thousand
+) -> Int[Tensor, "k"]:
+    "What the fixed channel makes of every code: as near to its chosen neighbour as all different ones allow"
+    near = torch.cdist(codebook, codebook).argsort(dim=1, stable=True)
+    rank = torch.empty_like(near)
+    rank.scatter_(1, near, torch.arange(len(codebook)).expand_as(near))
+    cost = (rank-self.neighbour).abs()
+    cost.fill_diagonal_(len(codebook)**2)                   # a code that becomes itself is no error
+    return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 # %% ../../nbs/posttraining/07_positive_control.ipynb #2afbe875
 def channel_pairs(

@@ -51,8 +51,8 @@ class DistributionLoss(nn.Module):
         raise NotImplementedError
 
     def forward(self, x:Float[Tensor, "b c h w"]) -> Tensor:
-        "The loss of a batch; in training the running moments move"
-        return self.compare(self.spaces(x))
+        "The loss of a batch, in full precision; in training the running moments move"
+        with torch.autocast(x.device.type, enabled=False): return self.compare(self.spaces(x.float()))
 
     @torch.no_grad()
     def of_set(self,

@@ -110,6 +110,9 @@ def fit(self:ImageLoss,
 ) -> ImageLoss:                             # itself
     "Let the distribution term, if there is one, learn what real images look like"
     if not self.cfg.distribution: return self
+    if images is None or not hasattr(images, '__getitem__'):
+        raise ValueError("a weight on the distribution needs real images to know, a set or a tensor; got "
+                         f"{type(images).__name__}")
     options = dict(self.cfg.distribution_options)
     size = options.pop('size', None)
     if size is None: size = max(32, *images[:1][0].shape[-2:])

@@ -79,7 +79,7 @@ class ImageTraining(Training):
     # steps between revivals of dead codes, over the first 70% of training; 0 never
     revive:int = 50
     precision:str = 'no'          # 'no' or 'bf16'
-    # parts in which a batch is gone through; contrast, balance and batch norms see a part
+    # parts in which a batch is gone through; contrast, distribution, balance and batch norms see a part
     accumulate:int = 1
     compile:str = ''              # backend of torch.compile, e.g. 'inductor'; '' runs as it is
 

@@ -248,15 +248,20 @@ def train_tokenizer(
     context = bundle(TrainingContext, context, **how).named('tokenizer')
     if discriminator and not cfg.adversarial:
         raise ValueError("adversarial is 0, so there is no discriminator to keep; leave discriminator out")
+    if validation is not None and not (cfg.reconstruction or cfg.perceptual or cfg.distribution):
+        raise ValueError("the loss of held-out images is that of pixels, features and their distribution, "
+                         "and none of them has a weight; leave validation out")
     tok.train()
     loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), context.seed,
                      tok.spec.shape[1]).fit(images, context.device)
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
     phase = Phase(step, image_optimizer(tok, loss), rate_schedule(cfg), cfg.clip)
     watch = None if validation is None else lambda ema: Validate(tok, loss, validation, ema)
+    # a training that was not watched cannot be gone on with as one that is
+    asked = perturbation if validation is None else (perturbation, validation.hash)
     with _compiled(cfg.compile, tok.encoder, tok.decoder):
         history = fit_model(model=tok, data=images, phases=[phase, *loss.phases()], cfg=cfg,
-                            context=context, loss=loss, asked=perturbation, watch=watch)
+                            context=context, loss=loss, asked=asked, watch=watch)
     if discriminator: loss.save_discriminator(discriminator)
     if watch: _warn_if_falling(history)
     return history
