@@ -19,16 +19,13 @@ from .settings import DemoCfg
 from ..runs.execute import _end
 
 # %% ../../nbs/demo/05_helper.ipynb #91861320
-_HELPER = """
-import ctypes, json, os, signal, sys
-parent, settings, root, device, word = sys.argv[1:]
-if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(parent): sys.exit()
-from tokkit.demo import Demo, DemoCfg, stages
-demo = Demo(DemoCfg(**json.loads(settings)), root, device)
-for name,stage in stages(demo).items():
-    if word in name: stage()
-"""
+_HELPER = '; '.join([
+    "import ctypes, json, os, signal, sys", "parent, settings, root, device, word = sys.argv[1:]",
+    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGKILL)",
+    "os.getppid() == int(parent) or sys.exit()",
+    "from tokkit.demo import Demo, DemoCfg, stages",
+    "demo = Demo(DemoCfg(**json.loads(settings)), root, device)",
+    "[stage() for name,stage in stages(demo).items() if word in name]"])
 
 def _environment(threads:int) -> dict[str,str]:
     "Of a process that computes with so many threads and says nothing"

@@ -45,7 +45,7 @@ class DemoCfg:
     width:int = 96                 # channels of the generator
     depth:int = 3                  # blocks of the generator
     generator_epochs:float = 4.    # passes over the latents; .5: half of them, once
-    early_epochs:float = .5        # those of the early generator
+    early_epochs:float = 1.        # those of the early generator
     generator_lr:float = 2e-3      # largest learning rate of the generator
     guidance:float = 1.5           # final guidance scale, here and in gFID
     power:float = 1.               # power of the guidance curve
@@ -69,7 +69,8 @@ SHARP_LAYERS = (1, 4, 7, 11, 14)
 _BLURRING = dict(distribution=0., tokenizer_lr=2e-3, pairs=4_000)
 
 DEMOS = {
-    'smoke':   DemoCfg(train_images=1_000, branch_epochs=1, generator_epochs=1, width=64, depth=2, pairs=250,
+    'smoke':   DemoCfg(train_images=1_000, branch_epochs=1, generator_epochs=1,
+                       early_epochs=.5, width=64, depth=2, pairs=250,
                        post_epochs=1, n=200, n_pfid=150, bootstrap=10),
     'default': DemoCfg(),
     'full':    DemoCfg(train_images=60_000, branch_epochs=8, generator_epochs=6, width=128, depth=4,
