@@ -201,7 +201,7 @@ def demo_root(tmp_path_factory):
                           depth=1, base_epochs=0), root, 'cpu')
         wanted = [f for name,f in stages(d).items() if 'perturbed' not in name and 'decoder' not in name
                   and 'cards' not in name]
-        return ([f() for f in wanted] and d.pairs('plain')
+        return ([f() for f in wanted] and d.pairs('plain') and len(d.redrawn('plain'))
                 and [c.to_dict() for c in d.cards('plain', 'before')])
     return root, values, values()
 

@@ -65,7 +65,9 @@ def read_notebook(
     return read_json(path, _Notebook)
 
 # %% ../../nbs/runs/00_parameters.ipynb #bc23e538
-def _tags(cell:_Cell) -> list: return list(cell.get('metadata', {}).get('tags') or ())
+def _tags(cell:_Cell) -> list:
+    tags = cell.get('metadata', {}).get('tags')
+    return tags if isinstance(tags, list) else []     # anything may stand there
 
 def _parameters_cell(path:Path) -> str:
     "The source of the first cell tagged `parameters`; '' where there is none"
