@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from tokkit.data import fashion_mnist
-from tokkit.demo import mean_card
 from tokkit.features import get_extractor, spectrum_extractor
-from tokkit.metrics import gfid
+from tokkit.metrics import gfid, mean_card
 from tokkit.posttraining import channel_pairs, clean_pairs, ErrorChannel, posttrain_decoder
 from tokkit.tokenizers import decode_all, make_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer

@@ -19,9 +19,8 @@ from ..core import Registry, sort_settings
 from ..data import from_uint8, to_uint8
 from ..features import efficientnet_taps, FeatureExtractor, stream
 from .card import Card
-from .evaluator import (_alike, on_device, _print, _se, through, Evaluator, Measurement,
-                                      METRICS)
-from .frechet import bootstrap_weights
+from .evaluator import (_alike, on_device, _print, mean_card, through, Evaluator,
+                                      Measurement, METRICS)
 from .generation import _fidelity, _impossible, _wanted, Comparison, FEATURE_METRICS
 from .pixel import psnr, ssim
 from .reconstruction import _encode, Doses
@@ -60,13 +59,9 @@ def _mean_card(measurement:Measurement, metric:str, values:Tensor, by:str, how:d
     if metric == 'PSNR':
         values = values.clamp(max=DECIBELS)
         how = how | dict(most=f'{DECIBELS:g} dB an image')
-    values = values.numpy()
-    n = len(values)
     evaluator = measurement.evaluator
-    replicates = [float(values@bootstrap_weights(n, i, evaluator.seed)/n) for i in range(evaluator.bootstrap)]
-    return Card(metric, float(values.mean()), se=_se(replicates), n=n, extractor=by,
-                reference=measurement.images['name'], seed=evaluator.seed, settings=how,
-                replicates=replicates)
+    return mean_card(metric, values, evaluator.bootstrap, evaluator.seed, extractor=by,
+                     reference=measurement.images['name'], settings=how)
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #5d537de6
 def _plain(how:dict) -> dict:
