@@ -9,3 +9,4 @@ from .decoder_sensitivity import *
 from .decoded_power import *
 from .arms import *
 from .rank_power import *
+from .convergence import *
