@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['steps_to_reach']
 
-# %% ../../nbs/analysis/10_convergence.ipynb #45e97811
+# %% ../../nbs/analysis/10_convergence.ipynb #6f9c9c83
 from collections.abc import Sequence
 
 import numpy as np
 
-# %% ../../nbs/analysis/10_convergence.ipynb #0b687d38
+# %% ../../nbs/analysis/10_convergence.ipynb #26e7e85a
 def steps_to_reach(
     steps:Sequence[float],   # at which the curve was measured, rising
     values:Sequence[float],  # of the curve there, above zero; less is better
@@ -20,12 +20,13 @@ def steps_to_reach(
     steps = np.asarray(steps, float)
     values = np.asarray(values, float)
     if steps.shape != values.shape or steps.ndim != 1 or not len(steps):
-        raise ValueError(f"steps_to_reach: expected as many values as steps, got {values.shape} and {steps.shape}")
+        raise ValueError(f"steps_to_reach: expected as many values as steps, got {values.shape} and "
+                         f"{steps.shape}")
     if (np.diff(steps) <= 0).any() or not (steps > 0).all():
-        raise ValueError(f"steps_to_reach: steps must rise from above zero, got {steps.tolist()}")
+        raise ValueError(f"steps_to_reach: steps must rise and lie above zero, got {steps.tolist()}")
     if not (values > 0).all() or not target > 0:
-        raise ValueError("steps_to_reach: values and target must be above zero, their logarithms are taken; got "
-                         f"{values.tolist()} and {target}")
+        raise ValueError("steps_to_reach: values and target must be above zero, their logarithms are taken; "
+                         f"got {values.tolist()} and {target}")
     there = np.flatnonzero(values <= target)
     if not len(there): return float('inf')
     after = there[0]
