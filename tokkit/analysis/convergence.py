@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['steps_to_reach']
 
-# %% ../../nbs/analysis/10_convergence.ipynb #6f9c9c83
+# %% ../../nbs/analysis/10_convergence.ipynb #fd05cc34
 from collections.abc import Sequence
 
 import numpy as np
 
-# %% ../../nbs/analysis/10_convergence.ipynb #26e7e85a
+# %% ../../nbs/analysis/10_convergence.ipynb #e53f194a
 def steps_to_reach(
     steps:Sequence[float],   # at which the curve was measured, rising
     values:Sequence[float],  # of the curve there, above zero; less is better
     target:float,            # the value to reach
-) -> float:                  # steps; the first one where the curve starts below, infinite where it never gets there
+) -> float:                  # the first of `steps` where the curve starts below, infinite if it never does
     "Steps after which a curve first reaches a value, by straight lines between logarithms"
     steps = np.asarray(steps, float)
     values = np.asarray(values, float)
