@@ -11,14 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 # %% ../../nbs/analysis/10_convergence.ipynb #e53f194a
-def steps_to_reach(
-    steps:Sequence[float],   # at which the curve was measured, rising
-    values:Sequence[float],  # of the curve there, above zero; less is better
-    target:float,            # the value to reach
-) -> float:                  # the first of `steps` where the curve starts below, infinite if it never does
-    "Steps after which a curve first reaches a value, by straight lines between logarithms"
-    steps = np.asarray(steps, float)
-    values = np.asarray(values, float)
+def _check_curve(steps:np.ndarray, values:np.ndarray, target:float):
+    "Raise one line where a crossing cannot be read off"
     if steps.shape != values.shape or steps.ndim != 1 or not len(steps):
         raise ValueError(f"steps_to_reach: expected as many values as steps, got {values.shape} and "
                          f"{steps.shape}")
@@ -27,6 +21,16 @@ def steps_to_reach(
     if not (values > 0).all() or not target > 0:
         raise ValueError("steps_to_reach: values and target must be above zero, their logarithms are taken; "
                          f"got {values.tolist()} and {target}")
+
+def steps_to_reach(
+    steps:Sequence[float],   # at which the curve was measured, rising
+    values:Sequence[float],  # of the curve there, above zero; less is better
+    target:float,            # the value to reach
+) -> float:                  # infinite where it never does; the first of `steps` where it starts there
+    "Steps after which a curve first reaches a value, by straight lines between logarithms"
+    steps = np.asarray(steps, float)
+    values = np.asarray(values, float)
+    _check_curve(steps, values, target)
     there = np.flatnonzero(values <= target)
     if not len(there): return float('inf')
     after = there[0]
