@@ -65,6 +65,7 @@ def class_accuracy(
     images:ImageSet|Tensor,         # to classify
     labels:Int[Tensor, "n"],        # what they should be
     metric:str,                     # name on the card
+    seed:int,                       # of whatever made the images
     **settings,                     # further settings on the card
 ) -> Card:
     "How often the classifier finds the label, with its binomial error"
@@ -72,7 +73,8 @@ def class_accuracy(
     x = images[:][0] if isinstance(images, ImageSet) else images
     found = in_batches(lambda b: classifier(b).argmax(1), x, 500, device)
     p = found.eq(labels).double().mean().item()
-    return Card(metric, p, math.sqrt(p*(1-p)/len(x)), len(x), 'small_classifier', 'labels', settings=settings)
+    return Card(metric, p, math.sqrt(p*(1-p)/len(x)), len(x), 'small_classifier', 'labels', seed=seed,
+                settings=settings)
 
 # %% ../../nbs/demo/04_cards.ipynb #65d0a305
 class Penultimate(nn.Module):
@@ -136,7 +138,8 @@ def reconstruction_cards(self:Demo, kind:str, arm:str) -> list[Card]:
             cards.append(pfid(tok, few, extractor=judges[0], **_doses(self.cfg.codebook_size),
                               **self._measuring))
         rebuilt = in_batches(tok.reconstruct, test[:][0], 500, self.device)
-        accuracy = class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions')
+        accuracy = class_accuracy(self.classifier(), rebuilt, test.labels, 'accuracy of reconstructions',
+                                  self.cfg.seed)
         told = self._told_of(arm)
         return [replace(card, settings=card.settings|told) for card in (*cards, accuracy)]
     params = dict(tokenizer=tok.fingerprint, told=self._told_of(arm))
@@ -197,7 +200,8 @@ def sample_cards(self:Demo, kind:str, arm:str) -> list[Card]:
         cards += [gfid(made, test, judge, **how) for judge in judges[1:]]
         cards += [replace(gfid(made, rebuilt, judge, **how), metric='shift') for judge in judges]
         labels = balanced_labels(len(test), len(test.classes))
-        accuracy = class_accuracy(self.classifier(), made, labels, 'accuracy of samples', **told)
+        accuracy = class_accuracy(self.classifier(), made, labels, 'accuracy of samples', self.cfg.seed,
+                                  **told)
         return [*cards, accuracy, *self.restoration(kind, arm)]
     params = dict(tokenizer=tok.fingerprint, told=told, original=self.tokenizer(kind).fingerprint,
                   samples=tensors_hash(dict(latents=self.samples(kind))), sigma=self.cfg.sigma)
