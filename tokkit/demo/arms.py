@@ -95,7 +95,10 @@ def decoder(self:Demo, kind:str, arm:str) -> Tokenizer:
     if arm == 'before': return tok
     c = self.cfg
     cfg = self.training(c.post_epochs, lr=c.post_lr)
-    lessons = self._lessons(kind, arm)
+    if self.teacher.tokenizer(kind).fingerprint != tok.fingerprint:
+        raise ValueError("the teacher's tokenizer must be this demo's, or its latents mean other pictures; "
+                         "give both demos the same settings except those of the generator")
+    lessons = self.teacher._lessons(kind, arm)
     params = dict(tokenizer=tok.fingerprint, lessons=_told(lessons), training=cfg, seed=c.seed)
     # nothing holds a decoder near the untouched one: that would be a further term, and all have one loss
     train = posttrain_decoder if arm in PAIRED else match_distribution

@@ -100,9 +100,11 @@ class Demo:
         cfg:DemoCfg = DemoCfg(),       # all settings
         root:str|Path|None = None,     # folder of the artifacts; None is `runs_root()`
         device:str|None = None,        # where; None: the best there is
+        teacher:'Demo|None' = None,    # whose generator's errors decoders learn; None: those of its own
     ):
         check_demo(cfg)
         self.cfg = cfg
+        self.teacher = teacher or self
         self.root = runs_root(root)
         self.device = default_device(device)
         self._kept = {}
