@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .token_use import _classes
-from ..core import bundle, in_batches, make_rng
+from ..core import bundle, device_of, in_batches, make_rng
 from ..features import default_extractor, extract, FeatureExtractor, FeatureStats
 from ..metrics import bootstrap_frechet, frechet_distance, mmd2
 
@@ -108,6 +108,6 @@ def decoded_shift(
     *args, **options,               # of `feature_shift`
 ) -> pd.DataFrame:
     "`feature_shift` of what a tokenizer decodes from two sets of latents"
-    where = next(tok.parameters()).device
+    where = device_of(tok)
     def decode(t): return in_batches(tok.from_latents, t, 250, where)
     return feature_shift(decode(generated), decode(real), *args, **options)

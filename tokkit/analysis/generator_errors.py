@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..core import bar, check_range, in_batches, make_rng
+from ..core import bar, check_range, device_of, in_batches, make_rng
 from ..data import Indexed, TokenCache
 from ..features import check_images
 from ..generators import (check_generator_latents, LatentGenerator, sample_categorical, Sampling,
@@ -165,7 +165,7 @@ def _drawn(size, n, seed) -> Int[Tensor, "n"]:
 
 def _encoded(tok, x) -> Tensor:
     "Latents of images, on the CPU"
-    where = next(tok.parameters()).device
+    where = device_of(tok)
     check_images(x)
     return in_batches(tok.to_latents, x, 256, where)
 
@@ -188,7 +188,7 @@ _BATCH = 250        # images at once
 
 def _ask(generator, record, given, labels, sampling, sigma, seed):
     "Sample beside the real latents, batch by batch, while `record` looks on"
-    where = next(generator.parameters()).device
+    where = device_of(generator)
     for i in bar(range(0, len(labels), _BATCH), 'error profile'):
         some = slice(i, min(i+_BATCH, len(labels)))
         record.some = some
@@ -300,7 +300,8 @@ def error_profile(
         record = _Tokens(generator, mode, given, codes, sampling, seed)
     else: record = _Continuous(mode, given)
     _ask(generator, record, given, labels, sampling, sigma, seed)
-    grid = getattr(generator.cfg, 'grid', None) or Quantizer.grids(None, generator.shape[0])[0]
+    known = getattr(getattr(generator, 'cfg', None), 'grid', None)
+    grid = known or Quantizer.grids(None, generator.shape[0])[0]
     asked = {name: getattr(sampling, name) for name in generator.sampling_fields}
     return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, sigma,
                         asked|dict(n=len(labels), seed=seed))

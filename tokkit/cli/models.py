@@ -33,10 +33,14 @@ def _saved_tokenizer(folder:str):
 def _images_for(tok, data, split, n=None, **how):
     "Images in a tokenizer's size and channels"
     from tokkit.data import load_images
-    if data == 'fashion_mnist' and tok.cfg.channels != 1:
+    channels,height,width = tok.image_shape
+    if data == 'fashion_mnist' and channels != 1:
         raise ValueError("fashion_mnist, the default of --data, is grey; this tokenizer takes "
-                         f"{tok.cfg.channels} channels: give a folder")
-    return load_images(data, split, n, tok.cfg.size, tok.cfg.channels, **how)
+                         f"{channels} channels: give a folder")
+    if height != width:
+        raise ValueError(f"images of a folder become squares, and this tokenizer takes {height} x {width} "
+                         "pixels; measure it in Python, on a tensor of images")
+    return load_images(data, split, n, height, channels, **how)
 
 # %% ../../nbs/cli/01_models.ipynb #c1e0de66
 @dataclass(frozen=True, kw_only=True)

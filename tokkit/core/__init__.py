@@ -10,3 +10,4 @@ from .locks import *
 from .bundles import *
 from .registry import *
 from .evaluation import *
+from .references import *

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Int
 from torch import nn, Tensor
 
-from ..core import bar, check_count, check_range, check_sizes, LatentSpec, make_rng, tensors_hash
+from ..core import (bar, check_count, check_range, check_sizes, device_of, LatentSpec, make_rng,
+                         tensors_hash)
 from .sampling import Guidance, row_seeds, Sampling
 
 # %% ../../nbs/generators/01_base.ipynb #90bbcf6c
@@ -271,7 +272,7 @@ def sample_batches(
     **how:Any,                         # fields of `Sampling`
 ) -> tuple[Tensor, Int[Tensor, "b"]]:
     "Sampled latents and their labels"
-    device = next((p.device for p in generator.parameters()), torch.device('cpu'))
+    device = device_of(generator)
     labels = _labels(generator, labels)
     if keep is not None and len(keep[0]) != len(labels):
         raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import make_rng
+from ..core import device_of, make_rng
 from .base import balanced_labels, LatentGenerator
 
 # %% ../../nbs/generators/08_inference.ipynb #fa0a582f
@@ -111,7 +111,7 @@ def input_ranges(
 ) -> dict[str,tuple[float,float]]:
     "Smallest and largest input of every linear layer, in the order of their last use"
     seen = {}
-    device = next(generator.parameters()).device
+    device = device_of(generator)
     def watch(name):
         def see(_, inputs):
             low,high = inputs[0].detach().aminmax()
@@ -247,7 +247,7 @@ def _bf16(generator):
     "Everything in bfloat16 but the last linear layer"
     name = list(input_ranges(generator, 1))[-1]
     head = generator.get_submodule(name)
-    device = next(generator.parameters()).device
+    device = device_of(generator)
     if device.type == 'cpu' and not torch.cpu._is_avx512_bf16_supported():
         warnings.warn("this CPU has no instructions for bf16, so bf16 will be slower than fp32; take "
                       "precision='int8'", stacklevel=3)
@@ -294,7 +294,7 @@ def inference_copy(
     samples:int = 16,               # that show int8 what its layers get to see, at least 1
 ) -> LatentGenerator:
     "A copy that only samples"
-    device = next(generator.parameters()).device
+    device = device_of(generator)
     precision = precision or ('bf16' if device.type == 'cuda' else 'int8')
     _check_copy(precision, samples, compile)
     stepwise = hasattr(generator, 'sampler')

@@ -9,7 +9,6 @@ __all__ = ['METRICS', 'check_bootstrap', 'Evaluator', 'draw_images', 'on_device'
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from numbers import Integral
 from typing import Any
 
@@ -19,7 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from ..core import bar, bundle, check_count, default_device, evaluating, make_rng, Registry
+from ..core import bar, bundle, check_count, default_device, device_of, evaluating, make_rng, Registry
 from ..features import (CHUNK, chunks, default_extractor, FeatureExtractor, FeatureStats, get_extractor,
                              stream)
 from .card import Card
@@ -136,8 +135,7 @@ def on_device(
         yield default_device(str(device)) if device else getattr(tok.codebook, 'device', torch.device('cpu'))
         return
     if device is not None: tok.to(default_device(str(device)))
-    where = next((t.device for t in chain(tok.parameters(), tok.buffers())), torch.device('cpu'))
-    with evaluating(tok): yield where
+    with evaluating(tok): yield device_of(tok)
 
 # %% ../../nbs/metrics/07_evaluator.ipynb #bfc71203
 def through(

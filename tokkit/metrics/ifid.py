@@ -21,6 +21,7 @@ from .card import Card
 from .evaluator import _print, through, Evaluator, METRICS
 from .reconstruction import _encode
 from .reference import describe_images
+from ..tokenizers import check_offers, HasLatents
 
 # %% ../../nbs/metrics/09_ifid.ipynb #ffc924bf
 def slerp(
@@ -178,10 +179,7 @@ def _partners(tok:Any, images:Any, train:Any, z:Tensor, between:Between, seed:in
 # %% ../../nbs/metrics/09_ifid.ipynb #4d15d660
 def _check(tok:Any, images:Any, trained:dict):
     "Refuse a tokenizer without the methods that are needed, and training images that are the measured ones"
-    missing = [k for k in ('encode','quantize','decode') if not hasattr(tok, k)]
-    if missing:
-        raise ValueError(f"ifid needs a tokenizer with encode, quantize and decode; {type(tok).__name__} "
-                         f"lacks {', '.join(missing)}")
+    check_offers(tok, HasLatents, 'ifid')
     if describe_images(images)['hash'] == trained['hash']:
         raise ValueError("train holds the measured images themselves; every nearest neighbour would be the "
                          "image: give others")

@@ -21,7 +21,7 @@ from ..features import FeatureExtractor
 from .card import Card
 from .evaluator import _print, _se, through, Evaluator, Measurement, METRICS
 from ..perturbation import effective_rate, perturb_codes, perturb_latents
-from ..tokenizers import NeighbourTable, Quantizer
+from ..tokenizers import check_offers, HasCodes, HasLatents, NeighbourTable, Quantizer, Reconstructs
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #3c6f6951
 @METRICS.register('rfid')
@@ -32,6 +32,7 @@ def rfid(
     **settings:Any,   # fields of the evaluator: n, bootstrap, seed, reference, device, ...
 ) -> Card:
     "Fréchet distance between reconstructions and originals"
+    check_offers(tok, Reconstructs, 'rfid')
     evaluator = Evaluator.of(evaluator, **settings)
     images = evaluator.draw(images)
     with evaluator.measuring(images, tok, 'rFID') as measurement:
@@ -174,6 +175,8 @@ def pfid(
     **settings:Any,            # fields of both: alphas, deltas, kind, ...; extractor, n, bootstrap, seed, ...
 ) -> Card:
     "Mean Fréchet distance of reconstructions from perturbed tokens, over a grid of doses"
+    continuous = getattr(tok, 'codebook', ...) is None
+    check_offers(tok, HasLatents if continuous else HasCodes, 'pfid')
     of_doses,of_evaluator = sort_settings('pfid', settings, Doses, Evaluator)
     doses = bundle(Doses, doses, **of_doses)
     evaluator = Evaluator.of(evaluator, **of_evaluator)

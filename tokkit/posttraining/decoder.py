@@ -19,13 +19,13 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.utils.data import Dataset
 
-from ..core import bundle, check_range, sort_settings, stable_hash, tensors_hash
+from ..core import bundle, check_range, device_of, sort_settings, stable_hash, tensors_hash
 from ..data import from_uint8, to_uint8
 from ..metrics import Card, gfid
 from .low_rank import _linear, add_low_rank, merge_low_rank
 from .pairs import LatentPairs
 from .preservation import check_decodable
-from ..tokenizers import decode_all, Tokenizer
+from ..tokenizers import CanHeal, check_offers, decode_all, Tokenizer
 from ..training import (Callback, EMA, ema_weights, fit_model, image_optimizer, ImageLoss,
                              ImageTraining, only_train, Phase, rate_schedule, recon_loss,
                              TrainingContext)
@@ -42,7 +42,8 @@ def robustok_trainable(
     learns = [n for n in names if not re.match(_BACKBONE, n)]
     if len(learns) == len(names):
         raise ValueError("freeze='official' is known for tokenizers with a ViT encoder, got kind "
-                         f"{tok.cfg.kind!r}; take freeze='all'")
+                         f"{getattr(tok.cfg, 'kind', type(tok).__name__)!r}; take "
+                         "freeze='all'")
     return learns
 
 # leave trainable what the released code leaves trainable
@@ -116,7 +117,7 @@ class Probe:
         x = decode_all(tok, self.latents)
         if not x.isfinite().all(): raise FloatingPointError("the decoder makes NaN or infinity")
         return gfid(x, self.images, self.extractor, bootstrap=self.bootstrap, seed=self.seed,
-                    device=str(next(tok.parameters()).device))
+                    device=str(device_of(tok)))
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #cd54131d
 class KeepBest(Callback):
@@ -240,7 +241,8 @@ class _HealingLoss(ImageLoss):
     "The image loss, with the original tokenizer beside it"
     def __init__(self, cfg, tok, seed, original=None):
         self.original = original and copy.deepcopy(original).requires_grad_(False).eval()
-        super().__init__(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), seed, tok.spec.shape[1])
+        super().__init__(cfg, tok.image_shape[0], tok.last_layer, torch.device('cpu'), seed,
+                         tok.spec.shape[1])
     def to(self, device):
         if self.original is not None: self.original.to(device)
         return super().to(device)
@@ -290,6 +292,7 @@ def finetune_decoder(
     **how,                               # fields of `PostTraining` and `TrainingContext`
 ) -> tuple[Tokenizer, pd.DataFrame]:
     "Train a copy of a tokenizer, frozen as asked, by any step"
+    check_offers(tok, CanHeal, 'post-training')
     plan,context = _settings('finetune_decoder', 'healing', plan, context, how)
     plan = plan.filled(0.)
     healed = copy.deepcopy(tok)

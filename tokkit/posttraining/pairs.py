@@ -21,7 +21,7 @@ from ..core import make_rng, own_settings, stable_hash, tensors_hash, to_plain
 from ..data import ImageSet
 from ..generators import LatentGenerator, row_seeds, sample_batches
 from .preservation import _plain_sigma, check_fit, row_sigmas, Sigma
-from ..tokenizers import encode_all, reencode, Tokenizer
+from ..tokenizers import check_offers, encode_all, reencode, TakesGenerators, Tokenizer
 
 # %% ../../nbs/posttraining/01_pairs.ipynb #c84eefdf
 class LatentPairs(Dataset):
@@ -94,6 +94,7 @@ def clean_pairs(
     reencoded:bool = False, # decode them and encode again, as pairs of source 'reencode' are
 ) -> LatentPairs:
     "The control: the images' own latents"
+    check_offers(tok, TakesGenerators, 'clean_pairs')
     latents = encode_all(tok, images)
     if not reencoded: return LatentPairs(latents, images, dict(source='clean'))
     again = reencode(tok, latents)
@@ -148,6 +149,7 @@ class PairMaker:
         # latents of the images, where `encode_all` has made them; None: they are encoded
         known:Tensor|None = None,
     ):
+        check_offers(tok, TakesGenerators, 'pairs')
         if generator is not None: check_fit(generator, tok)
         self.generator = generator
         self.tok = tok

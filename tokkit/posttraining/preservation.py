@@ -77,13 +77,18 @@ def check_decodable(
     for p in parts:
         if k: check_ids(p, k)
         elif p.numel(): check_finite('latents of image', p, 'look at the generator')
-    mine = (tok.cfg.channels, tok.cfg.size, tok.cfg.size)
+    mine = tuple(tok.image_shape)
     theirs = tuple(images[:1][0].shape[1:])
     if mine != theirs:
         raise ValueError(f"the tokenizer makes images {mine}, got images {theirs}; give images of its size "
                          "and channels")
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #2fabf6d6
+def _of_decoder(tok) -> set[str]:
+    "Names of the tensors of its decoder"
+    mine = {id(t) for t in (*tok.decoder.parameters(), *tok.decoder.buffers())}
+    return {name for name,t in (*tok.named_parameters(), *tok.named_buffers()) if id(t) in mine}
+
 def check_same(
     tok:Tokenizer,   # as it was
     other:Tokenizer, # the same but for its decoder
@@ -93,8 +98,10 @@ def check_same(
     theirs = other.state_dict()
     def same(k):
         return k in theirs and mine[k].shape == theirs[k].shape and mine[k].equal(theirs[k].to(mine[k]))
-    wrong = [k for k in mine if not k.startswith('decoder.') and not same(k)]
-    wrong += [k for k in ('quantizer','quantizer_options') if getattr(tok.cfg, k) != getattr(other.cfg, k)]
+    healed = _of_decoder(tok)
+    wrong = [k for k in mine if k not in healed and not same(k)]
+    cfgs = [getattr(t, 'cfg', None) for t in (tok, other)]
+    wrong += [k for k in ('quantizer','quantizer_options') if len({str(getattr(c, k, '')) for c in cfgs}) > 1]
     if wrong:
         raise ValueError(f"the two tokenizers differ beyond their decoders, first in {wrong[0]}: their "
                          "latents would not mean the same; give a tokenizer and what post-training "

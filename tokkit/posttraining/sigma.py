@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 
-from ..core import bar, check_range, sort_settings
+from ..core import bar, check_range, device_of, sort_settings
 from ..data import ImageSet
 from ..generators import LatentGenerator, sample_batches
 from ..metrics import mmd2
 from .decoder import posttrain_decoder, PostTraining, Probe
 from .pair_store import latent_pairs
 from .pairs import clean_pairs, make_pairing, Pairing
-from ..tokenizers import decode_all, Tokenizer
+from ..tokenizers import CanHeal, check_offers, decode_all, Tokenizer
 from ..training import ImageTraining, recon_loss, TrainingContext
 
 # %% ../../nbs/posttraining/06_sigma.ipynb #420b0eaa
@@ -38,7 +38,7 @@ def sigma_evidence(
     "What pairs at each sigma look like: how near to free samples, how far from their image"
     pairing = make_pairing(pairing, **how)
     some = images.subset(min(n, len(images)))
-    where = next(tok.parameters()).device
+    where = device_of(tok)
     free,_ = sample_batches(generator, some.labels, seed=pairing.seed+1, **pairing.sampling)
     def vectors(latents):
         if tok.spec.codebook_size is not None: latents = tok.codes(latents.to(where)).cpu()
@@ -153,6 +153,7 @@ def choose_sigma(
     **how,
 ) -> SigmaRace:
     "Race the candidates by successive halving, the control beside them"
+    check_offers(tok, CanHeal, 'choose_sigma')
     left = racers = _racers(sigmas)
     track = _track(tok, generator, images, cfg, how)
     plan = race_plan(len(racers), len(images), share)

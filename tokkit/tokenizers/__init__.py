@@ -7,6 +7,7 @@ from .quantizer_registry import *
 from .config import *
 from .transformers import *
 from .convolutional import *
+from .protocol import *
 from .tokenizer import *
 from .latents import *
 from .robustok import *

@@ -252,7 +252,7 @@ def train_tokenizer(
         raise ValueError("the loss of held-out images is that of pixels, features and their distribution, "
                          "and none of them has a weight; leave validation out")
     tok.train()
-    loss = ImageLoss(cfg, tok.cfg.channels, tok.last_layer, torch.device('cpu'), context.seed,
+    loss = ImageLoss(cfg, tok.image_shape[0], tok.last_layer, torch.device('cpu'), context.seed,
                      tok.spec.shape[1]).fit(images, context.device)
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
     phase = Phase(step, image_optimizer(tok, loss), rate_schedule(cfg), cfg.clip)

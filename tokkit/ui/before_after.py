@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..core import check_range, evaluating
+from ..core import check_range, device_of, evaluating
 from ..generators import LatentGenerator, sample_batches
 from ..posttraining import check_fit, check_same, SOURCES
 from ..tokenizers import decode_all, reencode, Tokenizer
@@ -101,7 +101,7 @@ def _draw(self:BeforeAfterExplorer) -> tuple[Tensor,Tensor,Tensor]:
     s = self.state
     x,labels = self.images[s['page']*self.n:(s['page']+1)*self.n]
     with evaluating(self.before), evaluating(self.generator):
-        real = self.before.to_latents(x.to(next(self.before.parameters()).device)).cpu()
+        real = self.before.to_latents(x.to(device_of(self.before))).cpu()
         if s['sigma'] == 1: return x, real, real
         keep = (real, s['sigma']) if s['sigma'] else None
         made, *_ = sample_batches(self.generator, labels, seed=s['seed'], keep=keep, **self.sampling)
