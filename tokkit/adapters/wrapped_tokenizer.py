@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'NEEDED', 'WrappedTokenizer', 'wrap_tokenizer']
 
-# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #0e17979c
+# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #1d410744
 import warnings
 from collections.abc import Callable
 from copy import copy
@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import nn, Tensor
 
 from .wrapping import Functions, GivenCodes, Wrapping
-from ..core import (bundle, check_finite, device_of, evaluating, LatentSpec, Reference, save_model,
-                         stable_hash, tensors_hash, to_plain)
+from ..core import (bundle, check_finite, device_of, evaluating, find_function, LatentSpec, Reference,
+                         save_model, stable_hash, tensors_hash, to_plain)
 from ..tokenizers import check_ids, ImageTokenizer, NoQuantizer, Quantizer
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #dddc59e1
@@ -279,14 +279,23 @@ def wrap_tokenizer(
         images = torch.zeros(1, *wrapping.image_shape)
     return WrappedTokenizer(model, functions, codebook, wrapping, images).eval()
 
-# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #8e200dda
+# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #793d3ccd
+@patch
+def check_saveable(self:WrappedTokenizer):
+    "Raise one line unless a file can name what made it"
+    made_by = getattr(self, 'cfg', None)
+    if not isinstance(made_by, Reference) or made_by.name.startswith('__main__'):
+        raise ValueError(f"a file cannot hold the functions of {self.name}; make it in a function of a "
+                         "module of your own, with @factory (of tokkit.core) above it, and call that")
+    if not getattr(find_function(made_by.name), 'makes_models', False):
+        raise ValueError(f"{made_by.name} is not marked as one that makes models, so that nobody could read "
+                         "the file back; write @factory (of tokkit.core) above it")
+
 @patch
 def save(self:WrappedTokenizer,
     folder:str|Path, # made if it is not there
 ) -> Path:
     "Write weights, spec, and the name of the function that makes the tokenizer"
-    made_by = getattr(self, 'cfg', None)
-    if not isinstance(made_by, Reference) or made_by.name.startswith('__main__'):
-        raise ValueError(f"a file cannot hold the functions of {self.name}; make it in a function of a "
-                         "module of your own, with @factory (of tokkit.core) above it, and call that")
+    self.check_saveable()
     return save_model(self, folder, spec=to_plain(self.spec))
+

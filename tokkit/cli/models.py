@@ -19,10 +19,19 @@ def _given(**options) -> dict[str,Any]:
     "The options that are not left out"
     return {name:value for name,value in options.items() if value is not None}
 
+def _is_function(name:str) -> bool:
+    "module:function, and no folder of that name"
+    return ':' in name and not Path(name).exists()
+
 def _saved_tokenizer(folder:str):
-    "A tokenizer from its folder, or which folders below it hold one"
-    from tokkit.tokenizers import Tokenizer
-    try: return Tokenizer.load(folder)
+    "A tokenizer from its folder, or from a function of the user's; or which folders below hold one"
+    from tokkit.core import make_named
+    from tokkit.tokenizers import check_offers, load_tokenizer, TakesGenerators
+    if _is_function(folder):
+        tok = make_named(folder)
+        check_offers(tok, TakesGenerators, folder)
+        return tok
+    try: return load_tokenizer(folder)
     except (ValueError, OSError) as e:
         below = [p.parent.name for p in sorted(Path(folder).glob('*/config.json'))]
         if not below: raise e
@@ -46,7 +55,8 @@ def _images_for(tok, data, split, n=None, **how):
 @dataclass(frozen=True, kw_only=True)
 class MetricOptions:
     "What is measured, and how"
-    tokenizer:str                        # folder of a saved tokenizer
+    # folder of a saved tokenizer, or module:function that makes one of your own
+    tokenizer:str
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'test' # part of the data, where it has parts
     # images, drawn by the seed; 1000, or all where there are fewer, when left out

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .models import _given, _images_for, _saved_tokenizer
+from .models import _given, _images_for, _is_function, _saved_tokenizer
 from .options import use_device
 
 # %% ../../nbs/cli/02_posttraining.ipynb #c1e0de67
 @dataclass(frozen=True, kw_only=True)
 class PosttrainOptions:
     "What a decoder is trained on, and how"
-    tokenizer:str                        # folder of a saved tokenizer
-    generator:str                        # folder of a saved generator of its tokens
+    # folder of a saved tokenizer, or module:function that makes one of your own
+    tokenizer:str
+    # folder of a saved generator of its tokens, or module:function that makes one of your own
+    generator:str
     out:str                              # folder for the healed tokenizer
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     n:int|None = None                    # images to train on; all when left out
@@ -91,10 +93,13 @@ def _plan(options:PosttrainOptions) -> _Plan:
 # %% ../../nbs/cli/02_posttraining.ipynb #a0f67f85
 def _models(tokenizer:str, generator:str, device, plan:_Plan) -> tuple:
     "Tokenizer and generator from their folders, fit for each other and for the plan"
+    from tokkit.core import make_named
     from tokkit.generators import load_generator
     from tokkit.posttraining import check_fit, PostTraining
     tok = _saved_tokenizer(tokenizer).to(device).eval()
-    gen = load_generator(generator).to(device)
+    if hasattr(tok, 'check_saveable'): tok.check_saveable()     # now, and not after the training
+    load = make_named if _is_function(generator) else load_generator
+    gen = load(generator).to(device).eval()
     check_fit(gen, tok)
     PostTraining(plan.freeze, **plan.losses).check(tok, plan.pairing['source'])
     return tok, gen

@@ -6,14 +6,16 @@
 __all__ = ['Attached', 'attach']
 
 # %% ../../nbs/perturbation/08_attach.ipynb #3d8120eb
+from collections.abc import Callable
+
 import torch
 from fastcore.basics import patch
 from jaxtyping import Int
 from torch import nn, Tensor
 
 from ..core import make_rng
-from .foreign import (_is, _pair, find_quantizer, Foreign, from_tokens, Reading, swap,
-                                         to_tokens)
+from .foreign import (_is, _pair, _read_rows, find_quantizer, Foreign, from_tokens,
+                                         Reading, swap, to_tokens)
 from .kinds import CodeKind
 from .module import LatentPerturbation, Perturbed
 from ..tokenizers import check_delta, NoQuantizer, Quantized
@@ -126,8 +128,24 @@ def before(self:Attached, module:nn.Module, args:tuple):
 
 
 # %% ../../nbs/perturbation/08_attach.ipynb #5ab15242
-def _target(module, latents):
+def _given_book(module, codebook) -> Callable:
+    "Looks up a codebook that was given: vectors, or their name in the module"
+    if isinstance(codebook, Tensor): return lambda: codebook
+    def look_up():
+        found = module
+        for name in codebook.split('.'): found = getattr(found, name)
+        return found
+    try: book = look_up()
+    except AttributeError:
+        raise ValueError(f"{type(module).__name__} has no {codebook}; give codebook= the vectors (k d), or "
+                         "their name in the module") from None
+    if isinstance(book, Tensor) and book.ndim == 2: return look_up
+    raise ValueError(f"codebook must be vectors (k d), and {codebook} of {type(module).__name__} is a "
+                     f"{type(book).__name__} {tuple(getattr(book, 'shape', ()))}")
+
+def _target(module, latents, codebook=None):
     "The module that is hooked, how it is read, and whether latents enter it"
+    if codebook is not None: return module, _read_rows(module, _given_book(module, codebook)), False
     enters = module if latents else None
     if not latents and _is(module, 'diffusers', 'AutoencoderKL'):
         enters = module.post_quant_conv or module.decoder
@@ -153,12 +171,14 @@ def attach(
     module:nn.Module,                     # a quantizer, or a model that holds one
     *,
     latents:bool = False,                 # the module is one that continuous latents enter, such as a decoder
+    # vectors (k d), or their name in the module, of a quantizer whose codes cannot be found; None: looked for
+    codebook:Tensor|str|None = None,
     rng:torch.Generator|None = None,      # all draws; None: a stream of its own from `seed`
     seed:int = 0,                         # moves all draws
     shard:tuple[int,int] = (0, 1),        # (rank, world), as in `Draws`
 ) -> Attached:
     "Perturb what leaves a quantizer, or what enters a decoder, while it trains"
-    target,reading,enters = _target(module, latents)
+    target,reading,enters = _target(module, latents, codebook)
     _check_fit(perturbation, module, target, reading.codes)
     handle = Attached(perturbation, reading, rng or make_rng(seed, 'plugin'), shard)
     if enters: handle.hook = target.register_forward_pre_hook(handle.before)

@@ -198,9 +198,9 @@ def _rows(m, rows, codes):
     return ids
 
 # %% ../../nbs/perturbation/07_foreign.ipynb #30ffb3ba
-def _read_rows(m) -> Reading|None:
-    "A module whose output is made of rows of a codebook it shows"
-    book = _book(m)
+def _read_rows(m, book:Callable|None = None) -> Reading|None:
+    "A module whose output is made of rows of a codebook that it shows, or that was given"
+    book = book or _book(m)
     if book is None: return None
     k,d = book().shape
     codes = Foreign(book, d)
