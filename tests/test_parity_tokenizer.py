@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from tokkit.layers import ViT, load_vit, to_timm
 from tokkit.training import VitTeacher, contrastive_loss
-from tokkit.tokenizers import (init_from_dinov2, load_robustok, robustok_names, robustok_state,
-                               robustok_teacher, read_robustok_checkpoint)
+from tokkit.zoo import (init_from_dinov2, load_robustok, read_checkpoint, robustok_names, robustok_state,
+                        robustok_teacher)
 from tokkit.perturbation import OFFICIAL, LatentPerturbation
 from tokkit.tokenizers import codebook_usage
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, make_tokenizer
@@ -240,7 +240,7 @@ def test_checkpoint_with_foreign_objects_and_a_command(protocol, tmp_path, monke
     assert robustok_teacher(tmp_path/'main-train.pt', 'model', heads=2).grid == (4, 4)
     assert not (tmp_path/'ran').exists()
     with pytest.raises(ValueError, match="holds no 'best'; it has model, ema, optimizer, steps, args, wish"):
-        read_robustok_checkpoint(tmp_path/'main-train.pt', 'best')
+        read_checkpoint(tmp_path/'main-train.pt', 'best')
 
 
 def test_the_command_would_have_run_otherwise(tmp_path):
@@ -253,12 +253,12 @@ def test_parameters_are_read_and_what_is_not_read_is_named(tmp_path):
     noted = torch.nn.Parameter(torch.ones(2))
     noted.note = Wish(tmp_path/'ran')
     torch.save(dict(ema=dict(a=torch.nn.Parameter(torch.zeros(2)), b=noted)), tmp_path/'x.pt')
-    back = read_robustok_checkpoint(tmp_path/'x.pt')
+    _, back = read_checkpoint(tmp_path/'x.pt')
     assert (torch.equal(back['a'], torch.zeros(2)) and torch.equal(back['b'], torch.ones(2))
             and not hasattr(back['b'], 'note'))
     torch.save(dict(ema=dict(a=torch.zeros(2), b=torch.eye(2).to_sparse())), tmp_path/'y.pt')
     with pytest.raises(ValueError, match=r'1 weights are of a kind .* \(b: _rebuild_sparse_tensor\)') as e:
-        read_robustok_checkpoint(tmp_path/'y.pt')
+        read_checkpoint(tmp_path/'y.pt')
     assert '\n' not in str(e.value) and not (tmp_path/'ran').exists()
 
 
@@ -272,7 +272,7 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
                        ('text.pt', "no checkpoint in torch's zip format"),
                        ('list.pt', 'holds no dictionary'), ('none.pt', 'no file')):
         with pytest.raises((ValueError, FileNotFoundError), match=said) as e:
-            read_robustok_checkpoint(tmp_path/name)
+            read_checkpoint(tmp_path/name)
         assert '\n' not in str(e.value)
 
 

@@ -25,9 +25,8 @@ VENDORED = {  # npm package -> what the pages need of it
 HOUSE = {
     'core': 'Core', 'data': 'Data', 'layers': 'Layers', 'show': 'Pictures', 'runs': 'Runs',
          'tokenizers': 'Tokenizers',
-    'generators': 'Generators', 'adapters': 'Models of your own', 'perturbation': 'Perturbation',
-         'features': 'Features', 'metrics': 'Metrics',
-         'training': 'Training',
+    'generators': 'Generators', 'adapters': 'Models of your own', 'zoo': 'Published models',
+    'perturbation': 'Perturbation', 'features': 'Features', 'metrics': 'Metrics', 'training': 'Training',
     'posttraining': 'Post-training', 'analysis': 'Analysis', 'demo': 'Demo', 'ui': 'Figures and explorers',
          'cli': 'Command line'}
 SECTIONS = {'How-to': 'howto', 'Explain': 'explain', 'Results': 'results', 'Explore': 'explore',

@@ -146,7 +146,7 @@ def reconstruct(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]) -> Float[Tens
     "Images through the tokenizer and back"
     return self.from_latents(self.to_latents(x))
 
-# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #ef2270ed
+# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #8e0dcaa9
 @patch
 def _measure(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
     "Learn from images how its latents lie; sets `spec`"
@@ -155,6 +155,7 @@ def _measure(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
     x = x.to(device_of(self))
     if 'tokenize' in self.functions.how: self._measure_ids(self._call('tokenize', self._into(x)))
     if 'encode' in self.functions.how: self._measure_latents(x)
+    if x.is_meta: return            # shapes without values: nothing can be looked at
     made = tuple(self.reconstruct(x[:1]).shape[1:])
     if made != self.image_shape:
         raise ValueError(f"{self.name} makes images {made} of images {self.image_shape}; give images of a "
@@ -179,8 +180,16 @@ def _measure_ids(self:WrappedTokenizer, ids:Tensor):
     shape = None if self._ids_shape == (n,) else self._ids_shape
     self.spec = LatentSpec((self._ids_shape[0], dim), grid, codebook_size=k, ids_shape=shape)
 
-# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #47ad1290
+# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #f6d5a6e8
 LAYOUTS = {4:'map', 3:'sequence', 2:'vector'}
+
+@patch
+def _check_latents(self:WrappedTokenizer, given:Tensor, x:Float[Tensor, "b c h w"]):
+    "Raise one line about latents that are not finite; warn where they are others the second time"
+    check_finite('latents of image', given, f'look at encode of {self.name}, or at its weights')
+    if torch.equal(given, self._call('encode', self._into(x))): return
+    warnings.warn(f"encode of {self.name} gives other latents the second time, so that no number of it "
+                  "is the same twice; give the mean it draws around, such as .mode()", stacklevel=5)
 
 @patch
 def _measure_latents(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
@@ -189,10 +198,7 @@ def _measure_latents(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
     if given.ndim not in LAYOUTS or not given.is_floating_point():
         raise ValueError(f"encode of {self.name} must give real latents (b d h w), (b n d) or (b d), got "
                          f"{given.dtype} {tuple(given.shape)}")
-    check_finite('latents of image', given, f'look at encode of {self.name}, or at its weights')
-    if not torch.equal(given, self._call('encode', self._into(x))):
-        warnings.warn(f"encode of {self.name} gives other latents the second time, so that no number of it "
-                      "is the same twice; give the mean it draws around, such as .mode()", stacklevel=4)
+    if not given.is_meta: self._check_latents(given, x)
     self._layout = LAYOUTS[given.ndim]
     z = self._rows(given)
     if self.spec.codebook_size: return
@@ -279,7 +285,7 @@ def wrap_tokenizer(
         images = torch.zeros(1, *wrapping.image_shape)
     return WrappedTokenizer(model, functions, codebook, wrapping, images).eval()
 
-# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #793d3ccd
+# %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #263e9d7a
 @patch
 def check_saveable(self:WrappedTokenizer):
     "Raise one line unless a file can name what made it"
@@ -297,5 +303,5 @@ def save(self:WrappedTokenizer,
 ) -> Path:
     "Write weights, spec, and the name of the function that makes the tokenizer"
     self.check_saveable()
-    return save_model(self, folder, spec=to_plain(self.spec))
+    return save_model(self, folder, spec=to_plain(self.spec), image_shape=list(self.image_shape))
 

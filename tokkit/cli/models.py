@@ -19,6 +19,19 @@ def _given(**options) -> dict[str,Any]:
     "The options that are not left out"
     return {name:value for name,value in options.items() if value is not None}
 
+def _published(name:str):
+    "A published tokenizer: zoo:NAME=FILE, or zoo:NAME=FILE@SIDE for images of another size"
+    from tokkit.zoo import load
+    entry,_,file = name.removeprefix('zoo:').partition('=')
+    file,_,side = file.partition('@')
+    if not file:
+        raise ValueError(f"expected zoo:NAME=FILE, such as zoo:llamagen-vq16=vq_ds16_c2i.pt, got {name}; "
+                         "tokkit zoo lists the names, and where the files are published")
+    if side and not side.isdigit(): raise ValueError(f"expected a side in pixels after @, got {side!r}")
+    tok = load(entry, file)
+    say(f'tokkit: {tok.loaded}')
+    return tok.sized(int(side), int(side)) if side else tok
+
 def _is_function(name:str) -> bool:
     "module:function, and no folder of that name"
     return ':' in name and not Path(name).exists()
@@ -27,6 +40,7 @@ def _saved_tokenizer(folder:str):
     "A tokenizer from its folder, or from a function of the user's; or which folders below hold one"
     from tokkit.core import make_named
     from tokkit.tokenizers import check_offers, load_tokenizer, TakesGenerators
+    if folder.startswith('zoo:'): return _published(folder)
     if _is_function(folder):
         tok = make_named(folder)
         check_offers(tok, TakesGenerators, folder)
@@ -55,7 +69,7 @@ def _images_for(tok, data, split, n=None, **how):
 @dataclass(frozen=True, kw_only=True)
 class MetricOptions:
     "What is measured, and how"
-    # folder of a saved tokenizer, or module:function that makes one of your own
+    # folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE, a published one
     tokenizer:str
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'test' # part of the data, where it has parts

@@ -17,7 +17,7 @@ from .options import use_device
 @dataclass(frozen=True, kw_only=True)
 class PosttrainOptions:
     "What a decoder is trained on, and how"
-    # folder of a saved tokenizer, or module:function that makes one of your own
+    # folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE, a published one
     tokenizer:str
     # folder of a saved generator of its tokens, or module:function that makes one of your own
     generator:str

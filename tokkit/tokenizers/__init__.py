@@ -10,4 +10,3 @@ from .convolutional import *
 from .protocol import *
 from .tokenizer import *
 from .latents import *
-from .robustok import *

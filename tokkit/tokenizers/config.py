@@ -22,6 +22,7 @@ class Backbone:
     "A pair of networks; a subclass says which"
     encoder = None  # (cfg, channels of a latent, **options) -> module from images to latents
     decoder = None  # the same, from latents to images; has `last_layer`, the weight of its last layer
+    any_size = False # its networks take images of any sides that a patch divides
     options = {}    # what it takes from `backbone_options` of the configuration, and the defaults
 
     @staticmethod

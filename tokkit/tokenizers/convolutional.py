@@ -51,6 +51,7 @@ class CNNBackbone(Backbone):
     "Small convolutional networks"
     encoder = CNNEncoder
     decoder = CNNDecoder
+    any_size = True
 
     @staticmethod
     def check(cfg):
@@ -137,6 +138,7 @@ class TamingBackbone(Backbone):
     "The networks of VQGAN"
     encoder = TamingEncoder
     decoder = TamingDecoder
+    any_size = True
 
     @staticmethod
     def check(cfg):

@@ -6,6 +6,7 @@
 __all__ = ['TOKENIZERS', 'NAMED', 'Tokenizer', 'make_tokenizer', 'save_tokenizer', 'load_tokenizer', 'fit_spec']
 
 # %% ../../nbs/tokenizers/09_tokenizer.ipynb #17fdb502
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,15 +127,47 @@ def make_tokenizer(
         torch.manual_seed(seed)
         return Tokenizer(cfg)
 
+# %% ../../nbs/tokenizers/09_tokenizer.ipynb #ef093e94
+@patch
+def sized(self:Tokenizer,
+    height:int, # of the images, pixels
+    width:int,  # likewise
+) -> Tokenizer: # shares its weights with this one
+    "The same tokenizer for images of another size, where its networks take them"
+    patch = self.cfg.patch
+    if not BACKBONES[self.cfg.kind].any_size:
+        raise ValueError(f"a tokenizer of kind {self.cfg.kind} takes images of {self.cfg.size} pixels and no "
+                         "others; convolutional ones (cnn, taming) take any size")
+    if height%patch or width%patch:
+        raise ValueError(f"the sides must be multiples of {patch}, got {height} and {width}")
+    grid = height//patch, width//patch
+    other = copy(self)
+    other._modules = dict(self._modules)
+    other.decoder = copy(self.decoder)
+    other.decoder.grid = grid
+    other.image_shape = (self.cfg.channels, height, width)
+    n = grid[0]*grid[1]
+    ids = tuple(self.quantizer.ids_shape(n)) if self.spec.codebook_size else (n,)
+    other.spec = replace(self.spec, shape=(n, self.spec.shape[1]), grid=grid,
+                         ids_shape=None if ids == (n,) else ids)
+    return other
+
 # %% ../../nbs/tokenizers/09_tokenizer.ipynb #caf4de9c
-def _tokenizer_from(config:dict) -> Tokenizer:
+def _spec_from(config:dict) -> LatentSpec:
+    "The spec of the latents as it was saved"
     s = config.get('spec')
-    check_kind(config['cfg'], TokenizerCfg, 'config.json: cfg')
     check_kind(s, LatentSpec, 'config.json: spec')
-    tok = Tokenizer(TokenizerCfg(**config['cfg']))
     grid = s['grid'] and tuple(s['grid'])
     ids = s.get('ids_shape') and tuple(s['ids_shape'])
-    tok.spec = LatentSpec(tuple(s['shape']), grid, s['mean'], s['std'], s['codebook_size'], ids)
+    return LatentSpec(tuple(s['shape']), grid, s['mean'], s['std'], s['codebook_size'], ids)
+
+def _tokenizer_from(config:dict) -> Tokenizer:
+    check_kind(config['cfg'], TokenizerCfg, 'config.json: cfg')
+    spec = _spec_from(config)
+    tok = Tokenizer(TokenizerCfg(**config['cfg']))
+    grid = spec.grid
+    if grid and grid != tok.cfg.grid: tok = tok.sized(*(side*tok.cfg.patch for side in grid))
+    tok.spec = spec
     return tok
 
 # %% ../../nbs/tokenizers/09_tokenizer.ipynb #8ee386a0
@@ -151,8 +184,12 @@ def _named_from(config:dict) -> ImageTokenizer:
     "The tokenizer that a function of somebody's module makes"
     check_kind(config['cfg'], Reference, 'config.json: cfg')
     tok = make_from(Reference(**config['cfg']))
-    if isinstance(tok, ImageTokenizer): return tok
-    raise ValueError(f"{config['cfg']['name']} made a {type(tok).__name__}, expected an ImageTokenizer")
+    if not isinstance(tok, ImageTokenizer):
+        raise ValueError(f"{config['cfg']['name']} made a {type(tok).__name__}, expected an ImageTokenizer")
+    shape = tuple(config['image_shape'])
+    if shape != tuple(tok.image_shape): tok = tok.sized(*shape[1:])
+    tok.spec = _spec_from(config)
+    return tok
 
 def load_tokenizer(
     folder:str|Path,  # written by `save_tokenizer`, or by a wrapped tokenizer's `save`

@@ -1,0 +1,6 @@
+"Published tokenizers and generators by name"
+from .checkpoints import *
+from .published import *
+from .robustok import *
+from .llamagen import *
+from .taef2 import *
