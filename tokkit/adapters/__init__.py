@@ -2,3 +2,4 @@
 from .wrapping import *
 from .wrapped_tokenizer import *
 from .wrapped_generator import *
+from .diffusers import *
