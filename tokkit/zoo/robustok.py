@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..core import load_strictly, read_tensors, state_dict_mismatch
 from ..layers import load_vit, to_timm, ViT
-from ..tokenizers import Tokenizer
+from ..tokenizers import Tokenizer, TOKENIZERS
 from .checkpoints import read_checkpoint
+from .published import Published, PUBLISHED
 
 # %% ../../nbs/zoo/02_robustok.ipynb #56c21221
 RULES = (  # (ours, theirs), regular expressions, applied in this order
@@ -126,6 +127,19 @@ def load_robustok(
     "Load weights of the released code; strict, the teacher is left out"
     where = 'these weights' if isinstance(weights, dict) else str(weights)
     return load_strictly(tok, from_robustok(tok, _read(weights, which), where), where)
+
+# %% ../../nbs/zoo/02_robustok.ipynb #9b1dfdc3
+def _base_tokenizer() -> Tokenizer: return Tokenizer(TOKENIZERS['base'])
+
+_RELEASED = dict(build=_base_tokenizer, rename=from_robustok, source='arXiv 2509.12474',
+                 home='RobusTok.github.io', code_licence='not stated', weights_licence='not stated',
+                 sets=('ema', 'model'),
+                 ignored={r'^semantic_model\.': 'the frozen teacher of the semantic loss',
+                          r'\.lvl1LC$': 'levels of positions, always the same',
+                          r'^sem_linear\.': 'never used'})
+PUBLISHED.register('robustok', Published(title='RobusTok', file='main-train.pt', **_RELEASED))
+PUBLISHED.register('robustok-post', Published(title='RobusTok, post-trained', file='post-train.pt',
+                                              **_RELEASED));
 
 # %% ../../nbs/zoo/02_robustok.ipynb #fd9bf871
 def robustok_teacher(
