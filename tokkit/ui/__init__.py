@@ -9,3 +9,4 @@ from .trace import *
 from .sampler_explorer import *
 from .before_after import *
 from .report import *
+from .noise_explorer import *

@@ -68,7 +68,8 @@ class PerturbationExplorer(Explorer):
 def _check_tokens(tok:nn.Module):
     "Raise where tokens are not one id each"
     if tok.spec.codebook_size is None:
-        raise ValueError("PerturbationExplorer needs a tokenizer with codes; this one has continuous latents")
+        raise ValueError("PerturbationExplorer needs a tokenizer with codes; this one has continuous "
+                         "latents: take NoiseExplorer")
     if getattr(tok.spec, 'ids_shape', None):
         raise ValueError("PerturbationExplorer shows tokenizers with one id a token; "
                          f"an image of this one has ids of shape {tok.spec.ids_shape}")
