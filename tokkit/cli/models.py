@@ -20,7 +20,7 @@ def _given(**options) -> dict[str,Any]:
     return {name:value for name,value in options.items() if value is not None}
 
 def _published(name:str):
-    "A published tokenizer: zoo:NAME=FILE, or zoo:NAME=FILE@SIDE for images of another size"
+    "A published tokenizer: zoo:NAME=FILE, files with commas, @SIDE behind them for images of another size"
     from tokkit.zoo import load
     entry,_,file = name.removeprefix('zoo:').partition('=')
     file,_,side = file.partition('@')
@@ -28,7 +28,8 @@ def _published(name:str):
         raise ValueError(f"expected zoo:NAME=FILE, such as zoo:llamagen-vq16=vq_ds16_c2i.pt, got {name}; "
                          "tokkit zoo lists the names, and where the files are published")
     if side and not side.isdigit(): raise ValueError(f"expected a side in pixels after @, got {side!r}")
-    tok = load(entry, file)
+    files = file.split(',')
+    tok = load(entry, files if len(files) > 1 else file)
     say(f'tokkit: {tok.loaded}')
     return tok.sized(int(side), int(side)) if side else tok
 

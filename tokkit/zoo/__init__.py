@@ -4,3 +4,4 @@ from .published import *
 from .robustok import *
 from .llamagen import *
 from .taef2 import *
+from .hub import *

@@ -34,9 +34,10 @@ def llamagen_state(
     usage = torch.zeros_like(tok.quantizer.usage, device=next(iter(theirs.values())).device)
     return from_robustok(tok, theirs|{'quantize.ema_vocab_hit_SV':usage})
 
-# %% ../../nbs/zoo/03_llamagen.ipynb #c1e53c86
-_TOLD = dict(source='arXiv 2406.06525', home='FoundationVision/LlamaGen', code_licence='MIT',
-             weights_licence='MIT', sets=('ema', 'model', 'state_dict'), rename=llamagen_state,
+# %% ../../nbs/zoo/03_llamagen.ipynb #f58031e5
+_TOLD = dict(source='arXiv 2406.06525', home='hub FoundationVision/LlamaGen', hub='FoundationVision/LlamaGen',
+             code_licence='MIT', weights_licence='MIT',
+             sets=('ema', 'model', 'state_dict'), rename=llamagen_state,
              ignored={r'codebook_used$': 'recent ids, of training'})
 PUBLISHED.register('llamagen-vq16', Published(llamagen_tokenizer, title='LlamaGen VQ-16',
                                               file='vq_ds16_c2i.pt', **_TOLD))

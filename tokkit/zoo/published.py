@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'Published', 'Loaded', 'load', 'published_models']
 
-# %% ../../nbs/zoo/01_published.ipynb #7a545e19
+# %% ../../nbs/zoo/01_published.ipynb #25676908
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import choose, Registry, state_dict_mismatch
+from ..core import choose, Registry, require_extra, state_dict_mismatch
 from ..tokenizers import ImageTokenizer
 from .checkpoints import read_checkpoint, WHOLE
 
-# %% ../../nbs/zoo/01_published.ipynb #ecb6665b
+# %% ../../nbs/zoo/01_published.ipynb #a463a0b5
 @dataclass(frozen=True, eq=False)
 class Published:
     "A published tokenizer"
@@ -35,6 +35,8 @@ class Published:
     sets:Sequence[str] = ('ema', 'model', 'state_dict') # of weights in the file, the evaluated one first
     ignored:dict[str,str] = field(default_factory=dict) # pattern of names -> why they are left out
     image_range:str = '[-1,1]'              # of the images it was trained on
+    hub:str = ''                            # its repository on the Hugging Face hub; '': it is not there
+    parts:dict[str,str] = field(default_factory=dict) # of several files: word of a file's name -> prefix
 
     # an entry is the same when its page, which runs as a module of its own, defines it again
     def __eq__(self, other): return (self.title, self.file) == (other.title, other.file)
@@ -42,7 +44,7 @@ class Published:
 
 PUBLISHED = Registry('published model', 'tokkit.zoo')
 
-# %% ../../nbs/zoo/01_published.ipynb #d0d71cfd
+# %% ../../nbs/zoo/01_published.ipynb #7495c259
 @dataclass(frozen=True)
 class Loaded:
     "What was taken from a file"
@@ -56,8 +58,9 @@ class Loaded:
     def __str__(self):
         left = ''.join(f'; {n} left out: {why}' for why,n in self.ignored.items())
         set_of = '' if self.weights == WHOLE else f'{self.weights!r} of '
+        files = ' and '.join(Path(file).name for file in self.file.split(' and '))
         return (f"{self.name}: {self.tensors} tensors, {self.parameters/1e6:.1f} M parameters, from "
-                f"{set_of}{Path(self.file).name}{left}")
+                f"{set_of}{files}{left}")
 
 def _sorted_out(entry:Published, state:dict[str,Tensor]) -> tuple[dict[str,Tensor],dict[str,int]]:
     "The tensors of the network, and how many others there are for which reason"
@@ -69,7 +72,7 @@ def _sorted_out(entry:Published, state:dict[str,Tensor]) -> tuple[dict[str,Tenso
         else: left[why] = left.get(why, 0)+1
     return kept, left
 
-# %% ../../nbs/zoo/01_published.ipynb #c9d2d744
+# %% ../../nbs/zoo/01_published.ipynb #b0cfcfd9
 def _fits(entry:Published, state:dict[str,Tensor]) -> list[str]:
     "What keeps tensors from being an entry's; empty where they fit"
     with torch.device('meta'): tok = entry.build()
@@ -82,17 +85,48 @@ def _others(name:str, state:dict[str,Tensor]) -> str:
     others = [other for other,entry in PUBLISHED.items() if other != name and not _fits(entry, state)]
     return f"; they fit {' and '.join(others)}" if others else ''
 
+def _fetched(name:str, entry:Published) -> str:
+    "The published file, from the hub or where it was fetched to before"
+    if not entry.hub:
+        raise ValueError(f"{name} is not on the hub; fetch {entry.file} from {entry.home} and give it: "
+                         f"load({name!r}, FILE)")
+    hub = require_extra('huggingface_hub', 'pretrained')
+    try: return hub.hf_hub_download(entry.hub, entry.file)
+    except Exception as e:      # of many kinds: no network, no such file, no permission
+        raise ValueError(f"{entry.file} of {entry.hub} could not be fetched ({type(e).__name__}); fetch it "
+                         f"elsewhere and give it: load({name!r}, FILE)") from e
+
+def _of_files(entry:Published, files:Sequence[str|Path], which) -> tuple[str,dict[str,Tensor]]:
+    "The tensors of several files, each under the prefix that the file's name says"
+    state = {}
+    for file in files:
+        prefix = next((p for word,p in entry.parts.items() if word in Path(file).name), None)
+        if prefix is None:
+            words = ' or '.join(entry.parts) or 'nothing: it is one file'
+            raise ValueError(f"{file}: the names of this model's files hold {words}")
+        found,part = read_checkpoint(file, which or entry.sets)
+        state |= {f'{prefix}{key}':tensor for key,tensor in part.items()}
+    return found, state
+
+def _given(name:str, entry:Published, weights, which) -> tuple[str,str,dict[str,Tensor]]:
+    "Where weights come from, which set of them it is, and the tensors"
+    if isinstance(weights, dict): return 'these tensors', WHOLE, weights
+    if isinstance(weights, (list, tuple)):
+        return ' and '.join(map(str, weights)), *_of_files(entry, weights, which)
+    file = _fetched(name, entry) if weights == 'hub' else weights
+    return str(file), *read_checkpoint(file, which or entry.sets)
+
+# %% ../../nbs/zoo/01_published.ipynb #890592a9
 def load(
-    name:str,                       # of `PUBLISHED`
-    weights:str|Path|dict|None = None, # a file; tensors by the authors' names; None: random weights
-    which:str|None = None,          # the set of weights in the file; None: the one the authors evaluate
+    name:str,                 # of `PUBLISHED`
+    # a file, several files, 'hub' to fetch it, or tensors by the authors' names; None: random weights
+    weights:str|Path|Sequence|dict|None = None,
+    which:str|None = None,    # the set of weights in the file; None: the one the authors evaluate
 ) -> ImageTokenizer: # in eval mode
     "A published tokenizer with its weights; what was taken from the file is its `loaded`"
     entry = choose(PUBLISHED, name)
     if weights is None: return entry.build().eval()
-    given = isinstance(weights, dict)
-    where = 'these tensors' if given else str(weights)
-    found,state = (WHOLE, weights) if given else read_checkpoint(weights, which or entry.sets)
+    where,found,state = _given(name, entry, weights, which)
     kept,left = _sorted_out(entry, state)
     if wrong := _fits(entry, state):
         raise ValueError(f"{where}: not the weights of {name}: {', '.join(wrong)}{_others(name, state)}")

@@ -59,7 +59,7 @@ class TAEF2(nn.Module):
                                      *(Block(pooled=True) for _ in range(3)),
                                      *_doubled(3), *_doubled(3), *_doubled(1), _conv(WIDTH, 3))
 
-# %% ../../nbs/zoo/04_taef2.ipynb #06ab6bb9
+# %% ../../nbs/zoo/04_taef2.ipynb #035f576f
 @factory
 def taef2_tokenizer(
     size:int = 256,  # side of the images, pixels, a multiple of 8; `sized` takes others
@@ -81,5 +81,6 @@ def taef2_state(
     return {renamed(name): tensor for name,tensor in theirs.items()}
 
 PUBLISHED.register('taef2', Published(taef2_tokenizer, taef2_state, 'TAEF2', 'github.com/madebyollin/taesd',
-                                      'madebyollin/taef2', 'taef2.safetensors', 'MIT', 'MIT',
-                                      image_range='[0,1]'));
+                                      'github.com/madebyollin/taesd', 'taef2_encoder.pth, taef2_decoder.pth',
+                                      'MIT', 'MIT', image_range='[0,1]',
+                                      parts=dict(encoder='encoder.', decoder='decoder.')));
