@@ -42,6 +42,7 @@ def _seeded(seed:int):
 class WrappedGenerator(LatentGenerator):
     "Somebody else's generator, behind our contract; it draws and is not trained"
     kind = 'wrapped'
+    calls_back = False
 
     def __init__(self,
         model:nn.Module|None,       # whose weights; None: those of the function

@@ -199,21 +199,26 @@ def _ask(generator, record, given, labels, sampling, sigma, seed):
 # %% ../../nbs/analysis/00_generator_errors.ipynb #c676264a
 class _Tokens:
     "A callback of `sample` that looks up what the logits say about the real ids"
-    def __init__(self, generator, mode, real, codes, sampling, seed):
+    def __init__(self, generator, mode, real, codes, sampling, seed, sigma):
+        self.calls_back = generator.calls_back
+        self.sigma = sigma
         self.in_order = generator.in_order
         self.teacher = mode == 'teacher'
         self.codes = codes
         self.how = sampling.of_codes
         self.seed = seed
         self.real = real.flatten(1)
-        self.values = {k: np.full(self.real.shape, np.nan, np.float32) for k in RECORDED}
+        told = RECORDED if self.calls_back else ('wrong', 'distance', 'neighbour')
+        self.values = {k: np.full(self.real.shape, np.nan, np.float32) for k in told}
         self.depth = np.zeros(self.real.shape, np.int64)
 
     def __call__(self, at):
+        if not self.calls_back: return
         logits = at['logits'].float().cpu()
         if self.in_order: self._look_in_order(at, logits)
         elif not self.teacher or at['i'] == 0: self._look_at_all(at, logits)
-    def end(self, made): pass
+    def end(self, made):
+        if not self.calls_back: self._look_at_the_end(made.flatten(1))
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #e255a244
 # logits (b k) of one entry, or (b l k) of some levels of some places
@@ -257,6 +262,18 @@ def _note(self:_Tokens, image, entry, logits, known, i):
     for k,v in found.items(): self.values[k][row, entry] = v.float()
     self.depth[row, entry] = known
 
+# %% ../../nbs/analysis/00_generator_errors.ipynb #f96d93ef
+# of a sampler that tells no steps the outcome alone: which tokens were redrawn nobody knows, but how many
+@patch
+def _look_at_the_end(self:_Tokens, made):
+    real = self.real[self.some]
+    image,entry = (made != real).nonzero(as_tuple=True)
+    away,number = self.codes.compare(entry, real[image, entry], made[image, entry])
+    self.values['wrong'][self.some] = (made != real).float()/(1-self.sigma)
+    row = image+self.some.start
+    self.values['distance'][row, entry] = away
+    self.values['neighbour'][row, entry] = number
+
 # %% ../../nbs/analysis/00_generator_errors.ipynb #432a5126
 class _Continuous:
     "A callback that compares predicted latents with the real ones, in units of their variance"
@@ -290,6 +307,9 @@ def error_profile(
 ) -> ErrorProfile:
     "Probability and rank of real tokens, distance of wrong ones; of continuous latents the squared error"
     if mode not in ('teacher', 'free'): raise ValueError(f"mode must be 'teacher' or 'free', got {mode!r}")
+    if mode == 'teacher' and not generator.calls_back:
+        raise ValueError(f"teacher forcing looks at every step of a sampler, and that of "
+                         f"{type(generator).__name__} tells none; take mode='free'")
     given,labels = _given(generator, tok, images, n, seed)
     sigma = _real_part(generator, mode, sigma)
     sampling = Sampling.of(**how)
@@ -297,7 +317,7 @@ def error_profile(
         sampling = replace(sampling, steps=1)                                  # one look is enough
     if generator.codebook_size:
         codes = _Codes(as_codes(getattr(tok, 'quantizer', tok)), generator.shape)
-        record = _Tokens(generator, mode, given, codes, sampling, seed)
+        record = _Tokens(generator, mode, given, codes, sampling, seed, sigma)
     else: record = _Continuous(mode, given)
     _ask(generator, record, given, labels, sampling, sigma, seed)
     known = getattr(getattr(generator, 'cfg', None), 'grid', None)

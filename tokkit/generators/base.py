@@ -77,6 +77,7 @@ class LatentGenerator(nn.Module, ABC):
     label_dropout:float        # fraction of labels left out in training; guidance needs some
     codebook_size:int|None     # K, or None for continuous latents
     in_order:bool = False      # sets its ids in a fixed order, each given those before
+    calls_back:bool = True      # its sampler tells every step to `callback`
     default_steps:int|None = None # of a sampler that lets one choose; None: there is no choice
     sampling_fields:tuple[str,...] = 'guidance', 'temperature', 'top_k', 'top_p' # it takes of `Sampling`
 

@@ -216,6 +216,10 @@ def _print(tok:Any) -> str:
     "A tokenizer's fingerprint, when it has one"
     return getattr(tok, 'fingerprint', 'unnamed')
 
+def _told(tok:Any) -> dict:
+    "What a card says of a tokenizer: its fingerprint, and what it tells of itself"
+    return dict(tokenizer=_print(tok)) | getattr(tok, 'told', {})
+
 def _se(replicates:Any) -> float|None:
     "Standard error from replicates; None where there are fewer than two"
     return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None

@@ -18,7 +18,7 @@ from ..core import bundle, make_rng, sort_settings
 from ..data import to_uint8
 from ..features import CHUNK, FeatureExtractor
 from .card import Card
-from .evaluator import _print, through, Evaluator, METRICS
+from .evaluator import _told, through, Evaluator, METRICS
 from .reconstruction import _encode
 from .reference import describe_images
 from ..tokenizers import check_offers, HasLatents
@@ -207,7 +207,7 @@ def ifid(
         z = _encode(tok, images, where, False)
         partners = _partners(tok, images, train, z.to(where), between, evaluator.seed)
         value,replicates = measurement.distance(through(tok.decode, between.points(z, partners), where))
-    how = dict(tokenizer=_print(tok), train=trained['name'], train_hash=trained['hash'],
+    how = _told(tok) | dict(train=trained['name'], train_hash=trained['hash'],
                train_n=trained['n'], top_k=between.top_k, t=between.t, how=between.how,
                same_class=between.same_class, near='cosine of whole latents',
                weights='softmax(-mean squared distance)')

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import bundle, check_count, check_range, make_rng, sort_settings
 from ..features import FeatureExtractor
 from .card import Card
-from .evaluator import _print, _se, through, Evaluator, Measurement, METRICS
+from .evaluator import _se, _told, through, Evaluator, Measurement, METRICS
 from ..perturbation import effective_rate, perturb_codes, perturb_latents
 from ..tokenizers import check_offers, HasCodes, HasLatents, NeighbourTable, Quantizer, Reconstructs
 
@@ -38,7 +38,7 @@ def rfid(
     with evaluator.measuring(images, tok, 'rFID') as measurement:
         made = through(tok.reconstruct, images, measurement.device)
         value,replicates = measurement.distance(made)
-    return measurement.card('rFID', value, replicates, measurement.settings(tokenizer=_print(tok)))
+    return measurement.card('rFID', value, replicates, measurement.settings(**_told(tok)))
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #187c843b
 PFID_ALPHAS = (.9,.8,.7,.6,.5)      # fractions of an image's tokens redrawn
@@ -187,6 +187,6 @@ def pfid(
         rows,replicates = _measure_cells(measurement, tok, images, cells, perturb)
     values = [row['value'] for row in rows.values()]
     how = _choices(tok, doses, list(rows.values()))
-    how |= dict(tokenizer=_print(tok), beta=1., cells=f'mean of {len(rows)}, the same images in each')
+    how |= _told(tok) | dict(beta=1., cells=f'mean of {len(rows)}, the same images in each')
     return measurement.card('pFID', float(np.mean(values)), np.mean(replicates, 0),
                             measurement.settings(**how), cells=rows)

@@ -65,6 +65,9 @@ def _check(self:SamplerStepper):
     "Raise where generator, tokenizer and classes do not belong together"
     g = self.generator
     spec = self.tok.spec
+    if not getattr(g, 'calls_back', True):
+        raise ValueError(f"SamplerStepper shows a sampler step by step, and that of {type(g).__name__} tells "
+                         "none of its steps; look at its samples with tokkit.show")
     if spec.codebook_size is None: shape = spec.shape
     else: shape = getattr(spec, 'ids_shape', None) or spec.shape[:1]
     if tuple(g.shape) != tuple(shape) or g.codebook_size != spec.codebook_size:
