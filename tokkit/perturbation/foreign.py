@@ -140,6 +140,19 @@ def _read_residual(m) -> Reading:
     codes = Foreign(lambda: m.codebooks, dim, inner, compare=lambda z: m.project_in(z), behind=m.project_out)
     return Reading(codes, _pair, lambda zq: m.accept_image_fmap)
 
+# %% ../../nbs/perturbation/07_foreign.ipynb #24383939
+_LEVELS = 'ResidualFSQ', 'ResidualLFQ', 'ResidualSimVQ'
+
+def _read_levels(m) -> Reading:
+    "Levels of another kind that add up, as the module itself adds them"
+    def inner(ids): return m.get_codes_from_indices(ids).sum(0)
+    enters = getattr(m, 'project_in', None)
+    leaves = getattr(m, 'project_out', None)
+    one = m.codebooks[0,:1].detach()
+    dim = one.shape[-1] if leaves is None else leaves(one).shape[-1]
+    codes = Foreign(lambda: m.codebooks, dim, inner, compare=enters, behind=leaves)
+    return Reading(codes, _pair, lambda zq: bool(getattr(m, 'channel_first', False)))
+
 # %% ../../nbs/perturbation/07_foreign.ipynb #a95cbd64
 def _read_signs(m) -> Reading:
     "FSQ and LFQ: codes on a lattice"
@@ -218,12 +231,13 @@ def _read_rows(m, book:Callable|None = None) -> Reading|None:
 def _known(m) -> bool:
     "Whether the class of the module says how to read it"
     if isinstance(m, Quantizer): return True
-    return _is(m, 'vector_quantize_pytorch', 'VectorQuantize', 'ResidualVQ', 'FSQ', 'LFQ')
+    return _is(m, 'vector_quantize_pytorch', 'VectorQuantize', 'ResidualVQ', 'FSQ', 'LFQ', *_LEVELS)
 
 def _reading(m) -> Reading|None:
     "How to read a module, if it can be read"
     if isinstance(m, Quantizer): return Reading(m, _pair)
     if not _known(m): return _read_rows(m)
+    if _is(m, 'vector_quantize_pytorch', *_LEVELS): return _read_levels(m)
     if hasattr(m, 'layers'): return _read_residual(m)
     if hasattr(m, 'num_codebooks'): return _read_signs(m)
     return _read_vq(m)
