@@ -145,7 +145,7 @@ _LEVELS = 'ResidualFSQ', 'ResidualLFQ', 'ResidualSimVQ'
 
 def _read_levels(m) -> Reading:
     "Levels of another kind that add up, as the module itself adds them"
-    def inner(ids): return m.get_codes_from_indices(ids).sum(0)
+    def inner(ids): return m.get_codes_from_indices(ids).sum(0).detach()
     enters = getattr(m, 'project_in', None)
     leaves = getattr(m, 'project_out', None)
     one = m.codebooks[0,:1].detach()
