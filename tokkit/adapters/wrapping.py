@@ -24,7 +24,7 @@ class Wrapping:
     image_range:tuple[float,float] = (-1., 1.)  # of the images it takes and makes; ours are in [-1,1]
     l2_norm:bool = False         # latents and codes are compared by direction, and decoded at length 1
     codebook_size:int|None = None # K, where ids are given without a codebook
-    learns:tuple[str,...] = ()   # parts of the model that post-training trains; none: its `decoder`
+    learns:str|tuple[str,...] = () # parts of the model that post-training trains; none: its `decoder`
     last_layer:str|None = None   # weight of the decoder's last layer; None: the last matrix of what learns
     name:str = ''                # what it is called; '': the class of the model
 

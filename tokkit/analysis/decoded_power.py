@@ -12,13 +12,13 @@ import pandas as pd
 from torch import Tensor
 
 from ..features import extract, spectrum_extractor
-from ..tokenizers import decode_all, Tokenizer
+from ..tokenizers import decode_all, ImageTokenizer
 
 # %% ../../nbs/analysis/07_decoded_power.ipynb #489d8364
 def decoded_power(
-    decoders:Mapping[str,Tokenizer], # states of a decoder by name, in eval mode
-    latents:Tensor,                  # decoded by all of them, one row an image
-    images:Tensor,                   # real images (b c h w), for comparison
+    decoders:Mapping[str,ImageTokenizer], # states of a decoder by name, in eval mode
+    latents:Tensor,                       # decoded by all of them, one row an image
+    images:Tensor,                        # real images (b c h w), for comparison
 ) -> pd.DataFrame: # rows: of, frequency (cycles an image), mean log power, gap to the images, se
     "Power by frequency of real images, and of the same latents through several decoders"
     judge = spectrum_extractor(channels=images.shape[1])

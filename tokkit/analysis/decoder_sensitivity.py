@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import check_range, make_rng
 from ..perturbation import nth_nearest, split_levels
 from ..posttraining import check_same
-from ..tokenizers import decode_all, Quantizer, Tokenizer
+from ..tokenizers import decode_all, ImageTokenizer, Quantizer
 
 # %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #24689332
 def rank_bands(
@@ -127,7 +127,7 @@ def _doses(latents, codes) -> Sequence:
 # %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #0a3ab24d
 def decoder_sensitivity(
     # states of one tokenizer's decoder by name, in eval mode; the first is what others are compared with
-    decoders:Mapping[str,Tokenizer],
+    decoders:Mapping[str,ImageTokenizer],
     latents:Tensor,                   # right ones, one row an image
     images:Tensor,                    # the images (b c h w) they belong to
     # bands of ranks, or strengths of noise; None: all ranks in bands, or .25 to 2 standard deviations

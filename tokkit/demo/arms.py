@@ -14,7 +14,7 @@ from ..data import ImageSet
 from .demo import Demo
 from ..posttraining import (clean_pairs, LatentPairs, match_distribution, open_pairs,
                                  posttrain_decoder, write_pairs)
-from ..tokenizers import Tokenizer
+from ..tokenizers import ImageTokenizer, load_tokenizer
 
 # %% ../../nbs/demo/03_arms.ipynb #ac7a638c
 # arms by what their decoder learns from
@@ -88,7 +88,7 @@ def steps(self:Demo, arm:str) -> int:
 
 # %% ../../nbs/demo/03_arms.ipynb #f96defa1
 @patch
-def decoder(self:Demo, kind:str, arm:str) -> Tokenizer:
+def decoder(self:Demo, kind:str, arm:str) -> ImageTokenizer:
     "The tokenizer, its decoder untouched or trained as the arm says"
     if arm not in ARMS: raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
     tok = self.tokenizer(kind)
@@ -108,4 +108,4 @@ def decoder(self:Demo, kind:str, arm:str) -> Tokenizer:
         healed.save(tmp)
         history.to_csv(tmp/'history.csv', index=False)
     return self._stage('tokenizer', f'{kind}-{arm}', params, make,
-                       lambda p: Tokenizer.load(p).to(self.device))
+                       lambda p: load_tokenizer(p).to(self.device))

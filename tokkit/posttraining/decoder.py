@@ -25,7 +25,7 @@ from ..metrics import Card, gfid
 from .low_rank import _linear, add_low_rank, merge_low_rank
 from .pairs import LatentPairs
 from .preservation import check_decodable
-from ..tokenizers import CanHeal, check_offers, decode_all, Tokenizer
+from ..tokenizers import CanHeal, check_offers, decode_all, ImageTokenizer
 from ..training import (Callback, EMA, ema_weights, fit_model, image_optimizer, ImageLoss,
                              ImageTraining, only_train, Phase, rate_schedule, recon_loss,
                              TrainingContext)
@@ -35,7 +35,7 @@ FREEZE = 'all', 'official'
 _BACKBONE = r'^encoder\.(vit\.|embed\.|body\.(given_pos|blocks|norm))'
 
 def robustok_trainable(
-    tok:Tokenizer, # with a ViT encoder
+    tok:ImageTokenizer, # with a ViT encoder
 ) -> list[str]:    # names of tensors
     "What the released code's post-training leaves trainable: all but the encoder's backbone"
     names = [n for n,_ in tok.named_parameters()]
@@ -82,7 +82,7 @@ def filled(self:PostTraining,
 
 @patch
 def check(self:PostTraining,
-    tok:Tokenizer,           # whose decoder shall learn
+    tok:ImageTokenizer,      # whose decoder shall learn
     source:str|None = None,  # of the pairs; None: unknown
 ):
     "Raise one line unless this tokenizer's decoder can be healed so, on such pairs"
@@ -111,7 +111,7 @@ class Probe:
         return stable_hash([tensors_hash(dict(latents=self.latents)), images, by, self.bootstrap, self.seed])
 
     def __call__(self,
-        tok:Tokenizer,   # whose decoder
+        tok:ImageTokenizer, # whose decoder
     ) -> Card:
         "The distance now"
         x = decode_all(tok, self.latents)
@@ -124,7 +124,7 @@ class KeepBest(Callback):
     "Probe the averaged weights after every epoch, keep the best, ask to stop when it gets worse"
     def __init__(self,
         probe:Callable,      # tokenizer -> card; the less the better
-        tok:Tokenizer,       # whose weights are averaged
+        tok:ImageTokenizer,  # whose weights are averaged
         ema:EMA,             # the average
         patience:int = 1,    # epochs it may be worse
     ):
@@ -193,10 +193,10 @@ def add_terms(
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #9445de9e
 def posttrain_step(
-    tok:Tokenizer,                   # its decoder learns
-    loss:ImageLoss,                  # of the decoded image
-    consistency:float = 0.,          # weight of staying near `original` on the image's own latents
-    original:Tokenizer|None = None,  # the tokenizer as it was
+    tok:ImageTokenizer,                  # its decoder learns
+    loss:ImageLoss,                      # of the decoded image
+    consistency:float = 0.,              # weight of staying near `original` on the image's own latents
+    original:ImageTokenizer|None = None, # the tokenizer as it was
 ) -> Callable:
     "The step of post-training"
     def step(learner, batch):
@@ -214,9 +214,9 @@ def posttrain_step(
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #6ae6dd3d
 def robustok_step(
-    tok:Tokenizer,       # all but its encoder's backbone learns
-    loss:ImageLoss,      # of the decoded image and its latents
-    original:Tokenizer,  # the tokenizer as it was, which made the pictures
+    tok:ImageTokenizer,      # all but its encoder's backbone learns
+    loss:ImageLoss,          # of the decoded image and its latents
+    original:ImageTokenizer, # the tokenizer as it was, which made the pictures
 ) -> Callable:
     "The step of the released code: a picture of the drawn tokens goes through the whole tokenizer"
     def step(learner, batch):
@@ -281,7 +281,7 @@ def _settings(who, desc, plan, context, how) -> tuple[PostTraining,TrainingConte
 # %% ../../nbs/posttraining/04_decoder.ipynb #d0706d23
 def finetune_decoder(
     *,
-    tok:Tokenizer,                       # left as it is
+    tok:ImageTokenizer,                  # left as it is
     data:Dataset,                        # of what a step takes
     # (the copy that learns, `ImageLoss`, frozen original) -> step of the loop
     step:Callable,
@@ -290,7 +290,7 @@ def finetune_decoder(
     context:TrainingContext|None = None, # where, and who watches
     images:Any = None,                   # real ones, which a term for distributions learns to know
     **how,                               # fields of `PostTraining` and `TrainingContext`
-) -> tuple[Tokenizer, pd.DataFrame]:
+) -> tuple[ImageTokenizer, pd.DataFrame]:
     "Train a copy of a tokenizer, frozen as asked, by any step"
     check_offers(tok, CanHeal, 'post-training')
     plan,context = _settings('finetune_decoder', 'healing', plan, context, how)
@@ -316,13 +316,13 @@ def finetune_decoder(
 
 # %% ../../nbs/posttraining/04_decoder.ipynb #459091b2
 def posttrain_decoder(
-    tok:Tokenizer,                        # left as it is
-    pairs:LatentPairs,                    # latents and the images they should give
+    tok:ImageTokenizer,                                   # left as it is
+    pairs:LatentPairs,                                    # latents and the images they should give
     cfg:ImageTraining = ImageTraining(epochs=2, lr=5e-4), # how
-    plan:PostTraining|None = None,        # what learns, and what else it looks at
-    context:TrainingContext|None = None,  # where, and who watches
-    **how,                                # fields of `PostTraining` and `TrainingContext`
-) -> tuple[Tokenizer, pd.DataFrame]:
+    plan:PostTraining|None = None,                        # what learns, and what else it looks at
+    context:TrainingContext|None = None,                  # where, and who watches
+    **how,                                                # fields of `PostTraining` and `TrainingContext`
+) -> tuple[ImageTokenizer, pd.DataFrame]:
     "A copy of the tokenizer with its decoder trained on `pairs`, and the losses"
     plan,context = _settings('posttrain_decoder', 'post-training', plan, context, how)
     plan = plan.filled(consistency=0.)

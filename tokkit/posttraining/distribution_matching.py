@@ -21,7 +21,7 @@ from ..data import ImageSet
 from .decoder import _settings, add_terms, finetune_decoder, PostTraining
 from .pairs import LatentPairs
 from .preservation import check_decodable
-from ..tokenizers import encode_all, Tokenizer
+from ..tokenizers import encode_all, ImageTokenizer
 from ..training import ImageLoss, ImageTraining, recon_loss, TrainingContext
 
 # %% ../../nbs/posttraining/05_distribution_matching.ipynb #2ade288e
@@ -68,9 +68,9 @@ def _partners(self:FreeSamples, i) -> Tensor:
 
 # %% ../../nbs/posttraining/05_distribution_matching.ipynb #d0fbb8c0
 def matching_step(
-    tok:Tokenizer,                 # its decoder learns
+    tok:ImageTokenizer,            # its decoder learns
     loss:ImageLoss,                # distribution and discriminator see samples, the other terms pairs
-    original:Tokenizer,            # the tokenizer as it was
+    original:ImageTokenizer,       # the tokenizer as it was
     consistency:float,             # of staying near `original` on the samples
 ) -> Callable:
     "The step of healing without pairs"
@@ -99,7 +99,7 @@ def _check_teacher(cfg:ImageTraining):
                      "give distribution or adversarial a weight")
 
 def match_distribution(
-    tok:Tokenizer,                        # left as it is
+    tok:ImageTokenizer,                   # left as it is
     samples:Tensor,                       # latents a generator drew freely, one row a sample
     # real images, whose own latents must still give them; or pairs, whose latents must
     images:ImageSet|LatentPairs,
@@ -108,7 +108,7 @@ def match_distribution(
     plan:PostTraining|None = None,        # what learns
     context:TrainingContext|None = None,  # where, and who watches
     **how,                                # fields of `PostTraining` and `TrainingContext`
-) -> tuple[Tokenizer, pd.DataFrame]:
+) -> tuple[ImageTokenizer, pd.DataFrame]:
     "A copy of the tokenizer whose decoder makes samples look like images, and the losses"
     plan,context = _settings('match_distribution', 'healing without pairs', plan, context, how)
     plan = plan.filled(consistency=.1)

@@ -22,7 +22,7 @@ from ..data import ImageSet
 from ..generators import LatentGenerator
 from .pairs import _merged, LatentPairs, make_pairing, PairMaker, Pairing
 from .preservation import Sigma
-from ..tokenizers import Tokenizer
+from ..tokenizers import ImageTokenizer
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #9c55079d
 class _Recipe(TypedDict):
@@ -168,7 +168,7 @@ def _write_share(folder, maker, files):
 def write_pairs(
     folder:str|Path,                     # made, or gone on with where the recipe is the same
     generator:LatentGenerator|None,      # of this tokenizer's latents, in eval mode; None: clean pairs
-    tok:Tokenizer,                       # in eval mode
+    tok:ImageTokenizer,                  # in eval mode
     images:ImageSet,                     # real images with labels
     pairing:Pairing|Sigma|None = None,   # how they are made, or sigma alone
     *,
@@ -200,7 +200,7 @@ def _check_owners(folder, recipe, images, tok, generator):
 def open_pairs(
     folder:str|Path,                         # written by `write_pairs`
     images:ImageSet,                         # the same images again
-    tok:Tokenizer|None = None,               # whose latents they must be; None: anyone's
+    tok:ImageTokenizer|None = None,          # whose latents they must be; None: anyone's
     generator:LatentGenerator|None = None,   # who must have made them; None: anyone
     verify:bool = True,                      # compare the checksums; False trusts the disk
 ) -> LatentPairs:
@@ -223,7 +223,7 @@ def open_pairs(
 # %% ../../nbs/posttraining/02_pair_store.ipynb #e56ab497
 def latent_pairs(
     generator:LatentGenerator|None,      # of this tokenizer's latents, in eval mode; None: clean pairs
-    tok:Tokenizer,                       # in eval mode
+    tok:ImageTokenizer,                  # in eval mode
     images:ImageSet,                     # real images with labels
     pairing:Pairing|Sigma|None = None,   # how they are made, or sigma alone
     *,

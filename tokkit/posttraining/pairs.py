@@ -21,7 +21,7 @@ from ..core import make_rng, own_settings, stable_hash, tensors_hash, to_plain
 from ..data import ImageSet
 from ..generators import LatentGenerator, row_seeds, sample_batches
 from .preservation import _plain_sigma, check_fit, row_sigmas, Sigma
-from ..tokenizers import check_offers, encode_all, reencode, TakesGenerators, Tokenizer
+from ..tokenizers import check_offers, encode_all, ImageTokenizer, reencode, TakesGenerators
 
 # %% ../../nbs/posttraining/01_pairs.ipynb #c84eefdf
 class LatentPairs(Dataset):
@@ -89,7 +89,7 @@ def _change(latents, real) -> float:
     return ((latents-real).double().square().mean().sqrt()/real.double().std()).item()
 
 def clean_pairs(
-    tok:Tokenizer,          # in eval mode
+    tok:ImageTokenizer,     # in eval mode
     images:ImageSet,        # real images
     reencoded:bool = False, # decode them and encode again, as pairs of source 'reencode' are
 ) -> LatentPairs:
@@ -143,7 +143,7 @@ class PairMaker:
     "Makes pairs of images, some at a time; a row comes out the same in whichever part it is made"
     def __init__(self,
         generator:LatentGenerator|None,  # of the tokenizer's latents, in eval mode; None: clean pairs
-        tok:Tokenizer,                   # in eval mode
+        tok:ImageTokenizer,              # in eval mode
         images:ImageSet,                 # real images with labels
         pairing:Pairing,                 # how
         # latents of the images, where `encode_all` has made them; None: they are encoded

@@ -18,7 +18,7 @@ from ..core import check_count, check_range, make_rng
 from ..data import ImageSet
 from ..perturbation import perturb_codes
 from .pairs import LatentPairs
-from ..tokenizers import encode_all, Tokenizer
+from ..tokenizers import encode_all, ImageTokenizer
 
 # %% ../../nbs/posttraining/07_positive_control.ipynb #a9b40afe
 CHANNELS = 'fixed', 'random'
@@ -74,7 +74,7 @@ def permutation(self:ErrorChannel,
 
 # %% ../../nbs/posttraining/07_positive_control.ipynb #2afbe875
 def channel_pairs(
-    tok:Tokenizer,         # in eval mode, with one codebook
+    tok:ImageTokenizer,    # in eval mode, with one codebook
     images:ImageSet,       # real images
     channel:ErrorChannel,  # what goes wrong
     part:str = '',         # a name for these images, for the channel's draws

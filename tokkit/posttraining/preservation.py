@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import check_finite, check_range, make_rng
 from ..data import ImageSet
 from ..generators import LatentGenerator
-from ..tokenizers import check_ids, Tokenizer
+from ..tokenizers import check_ids, ImageTokenizer
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #e9371c9a
 def _in_words(shape, k) -> str:
@@ -32,7 +32,7 @@ def _decodes(tok) -> str:
 # %% ../../nbs/posttraining/00_preservation.ipynb #78aa9d6b
 def check_fit(
     generator:LatentGenerator,  # whose latents
-    tok:Tokenizer,              # whose decoder
+    tok:ImageTokenizer,         # whose decoder
 ):
     "Raise unless the tokenizer decodes what the generator draws; else it would silently decode noise"
     spec = tok.spec
@@ -62,7 +62,7 @@ def _check_kind(tok, latents):
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #f47f8a64
 def check_decodable(
-    tok:Tokenizer,                    # whose decoder
+    tok:ImageTokenizer,               # whose decoder
     latents:Tensor|Sequence[Tensor],  # what it shall decode, one row an image; or parts of it
     images:ImageSet,                  # what it shall give
 ):
@@ -90,8 +90,8 @@ def _of_decoder(tok) -> set[str]:
     return {name for name,t in (*tok.named_parameters(), *tok.named_buffers()) if id(t) in mine}
 
 def check_same(
-    tok:Tokenizer,   # as it was
-    other:Tokenizer, # the same but for its decoder
+    tok:ImageTokenizer,   # as it was
+    other:ImageTokenizer, # the same but for its decoder
 ):
     "Fails unless the two differ in nothing but their decoders: else their latents mean different things"
     mine = tok.state_dict()

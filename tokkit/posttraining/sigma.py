@@ -20,17 +20,17 @@ from ..metrics import mmd2
 from .decoder import posttrain_decoder, PostTraining, Probe
 from .pair_store import latent_pairs
 from .pairs import clean_pairs, make_pairing, Pairing
-from ..tokenizers import CanHeal, check_offers, decode_all, Tokenizer
+from ..tokenizers import CanHeal, check_offers, decode_all, ImageTokenizer
 from ..training import ImageTraining, recon_loss, TrainingContext
 
 # %% ../../nbs/posttraining/06_sigma.ipynb #420b0eaa
 @torch.no_grad()
 def sigma_evidence(
-    tok:Tokenizer,              # in eval mode
-    generator:LatentGenerator,  # of its latents
-    images:ImageSet,            # real images with labels
+    tok:ImageTokenizer,                                 # in eval mode
+    generator:LatentGenerator,                          # of its latents
+    images:ImageSet,                                    # real images with labels
     sigmas:Sequence[float] = (.5, .6, .7, .8, .9, .95), # fractions kept
-    pairing:Pairing|None = None,  # how the pairs are made, but for their sigma
+    pairing:Pairing|None = None,                        # how the pairs are made, but for their sigma
     *,
     n:int = 500,                # images looked at
     **how,                      # fields of `Pairing`, and arguments of `sample`
@@ -97,7 +97,7 @@ class SigmaRace:
 @dataclass(frozen=True)
 class _Track:
     "What all racers of a race have in common"
-    tok:Tokenizer
+    tok:ImageTokenizer
     generator:LatentGenerator
     images:ImageSet
     cfg:ImageTraining
@@ -141,7 +141,7 @@ def _track(tok, generator, images, cfg, how) -> _Track:
 
 # %% ../../nbs/posttraining/06_sigma.ipynb #7a8e9ac0
 def choose_sigma(
-    tok:Tokenizer,              # left as it is
+    tok:ImageTokenizer,              # left as it is
     generator:LatentGenerator,  # of its latents
     images:ImageSet,            # real images with labels
     probe:Callable,             # tokenizer -> card, e.g. `Probe` on held-out samples; after every training

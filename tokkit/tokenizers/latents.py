@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..core import bar, device_of, in_batches
 from ..data import from_uint8, ImageSet, to_uint8
-from .tokenizer import Tokenizer
+from .protocol import ImageTokenizer
 
 # %% ../../nbs/tokenizers/10_latents.ipynb #55c9c2e0
 @torch.no_grad()
 def encode_all(
-    tok:Tokenizer,      # in eval mode
+    tok:ImageTokenizer, # in eval mode
     images:ImageSet,    # any images
     batch:int = 250,    # images at once
 ) -> Int[Tensor, "b *n"]|Float[Tensor, "b n d"]:
@@ -28,7 +28,7 @@ def encode_all(
 
 # %% ../../nbs/tokenizers/10_latents.ipynb #acd9efbd
 def decode_all(
-    tok:Tokenizer,              # in eval mode
+    tok:ImageTokenizer,         # in eval mode
     latents:Tensor,             # any of its latents, one row an image
     batch:int = 250,            # images at once
 ) -> Float[Tensor, "b c h w"]: # on the CPU, within [-1,1]
@@ -38,7 +38,7 @@ def decode_all(
 
 # %% ../../nbs/tokenizers/10_latents.ipynb #5e295f00
 def reencode(
-    tok:Tokenizer,              # in eval mode
+    tok:ImageTokenizer,         # in eval mode
     latents:Tensor,             # any of its latents, one row an image
     batch:int = 250,            # images at once
 ) -> Tensor:

@@ -121,7 +121,7 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas))
 
 def image_optimizer(
-    tok:Tokenizer,   # whose weights learn
+    tok:nn.Module,   # whose weights learn
     loss:ImageLoss,  # and what the loss itself learns, without decay
 ) -> torch.optim.AdamW:
     "The optimiser of a training on images"

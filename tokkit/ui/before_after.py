@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import check_range, device_of, evaluating
 from ..generators import LatentGenerator, sample_batches
 from ..posttraining import check_fit, check_same, SOURCES
-from ..tokenizers import decode_all, reencode, Tokenizer
+from ..tokenizers import decode_all, ImageTokenizer, reencode
 from .explorer import _grey, _version, Explorer
 from .tiles import code_colors, compose, difference_tiles, image_tiles, token_tiles
 
@@ -52,8 +52,8 @@ class BeforeAfterExplorer(Explorer):
     "Slide sigma, and compare two decoders on what a generator draws"
     _columns = (('sigma', 'source'), ('seed', 'page'))
     def __init__(self,
-        before:Tokenizer,            # as it was
-        after:Tokenizer,             # the same but for its decoder
+        before:ImageTokenizer,       # as it was
+        after:ImageTokenizer,        # the same but for its decoder
         generator:LatentGenerator,   # of their latents
         images:Any,                  # real ones with labels: `images[i:j]` gives (x, labels)
         n:int = 8,                   # images shown at once
