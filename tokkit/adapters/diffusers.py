@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from .wrapped_generator import wrap_generator, WrappedGenerator
 from .wrapped_tokenizer import wrap_tokenizer, WrappedTokenizer
-from ..core import check_range, factory
+from ..core import check_range, factory, stable_hash
 from ..generators import guide
 
 # %% ../../nbs/adapters/03_diffusers.ipynb #977be85f
@@ -69,7 +69,8 @@ def diffusers_tokenizer(
     kinds = importlib.import_module('diffusers')
     if kind not in READERS: raise ValueError(f"kind must be one of {', '.join(READERS)}, got {kind!r}")
     where = dict(subfolder=subfolder) if subfolder else {}
-    model = getattr(kinds, kind).from_pretrained(path, **where)
+    # safetensors alone: a file may name this function, and a pickle
+    model = getattr(kinds, kind).from_pretrained(path, use_safetensors=True, **where)
     shape = (model.config.in_channels, size, size)
     return from_diffusers(model, image_shape=shape, name=f'{kind} {Path(path).name}')
 
@@ -103,7 +104,8 @@ class DiT(nn.Module):
         "Latents as the decoder takes them"
         c = self.transformer.config
         device = next(self.transformer.parameters()).device
-        z = torch.randn(len(labels), c.in_channels, c.sample_size, c.sample_size, generator=generator)
+        z = torch.randn(len(labels), c.in_channels, c.sample_size, c.sample_size, generator=generator,
+                        device=device if generator is None else generator.device)
         z = z.to(device)*self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(steps)
         times = self.scheduler.timesteps
@@ -139,5 +141,6 @@ def dit_generator(
         raise ValueError(f"the transformer makes latents {made}, and the tokenizer decodes "
                          f"{tuple(tok.spec.shape)}{' by codes' if tok.spec.codebook_size else ''}; take a "
                          "tokenizer of its latents, at the size that it was trained for")
+    steps = stable_hash([type(scheduler).__name__, str(scheduler.config)])
     return wrap_generator(DiT(transformer, scheduler, scaling_factor), sample='sample', tok=tok,
-                          classes=c.num_embeds_ada_norm, name='DiT')
+                          classes=c.num_embeds_ada_norm, name=f'DiT {scaling_factor:g} {steps}')

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from jaxtyping import Int
 from torch import nn, Tensor
 
-from ..core import check_count, make_rng, stable_hash, tensors_hash
+from ..core import check_count, function_hash, make_rng, stable_hash, tensors_hash
 from ..generators import (check_generator_latents, check_sampling, Guidance, LatentGenerator, row_seeds,
                                Sampling)
 from ..tokenizers import check_offers, TakesGenerators
@@ -28,8 +28,7 @@ _KEYWORDS = (*_SETTINGS, 'keep', 'rng', 'generator')
 def _takes(function:Callable) -> tuple[str,...]:
     "Those of our keywords that it takes"
     given = inspect.signature(function).parameters
-    any_setting = any(p.kind == p.VAR_KEYWORD for p in given.values())
-    return tuple(k for k in _KEYWORDS if k in given or any_setting and k in _SETTINGS)
+    return tuple(k for k in _KEYWORDS if k in given)
 
 @contextmanager
 def _seeded(seed:int):
@@ -50,10 +49,13 @@ class WrappedGenerator(LatentGenerator):
         tok:Any,                    # the tokenizer whose latents it draws
         classes:int,                # labels are 0..classes-1
         name:str,                   # what it is called
+        batch:int = 64,             # samples of one call
     ):
         super().__init__()
         check_offers(tok, TakesGenerators, 'wrap_generator')
         check_count('classes', classes, 10**6)
+        check_count('batch', batch, 10**6)
+        self.batch = batch
         spec = tok.spec
         self.model = model
         self.function = function
@@ -87,19 +89,21 @@ class WrappedGenerator(LatentGenerator):
                              "free samples (match_distribution, --mode unpaired), or let it take "
                              "keep=(latents, sigma)")
         seed = int(stable_hash(row_seeds(rng, len(labels)).tolist()), 16)
-        own = make_rng(seed, 'wrapped')
+        own = make_rng(seed, 'wrapped', device=labels.device)
         function = getattr(self.model, self.function) if isinstance(self.function, str) else self.function
         model = () if self.model is None or isinstance(self.function, str) else (self.model,)
         with _seeded(seed%2**63): made = function(*model, labels, **self._arguments(sampling, keep, own))
         made = self._rows(made)
         check_generator_latents(self, made, len(labels), f'what sample of {self.name} draws')
+        if keep is not None: self._check_kept(made, *keep)
         return made
 
     @property
     def fingerprint(self) -> str:
         "A short hash of weights and function"
-        function = self.function if isinstance(self.function, str) else self.function.__qualname__
-        return stable_hash([self.name, function, list(self.shape), tensors_hash(self.state_dict())])
+        function = self.function if isinstance(self.function, str) else function_hash(self.function)
+        return stable_hash([self.name, function, list(self.shape), self.batch,
+                            tensors_hash(self.state_dict())])
 
 # %% ../../nbs/adapters/02_wrapped_generator.ipynb #41cbbcc5
 @patch
@@ -127,6 +131,22 @@ def _arguments(self:WrappedGenerator, sampling:Sampling, keep, rng) -> dict[str,
         if name in self.takes: given[name] = rng
     return given
 
+@patch
+def _check_kept(self:WrappedGenerator, made, real, sigma):
+    "Raise one line where far less of the real latents has stayed than sigma says"
+    real = real.to(made)
+    if self.codebook_size:
+        stayed = (made == real).float().mean().item()
+        if stayed >= sigma-.1: return
+        what = f'{stayed:.0%} of the tokens are the real ones'
+    else:
+        # as far as from the latents of another image: nothing stayed
+        near = (made-real).square().mean()
+        if len(real) < 2 or sigma < .3 or near < .95*(made-real.roll(1, 0)).square().mean(): return
+        what = 'its samples are no nearer to the real latents than to those of other images'
+    raise ValueError(f"sample of {self.name} was told to keep the fraction {sigma:g} of the real latents, "
+                     f"and {what}; keep is (latents, sigma), and sigma is the fraction that stays")
+
 # %% ../../nbs/adapters/02_wrapped_generator.ipynb #0f18b2f2
 def wrap_generator(
     model:nn.Module|None = None,    # whose weights; None: those of the function
@@ -135,9 +155,10 @@ def wrap_generator(
     tok:Any,                        # the tokenizer whose latents it draws
     classes:int = 1000,             # labels are 0..classes-1
     name:str = '',                  # what it is called; '': the class of the model
+    batch:int = 64,                 # samples of one call; another number draws other samples
 ) -> WrappedGenerator:
     "A generator made of somebody else's sampling function"
     if isinstance(sample, str) and not hasattr(model, sample):
         raise ValueError(f"sample is the name of a method, and {type(model).__name__} has no {sample!r}")
     named = name or ('generator' if model is None else type(model).__name__)
-    return WrappedGenerator(model, sample, tok, classes, named).eval()
+    return WrappedGenerator(model, sample, tok, classes, named, batch)

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import nn, Tensor
 
 from .wrapping import Functions, GivenCodes, Wrapping
-from ..core import (bundle, check_finite, device_of, evaluating, find_function, LatentSpec, Reference,
-                         save_model, stable_hash, tensors_hash, to_plain)
+from ..core import (bundle, check_finite, device_of, evaluating, find_function, function_hash,
+                         LatentSpec, Reference, save_model, stable_hash, tensors_hash, to_plain)
 from ..tokenizers import check_ids, ImageTokenizer, NoQuantizer, Quantizer
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #dddc59e1
@@ -36,7 +36,8 @@ class WrappedTokenizer(ImageTokenizer):
         super().__init__()
         self.wrapping = wrapping
         self.functions = Functions(model, functions)
-        self._codebook = codebook
+        self._codebook = self._kept_book(codebook)
+        self.register_buffer('where', torch.zeros(0, device=wrapping.device), persistent=False)
         self.image_shape = tuple(images.shape[1:])
         self.name = wrapping.name or self._class()
         with evaluating(self): self._measure(images)
@@ -44,6 +45,13 @@ class WrappedTokenizer(ImageTokenizer):
     def _class(self) -> str:
         "What the model is called where nobody named it"
         return type(self.functions.parts[0]).__name__ if len(self.functions.parts) else 'tokenizer'
+
+    def _kept_book(self, book):
+        "A codebook that is a tensor of the model, by its name: so it moves and learns with the model"
+        if not isinstance(book, Tensor): return book
+        for name,known in (*self.functions.named_parameters(), *self.functions.named_buffers()):
+            if known is book: return name.split('.', 2)[2] if name.startswith('parts.0.') else book.detach()
+        return book.detach()
 
     @property
     def model(self) -> nn.Module:
@@ -54,14 +62,28 @@ class WrappedTokenizer(ImageTokenizer):
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #7e2b833b
 @patch
-def _book(self:WrappedTokenizer) -> Tensor|None:
-    "The codebook now"
-    book = self._codebook
-    if book is None or isinstance(book, Tensor): return book if book is None else book.to(device_of(self))
-    if callable(book): return book(self.model)
+def _named_book(self:WrappedTokenizer, name:str) -> Tensor:
+    "The codebook by its name in the model"
     found = self.model
-    for part in book.split('.'): found = getattr(found, part)
+    for part in name.split('.'):
+        if not hasattr(found, part):
+            raise ValueError(f"the model of {self.name} has no {name}: {type(found).__name__} has no {part}")
+        found = getattr(found, part)
     return found
+
+@patch
+def _book(self:WrappedTokenizer) -> Tensor|None:
+    "The codebook now: (k d), or (l k d) of several levels"
+    book = self._codebook
+    if book is None: return None
+    if isinstance(book, str): book = self._named_book(book)
+    if callable(book) and not isinstance(book, nn.Module): book = book(self.model)
+    if isinstance(book, nn.Module): book = getattr(book, 'weight', None)
+    if not isinstance(book, Tensor) or book.ndim not in (2, 3):
+        raise ValueError(f"codebook must be vectors (k d), or (l k d) of several levels; that of {self.name} "
+                         f"is a {type(book).__name__} {tuple(getattr(book, 'shape', ()))}")
+    book = book.detach().to(device_of(self))
+    return book[0] if book.ndim == 3 and len(book) == 1 else book
 
 @patch(as_prop=True)
 def quantizer(self:WrappedTokenizer) -> Quantizer:
@@ -72,14 +94,20 @@ def quantizer(self:WrappedTokenizer) -> Quantizer:
         raise ValueError(f"{self.name} has ids and no codebook that says which codes are near; give "
                          "wrap_tokenizer(..., codebook=) vectors (k d), or measure what needs none: rfid, "
                          "gfid")
-    return GivenCodes(book, self.wrapping.l2_norm)
+    w = self.wrapping
+    return GivenCodes(book, w.l2_norm, w.levels, w.lattice)
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #a897f238
+@patch(as_prop=True)
+def _dtype(self:WrappedTokenizer) -> torch.dtype:
+    "What its weights are made of; float where it has none"
+    return next((p.dtype for p in self.functions.parameters() if p.is_floating_point()), torch.float32)
+
 @patch
 def _call(self:WrappedTokenizer, verb:str, t:Tensor) -> Tensor:
     "What the model gives; a tensor, or one line"
-    out = self.functions(verb, t)
-    if isinstance(out, Tensor): return out
+    out = self.functions(verb, t.to(self._dtype) if t.is_floating_point() else t)
+    if isinstance(out, Tensor): return out.float() if out.is_floating_point() else out
     raise ValueError(f"{verb} of {self.name} must return a tensor, got {type(out).__name__}; give a function "
                      f"that takes it out, such as {verb}=lambda model, t: model.{verb}(t)[0]")
 
@@ -133,7 +161,8 @@ def detokenize(self:WrappedTokenizer, ids:Int[Tensor, "b *n"]) -> Float[Tensor, 
     "Code ids to images"
     if 'detokenize' not in self.functions.how: return ImageTokenizer.detokenize(self, ids)
     check_ids(ids, self.spec.codebook_size)
-    return self._out(self._call('detokenize', ids.reshape(len(ids), *self._their_ids)))
+    shape = (-1,) if self._flat else (len(ids), *self._their_ids)
+    return self._out(self._call('detokenize', ids.reshape(shape)))
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #f2cfdea0
 @patch
@@ -153,9 +182,10 @@ RANGES = (-1., 1.), (0., 1.), (0., 255.)      # of images, as models want them
 def _measure(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
     "Learn from images how its latents lie; sets `spec`"
     self._ids_shape = self._their_ids = None
+    self._flat = False
     self.spec = LatentSpec((1, 1))
     x = x.to(device_of(self))
-    if 'tokenize' in self.functions.how: self._measure_ids(self._call('tokenize', self._into(x)))
+    if 'tokenize' in self.functions.how: self._measure_ids(self._call('tokenize', self._into(x)), len(x))
     if 'encode' in self.functions.how: self._measure_latents(x)
     if x.is_meta: return            # shapes without values: nothing can be looked at
     made = tuple(self.reconstruct(x[:1]).shape[1:])
@@ -181,8 +211,10 @@ def _check_range(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
                       f"{mine:.2g} of ours); was image_range={best} meant?", stacklevel=5)
 
 @patch
-def _measure_ids(self:WrappedTokenizer, ids:Tensor):
-    "Shape and number of ids"
+def _measure_ids(self:WrappedTokenizer, ids:Tensor, images:int):
+    "Shape and number of ids; some models give those of all images in one row"
+    self._flat = ids.ndim == 1 and len(ids) > images and len(ids)%images == 0
+    if self._flat: ids = ids.view(images, -1)
     if ids.is_floating_point():
         raise ValueError(f"tokenize of {self.name} must give whole numbers, got {ids.dtype}")
     book = self._book()
@@ -192,10 +224,14 @@ def _measure_ids(self:WrappedTokenizer, ids:Tensor):
                          "codebook_size=")
     self._their_ids = tuple(ids.shape[1:])
     levels = book is not None and book.ndim == 3
+    if levels and ids.shape[-1] != len(book):
+        raise ValueError(f"ids of {self.name} are {tuple(ids.shape)} and the codebook has {len(book)} "
+                         "levels; the last axis of ids must be the levels")
     n = ids[0].numel()
     self._ids_shape = (n//ids.shape[-1], ids.shape[-1]) if levels else (n,)
     grid = self._their_ids if ids.ndim == 3 and not levels else None
-    dim = 1 if book is None else book.shape[-1]*(len(book) if levels else 1)
+    side = len(book) if levels and self.wrapping.levels == 'concat' else 1
+    dim = 1 if book is None else book.shape[-1]*side
     shape = None if self._ids_shape == (n,) else self._ids_shape
     self.spec = LatentSpec((self._ids_shape[0], dim), grid, codebook_size=k, ids_shape=shape)
 
@@ -220,8 +256,10 @@ def _measure_latents(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
     if not given.is_meta: self._check_latents(given, x)
     self._layout = LAYOUTS[given.ndim]
     z = self._rows(given)
-    if self.spec.codebook_size: return
     grid = tuple(given.shape[2:]) if given.ndim == 4 else None
+    if self.spec.codebook_size:         # ids have told the rest
+        if grid and z.shape[1] == self.spec.shape[0]: self.spec = replace(self.spec, grid=grid)
+        return
     book = self._book()
     if book is not None and book.shape[-1] != z.shape[-1]:
         raise ValueError(f"encode of {self.name} gives latents of {z.shape[-1]} channels, its codes have "
@@ -245,21 +283,36 @@ def sized(self:WrappedTokenizer,
     return other
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #463fcf59
+@patch
+def _part(self:WrappedTokenizer, name:str) -> nn.Module|None:
+    "A part by its name, in whichever of the modules that were given"
+    for module in self.functions.parts:
+        try: return module.get_submodule(name)
+        except AttributeError: continue
+
 @patch(as_prop=True)
 def decoder(self:WrappedTokenizer) -> nn.Module:
-    "What post-training trains"
-    names = self.wrapping.learns or ('decoder',)
-    try: parts = [self.model.get_submodule(name) for name in names]
-    except AttributeError as e:
-        there = ', '.join(name for name,_ in self.model.named_children())
-        raise ValueError(f"nobody said which part of {self.name} learns ({str(e)[:60]}); give "
-                         f"wrap_tokenizer(..., learns=) some of {there}") from None
+    "What post-training trains: the parts that were named, the module that decodes, or its `decoder`"
+    verb = 'detokenize' if 'detokenize' in self.functions.how else 'decode'
+    home = self.functions.part_of(verb)
+    named = {name:self._part(name) for name in self.wrapping.learns}
+    if not named and self.functions.how[verb][0] == 'part': return home
+    if not named and home is not None: named = dict(decoder=getattr(home, 'decoder', None))
+    if not named or None in named.values():
+        there = ', '.join(name for name,_ in (home or self.model).named_children())
+        raise ValueError(f"nobody said which part of {self.name} learns; give wrap_tokenizer(..., learns=) "
+                         f"some of {there}")
+    parts = list(named.values())
     return parts[0] if len(parts) == 1 else nn.ModuleList(parts)
 
 @patch(as_prop=True)
 def last_layer(self:WrappedTokenizer) -> nn.Parameter:
     "Weight of the decoder's last layer"
-    if self.wrapping.last_layer: return self.model.get_parameter(self.wrapping.last_layer)
+    name = self.wrapping.last_layer
+    if name:
+        found = dict(self.model.named_parameters()).get(name)
+        if found is not None: return found
+        raise ValueError(f"last_layer: the model of {self.name} has no parameter {name}")
     return [p for p in self.decoder.parameters() if p.ndim > 1][-1]
 
 @patch(as_prop=True)
@@ -271,9 +324,12 @@ def told(self:WrappedTokenizer) -> dict[str,str]:
 @patch(as_prop=True)
 def fingerprint(self:WrappedTokenizer) -> str:
     "A short hash of weights, facts and functions"
-    verbs = {name:f if isinstance(f, str) else getattr(f, '__qualname__', '')
+    verbs = {name:f if isinstance(f, str|None) else function_hash(f)
              for name,(_,_,f) in self.functions.how.items()}
-    return stable_hash([self.name, to_plain(self.wrapping), verbs, to_plain(self.spec),
+    book = self._codebook
+    if isinstance(book, Tensor): book = tensors_hash(dict(book=book))
+    elif book is not None and not isinstance(book, str): book = function_hash(book)
+    return stable_hash([self.name, to_plain(self.wrapping), verbs, book, to_plain(self.spec),
                         tensors_hash(self.state_dict())])
 
 @patch
@@ -294,7 +350,7 @@ def wrap_tokenizer(
     codebook:Tensor|str|Callable|None = None, # (k d), its name in the model, or a function of it
     tokenize:Callable|str|None = None,        # images to ids
     detokenize:Callable|str|None = None,      # ids to images
-    images:Float[Tensor, "b c h w"]|None = None, # to measure on, in [-1,1]; None: one blank image
+    images:Any = None,                        # to measure on: a set, or a tensor in [-1,1]; None: a blank one
     **facts:Any,                              # fields of `Wrapping`: image_range, learns, image_shape, ...
 ) -> WrappedTokenizer:
     "A tokenizer made of somebody else's functions; the model is used as it is, and not copied"
@@ -308,7 +364,8 @@ def wrap_tokenizer(
             raise ValueError("wrap_tokenizer needs images to measure on, or image_shape=(channels, height, "
                              "width)")
         images = torch.zeros(1, *wrapping.image_shape)
-    return WrappedTokenizer(model, functions, codebook, wrapping, images).eval()
+    if not isinstance(images, Tensor): images = images[:64][0]
+    return WrappedTokenizer(model, functions, codebook, wrapping, images)
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #263e9d7a
 @patch

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
@@ -27,10 +28,16 @@ class Wrapping:
     learns:str|tuple[str,...] = () # parts of the model that post-training trains; none: its `decoder`
     last_layer:str|None = None   # weight of the decoder's last layer; None: the last matrix of what learns
     name:str = ''                # what it is called; '': the class of the model
+    # ids of several levels: their codes stand side by side ('concat', product), or add up ('sum', residual)
+    levels:str = 'concat'
+    lattice:tuple[int,...]|None = None # levels of each channel, where codes are cells of a lattice (FSQ, LFQ)
+    device:str|None = None       # of plain functions, which have no weights to tell where they compute
 
     def __post_init__(self):
         low,high = self.image_range
         if not low < high: raise ValueError(f"image_range must rise, got {self.image_range}")
+        if self.levels not in ('concat', 'sum'):
+            raise ValueError(f"levels must be 'concat' or 'sum', got {self.levels!r}")
         learns = (self.learns,) if isinstance(self.learns, str) else tuple(self.learns)
         object.__setattr__(self, 'learns', learns)
 
@@ -40,28 +47,46 @@ class GivenCodes(Quantizer):
     def __init__(self,
         rows:Float[Tensor, "*l k d"],   # code vectors; (l k d) of several levels
         l2_norm:bool = False,           # compare directions
+        levels:str = 'concat',          # codes of several levels stand side by side, or add up: 'sum'
+        lattice:tuple[int,...]|None = None, # levels of each channel, where neighbours are steps on a lattice
     ):
-        levels = 1 if rows.ndim == 2 else len(rows)
-        super().__init__(rows.shape[-2], rows.shape[-1], levels=levels)
+        many = 1 if rows.ndim == 2 else len(rows)
+        width = rows.shape[-1]*(many if levels == 'concat' else 1)
+        super().__init__(rows.shape[-2], width, levels=many)
         self.l2_norm = l2_norm
-        self.register_buffer('rows', self.project(rows.detach().float()), persistent=False)
+        self.adds = levels == 'sum'
+        self.lattice = tuple(lattice) if lattice else None
+        self.register_buffer('vectors', self.project(rows.detach().float()), persistent=False)
         self.eval()
 
     @property
-    def codebook(self) -> Float[Tensor, "*l k d"]: return self.rows
+    def codebook(self) -> Float[Tensor, "*l k d"]: return self.vectors
     def project(self, z:Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return F.normalize(z, dim=-1) if self.l2_norm else z
     def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
-        if self.levels == 1: return self.rows[ids]
-        return torch.cat([e[i] for e,i in zip(self.rows, ids.unbind(-1))], -1)
+        if self.levels == 1: return self.vectors[ids]
+        each = [e[i] for e,i in zip(self.vectors, ids.unbind(-1))]
+        return sum(each) if self.adds else torch.cat(each, -1)
 
-    def snap(self, z:Float[Tensor, "*b d"]) -> Quantized:
-        if self.levels > 1:
-            raise ValueError("latents of several levels are snapped by their own model; give its tokenize")
-        near = self.project(z)
-        ids = nearest_codes(near.detach(), self.rows)[...,0]
-        nothing = z.new_zeros(())
-        return Quantized(straight_through(near, self.codes(ids)), ids, nothing, nothing)
+# %% ../../nbs/adapters/00_wrapping.ipynb #0ec3d811
+@patch
+def snap(self:GivenCodes, z:Float[Tensor, "*b d"]) -> Quantized:
+    near = self.project(z)
+    if self.levels == 1: ids = nearest_codes(near.detach(), self.vectors)[...,0]
+    else: ids = self._snap_levels(near.detach())
+    nothing = z.new_zeros(())
+    return Quantized(straight_through(near, self.codes(ids)), ids, nothing, nothing)
+
+@patch
+def _snap_levels(self:GivenCodes, z) -> Int[Tensor, "*b l"]:
+    "Each level names its part of the latent, or what the levels before it have left"
+    parts = None if self.adds else z.chunk(self.levels, -1)
+    left = z
+    ids = []
+    for level,e in enumerate(self.vectors):
+        ids.append(nearest_codes(left if self.adds else parts[level], e)[...,0])
+        if self.adds: left = left-e[ids[-1]]
+    return torch.stack(ids, -1)
 
 # %% ../../nbs/adapters/00_wrapping.ipynb #f16b6c63
 def _of_module(verb) -> bool:
@@ -89,9 +114,17 @@ class Functions(nn.Module):
         "A function as a kind, a part, and a name or the function itself"
         if isinstance(f, nn.Module): return 'part', self._part(f), None
         if _of_module(f): return 'method', self._part(f.__self__), f.__name__
-        if isinstance(f, str) and len(self.parts): return 'method', 0, f
-        if not callable(f): raise ValueError(f"{f!r} is the name of a method, and no model was given")
+        if isinstance(f, str) and len(self.parts):
+            if hasattr(self.parts[0], f): return 'method', 0, f
+            raise ValueError(f"{type(self.parts[0]).__name__} has no method {f!r}")
+        if isinstance(f, str): raise ValueError(f"{f!r} is the name of a method, and no model was given")
+        if not callable(f): raise ValueError(f"expected a function, got {type(f).__name__}")
         return ('of model', 0, f) if len(self.parts) else ('plain', None, f)
+
+    def part_of(self, name:str) -> nn.Module|None:
+        "The module that a function is, or belongs to; None for a plain function"
+        part = self.how[name][1] if name in self.how else None
+        return None if part is None else self.parts[part]
 
     def forward(self, name:str, t:Tensor) -> Tensor:
         kind,part,f = self.how[name]

@@ -320,7 +320,7 @@ def error_profile(
         record = _Tokens(generator, mode, given, codes, sampling, seed, sigma)
     else: record = _Continuous(mode, given)
     _ask(generator, record, given, labels, sampling, sigma, seed)
-    known = getattr(getattr(generator, 'cfg', None), 'grid', None)
+    known = getattr(getattr(generator, 'cfg', None), 'grid', None) or getattr(generator, 'grid', None)
     grid = known or Quantizer.grids(None, generator.shape[0])[0]
     asked = {name: getattr(sampling, name) for name in generator.sampling_fields}
     return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, sigma,

@@ -23,29 +23,39 @@ def _published(name:str):
     "A published tokenizer: zoo:NAME=FILE, files with commas, @SIDE behind them for images of another size"
     from tokkit.zoo import load
     entry,_,file = name.removeprefix('zoo:').partition('=')
-    file,_,side = file.partition('@')
+    before,_,side = file.rpartition('@')
+    if side.isdigit(): file = before        # a folder may have an @ in its name
+    else: side = ''
     if not file:
         raise ValueError(f"expected zoo:NAME=FILE, such as zoo:llamagen-vq16=vq_ds16_c2i.pt, got {name}; "
                          "tokkit zoo lists the names, and where the files are published")
-    if side and not side.isdigit(): raise ValueError(f"expected a side in pixels after @, got {side!r}")
     files = file.split(',')
     tok = load(entry, files if len(files) > 1 else file)
     say(f'tokkit: {tok.loaded}')
     return tok.sized(int(side), int(side)) if side else tok
 
 def _is_function(name:str) -> bool:
-    "module:function, and no folder of that name"
+    "module:function or module:function=FOLDER, and no folder of that name"
     return ':' in name and not Path(name).exists()
+
+def _made_by_function(name:str, load:Callable, kind:type):
+    "What a function of the user's makes, with the weights of a folder where one is named"
+    from tokkit.core import find_function, make_named
+    function,_,folder = name.partition('=')
+    if folder:
+        find_function(function)         # the user typed it, so it may be imported; then a file may name it
+        return load(folder)
+    made = make_named(function)
+    if isinstance(made, kind): return made
+    wrap = 'wrap_tokenizer' if hasattr(kind, 'decode') else 'wrap_generator'
+    raise ValueError(f"{name} makes a {type(made).__name__}; let it return what tokkit.adapters.{wrap} "
+                     "makes of that")
 
 def _saved_tokenizer(folder:str):
     "A tokenizer from its folder, or from a function of the user's; or which folders below hold one"
-    from tokkit.core import make_named
-    from tokkit.tokenizers import check_offers, load_tokenizer, TakesGenerators
+    from tokkit.tokenizers import ImageTokenizer, load_tokenizer
     if folder.startswith('zoo:'): return _published(folder)
-    if _is_function(folder):
-        tok = make_named(folder)
-        check_offers(tok, TakesGenerators, folder)
-        return tok
+    if _is_function(folder): return _made_by_function(folder, load_tokenizer, ImageTokenizer)
     try: return load_tokenizer(folder)
     except (ValueError, OSError) as e:
         below = [p.parent.name for p in sorted(Path(folder).glob('*/config.json'))]

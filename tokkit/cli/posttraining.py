@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .models import _given, _images_for, _is_function, _saved_tokenizer
+from .models import _given, _images_for, _is_function, _made_by_function, _saved_tokenizer
 from .options import use_device
 
 # %% ../../nbs/cli/02_posttraining.ipynb #c1e0de67
@@ -41,7 +41,8 @@ class PosttrainOptions:
     # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
     consistency:float|None = None
     lora:int = 0                         # rank of the change of the decoder's matrices; 0 trains the matrices
-    guidance:float = 1.5                 # guidance scale while the generator draws
+    # guidance scale while the generator draws; when left out 1.5, and none where its sampler takes none
+    guidance:float|None = None
     epochs:int = 2                       # passes over the images
     seed:int = 0                         # moves every random draw
     skip_broken:bool = False             # leave out images that cannot be read
@@ -76,7 +77,7 @@ def _plan(options:PosttrainOptions) -> _Plan:
     from tokkit.training import ImageTraining
     if options.mode == 'unpaired': _check_unpaired(options)
     check_count('epochs', options.epochs, 100_000)
-    Guidance(options.guidance)
+    if options.guidance is not None: Guidance(options.guidance)
     freeze = options.freeze or 'all'
     source = options.source or ('tokens' if freeze == 'official' else 'reencode')
     sigma = [.9] if options.sigma is None else options.sigma
@@ -91,18 +92,36 @@ def _plan(options:PosttrainOptions) -> _Plan:
     return _Plan(options.mode, options.epochs, drawing, losses, sets, freeze, pairing)
 
 # %% ../../nbs/cli/02_posttraining.ipynb #a0f67f85
+def _saved_generator(name:str):
+    "A generator from its folder, or from a function of the user's"
+    from tokkit.generators import LatentGenerator, load_generator
+    if _is_function(name): return _made_by_function(name, load_generator, LatentGenerator)
+    return load_generator(name)
+
+def _check_result(tok):
+    "Raise one line now, and not after the training, where the healed tokenizer could not be written"
+    if not hasattr(tok, 'save'):
+        raise ValueError(f"a {type(tok).__name__} has no save; make the tokenizer by "
+                         "tokkit.adapters.wrap_tokenizer in a function that is marked with @factory")
+    if hasattr(tok, 'check_saveable'): tok.check_saveable()
+
 def _models(tokenizer:str, generator:str, device, plan:_Plan) -> tuple:
     "Tokenizer and generator from their folders, fit for each other and for the plan"
-    from tokkit.core import make_named
-    from tokkit.generators import load_generator
-    from tokkit.posttraining import check_fit, PostTraining
+    from tokkit.posttraining import check_fit, check_learns, PostTraining
     tok = _saved_tokenizer(tokenizer).to(device).eval()
-    if hasattr(tok, 'check_saveable'): tok.check_saveable()     # now, and not after the training
-    load = make_named if _is_function(generator) else load_generator
-    gen = load(generator).to(device).eval()
+    _check_result(tok)
+    check_learns(tok)
+    gen = _saved_generator(generator).to(device).eval()
     check_fit(gen, tok)
     PostTraining(plan.freeze, **plan.losses).check(tok, plan.pairing['source'])
     return tok, gen
+
+def _drawing(gen, drawing:dict) -> dict:
+    "How the generator draws; one that knows no guidance is given none"
+    given = drawing['guidance']
+    if 'guidance' in gen.sampling_fields: return drawing|dict(guidance=1.5 if given is None else given)
+    if given not in (None, 1): raise ValueError(f"--guidance {given:g}: this generator's sampler takes none")
+    return {name:v for name,v in drawing.items() if name != 'guidance'}
 
 def _images_of_known_classes(tok, gen, data:str, n:int|None, **how):
     "Training images whose labels the generator knows"
@@ -146,7 +165,7 @@ def _make_folder(out:str, plan:_Plan, given:tuple, device:str):
     from tokkit.core import atomic_dir, clear_unfinished, delete, locked, mark, stable_hash, writing
     tok, gen, images = given
     folder = Path(out).absolute()
-    drawn = [tok.fingerprint, gen.fingerprint, images.hash, plan.mode, plan.drawing['guidance'],
+    drawn = [tok.fingerprint, gen.fingerprint, images.hash, plan.mode, plan.drawing.get('guidance'),
              plan.drawing['seed'], plan.pairing]
     work = folder.with_name(f'.work-{folder.name}-{stable_hash(drawn)}')    # pairs of a killed call
     with writing(folder), locked(folder, f'post-training into {out}'):
@@ -170,6 +189,7 @@ def posttrain(
     _new_folder(options.out)
     plan = _plan(options)
     tok, gen = _models(options.tokenizer, options.generator, place, plan)
+    plan = plan._replace(drawing=_drawing(gen, plan.drawing))
     images = _images_of_known_classes(tok, gen, options.data, options.n, skip_broken=options.skip_broken,
                                       upscale=options.upscale)
     _make_folder(options.out, plan, (tok, gen, images), str(place))

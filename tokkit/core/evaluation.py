@@ -19,21 +19,21 @@ from .machine import bar
 # %% ../../nbs/core/10_evaluation.ipynb #654c9829
 @contextmanager
 def restored_modes(
-    model:nn.Module, # whose parts may change their modes in the block
+    model:Any, # whose parts may change their modes in the block; an object without modes is let be
 ) -> Iterator[None]:
     "Afterwards every part is in the mode, training or evaluation, that it was in before"
-    modes = [(part, part.training) for part in model.modules()]
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
     try: yield
     finally:
         for part,mode in modes: part.training = mode
 
 @contextmanager
 def evaluating(
-    model:nn.Module, # what is measured
+    model:Any, # what is measured
 ) -> Iterator[None]:
     "A model in evaluation mode, without gradients, while the block lasts"
     with restored_modes(model), torch.no_grad():
-        model.eval()
+        if isinstance(model, nn.Module): model.eval()
         yield
 
 # %% ../../nbs/core/10_evaluation.ipynb #8d527484

@@ -53,13 +53,23 @@ def bits(self:LatentSpec) -> float|None:
     return math.prod(self.ids_shape or self.shape[:1])*float(np.log2(self.codebook_size))
 
 # %% ../../nbs/core/05_models.ipynb #a7ecb9bb
+def _apart(state:dict[str,torch.Tensor]) -> dict[str,torch.Tensor]:
+    "Named tensors, none of which shares memory with another: tied weights are written twice"
+    seen = set()
+    out = {}
+    for name,t in state.items():
+        where = t.untyped_storage().data_ptr()
+        out[name] = t.clone() if where in seen else t
+        seen.add(where)
+    return out
+
 def save_tensors(
     state:dict[str,torch.Tensor], # named tensors
     path:str|Path,                # one file, replaced whole
     **about:str,                  # what else the file says of itself
 ) -> Path:
     "Write named tensors as safetensors, with a checksum that `read_tensors` compares"
-    state = {k:v.detach().cpu().contiguous() for k,v in state.items()}
+    state = _apart({k:v.detach().cpu().contiguous() for k,v in state.items()})
     # one entry: several would stand in another order each time
     told = json.dumps(dict(hash=tensors_hash(state, 64), **about))
     with atomic_path(path) as p: save_file(state, p, dict(tokkit=told))

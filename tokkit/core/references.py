@@ -50,10 +50,14 @@ def factory(
     function:Callable, # of keyword arguments that a JSON file can hold; makes a model
 ) -> Callable:
     "Let saved models name this function as what makes them"
+    name = f'{function.__module__}:{function.__qualname__}'
+    known = inspect.signature(function)
     @wraps(function)
-    def make(**arguments):
-        model = function(**arguments)
-        model.cfg = Reference(f'{function.__module__}:{function.__qualname__}', arguments)
+    def make(*given, **named):
+        model = function(*given, **named)
+        # a tokenizer of this kit has a configuration of its own, and is saved by that
+        if not hasattr(model, 'cfg'):
+            model.cfg = Reference(name, dict(known.bind(*given, **named).arguments))
         return model
     make.makes_models = True
     return make
@@ -68,7 +72,12 @@ def _called(name:str, function:Callable, arguments:dict) -> Any:
 def make_from(
     reference:Reference, # as it stands in a file
 ) -> Any: # the model, with the weights that the function gave it
-    "Call the function that a file names, if it is marked as one that makes models"
+    "Call the function that a file names, if its module is imported, and it says that it makes models"
+    module = reference.name.partition(':')[0]
+    if module not in sys.modules and not module.startswith('tokkit.'):
+        raise ValueError(f"a file says that {reference.name} makes its model; for a file nothing is "
+                         f"imported: import {module} first, if it is yours; on the command line name the "
+                         f"function and the folder: {reference.name}=FOLDER")
     function = find_function(reference.name)
     if not getattr(function, 'makes_models', False):
         raise ValueError(f"a file names {reference.name} as what makes its model, and that function is not "

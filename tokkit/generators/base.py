@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Int
 from torch import nn, Tensor
 
-from ..core import (bar, check_count, check_range, check_sizes, device_of, LatentSpec, make_rng,
-                         tensors_hash)
+from ..core import (bar, check_count, check_range, check_sizes, device_of, evaluating, LatentSpec,
+                         make_rng, tensors_hash)
 from .sampling import Guidance, row_seeds, Sampling
 
 # %% ../../nbs/generators/01_base.ipynb #90bbcf6c
@@ -78,6 +78,7 @@ class LatentGenerator(nn.Module, ABC):
     codebook_size:int|None     # K, or None for continuous latents
     in_order:bool = False      # sets its ids in a fixed order, each given those before
     calls_back:bool = True      # its sampler tells every step to `callback`
+    batch:int|None = None       # rows that are always drawn together; None: a row does not depend on others
     default_steps:int|None = None # of a sampler that lets one choose; None: there is no choice
     sampling_fields:tuple[str,...] = 'guidance', 'temperature', 'top_k', 'top_p' # it takes of `Sampling`
 
@@ -260,9 +261,8 @@ def _labels(generator, labels) -> Int[Tensor, "b"]:
     return balanced_labels(labels, generator.classes)
 
 # %% ../../nbs/generators/01_base.ipynb #b9a8d255
-@torch.no_grad()
 def sample_batches(
-    generator:LatentGenerator,         # in eval mode
+    generator:LatentGenerator,         # draws in eval mode, and is left in its own
     labels:Int[Tensor, "b"]|int,       # labels, or how many images of balanced labels
     sampling:Sampling|Guidance|float|None = None, # as in the generator's `sample`
     *,
@@ -278,10 +278,12 @@ def sample_batches(
     if keep is not None and len(keep[0]) != len(labels):
         raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")
     if batch is not None and batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
-    batch = batch or fit_batch(generator, len(labels), device)
+    batch = generator.batch or batch or fit_batch(generator, len(labels), device)
     seeds = row_seeds(seed if isinstance(seed, Tensor) else make_rng(seed, 'sample'), len(labels))
     def some(i):
         part = (keep[0][i:i+batch].to(device), keep[1]) if keep is not None else None
         return generator.sample(labels[i:i+batch].to(device), sampling, keep=part, rng=seeds[i:i+batch],
                                 **how).cpu()
-    return torch.cat([some(i) for i in bar(range(0, max(1, len(labels)), batch), desc)]), labels
+    with evaluating(generator):
+        made = [some(i) for i in bar(range(0, max(1, len(labels)), batch), desc)]
+    return torch.cat(made), labels

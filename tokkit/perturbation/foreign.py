@@ -70,7 +70,7 @@ class Foreign(Quantizer):
 # %% ../../nbs/perturbation/07_foreign.ipynb #8e4464ab
 @patch
 def _side_by_side(self:Foreign, ids):
-    book = self.codebook
+    book = self.codebook.to(ids.device)
     if book.ndim == 2: return book[ids]
     return torch.cat([e[i] for e,i in zip(book, ids.unbind(-1))], -1)
 
@@ -201,10 +201,24 @@ def _find_ids(output, count):
         if whole and t.numel() == count: return t
 
 # %% ../../nbs/perturbation/07_foreign.ipynb #53b006be
-def _rows(m, rows, codes):
-    "Ids of latents that are rows of a codebook"
-    near = [(e, nearest_codes(rows, e)[...,0]) for e in (codes.codebook, F.normalize(codes.codebook, dim=-1))]
-    off,ids = min((((e[i]-rows).abs().max().item(), i) for e,i in near), key=itemgetter(0))
+class _RowBook:
+    "A codebook that is looked up now, its rows as they are or at length 1, whichever the decoder gets"
+    def __init__(self, look_up):
+        self.look_up = look_up
+        self.normal = False
+    def __call__(self) -> Tensor: return self.rows(self.normal)
+    def rows(self, normal) -> Tensor:
+        book = self.look_up()
+        return F.normalize(book, dim=-1) if normal else book
+
+def _rows(m, rows, book, ids=None):
+    "Ids of latents that are rows of a codebook; learns whether the rows are normalised"
+    found = []
+    for normal in (False, True):
+        e = book.rows(normal).detach().to(rows)
+        i = nearest_codes(rows, e)[...,0] if ids is None else ids
+        found.append(((e[i]-rows).abs().max().item(), normal, i))
+    off,book.normal,ids = min(found, key=itemgetter(0))
     if off > 1e-3:
         raise ValueError(f"what {type(m).__name__} gives is not made of rows of its codebook (off by "
                          f"{off:.2g})")
@@ -213,8 +227,9 @@ def _rows(m, rows, codes):
 # %% ../../nbs/perturbation/07_foreign.ipynb #30ffb3ba
 def _read_rows(m, book:Callable|None = None) -> Reading|None:
     "A module whose output is made of rows of a codebook that it shows, or that was given"
-    book = book or _book(m)
-    if book is None: return None
+    look_up = book or _book(m)
+    if look_up is None: return None
+    book = _RowBook(look_up)
     k,d = book().shape
     codes = Foreign(book, d)
     first = lambda zq: zq.shape[1] == d and (zq.ndim > 3 or zq.shape[-1] != d)
@@ -224,7 +239,7 @@ def _read_rows(m, book:Callable|None = None) -> Reading|None:
             raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has")
         rows = to_tokens(zq, first(zq)).detach()
         ids = _find_ids(output, rows[...,0].numel())
-        return zq,(_rows(m, rows, codes) if ids is None else ids.reshape(rows.shape[:2]))
+        return zq, _rows(m, rows, book, None if ids is None else ids.reshape(rows.shape[:2]))
     return Reading(codes, read, first)
 
 # %% ../../nbs/perturbation/07_foreign.ipynb #4f5e496d

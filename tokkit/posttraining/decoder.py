@@ -24,7 +24,7 @@ from ..data import from_uint8, to_uint8
 from ..metrics import Card, gfid
 from .low_rank import _linear, add_low_rank, merge_low_rank
 from .pairs import LatentPairs
-from .preservation import check_decodable
+from .preservation import check_decodable, check_learns
 from ..tokenizers import CanHeal, check_offers, decode_all, ImageTokenizer
 from ..training import (Callback, EMA, ema_weights, fit_model, image_optimizer, ImageLoss,
                              ImageTraining, only_train, Phase, rate_schedule, recon_loss,
@@ -293,6 +293,7 @@ def finetune_decoder(
 ) -> tuple[ImageTokenizer, pd.DataFrame]:
     "Train a copy of a tokenizer, frozen as asked, by any step"
     check_offers(tok, CanHeal, 'post-training')
+    check_learns(tok)
     plan,context = _settings('finetune_decoder', 'healing', plan, context, how)
     plan = plan.filled(0.)
     healed = copy.deepcopy(tok)

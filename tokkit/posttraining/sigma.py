@@ -20,6 +20,7 @@ from ..metrics import mmd2
 from .decoder import posttrain_decoder, PostTraining, Probe
 from .pair_store import latent_pairs
 from .pairs import clean_pairs, make_pairing, Pairing
+from .preservation import check_learns
 from ..tokenizers import CanHeal, check_offers, decode_all, ImageTokenizer
 from ..training import ImageTraining, recon_loss, TrainingContext
 
@@ -154,6 +155,7 @@ def choose_sigma(
 ) -> SigmaRace:
     "Race the candidates by successive halving, the control beside them"
     check_offers(tok, CanHeal, 'choose_sigma')
+    check_learns(tok)
     left = racers = _racers(sigmas)
     track = _track(tok, generator, images, cfg, how)
     plan = race_plan(len(racers), len(images), share)

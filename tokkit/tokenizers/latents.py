@@ -10,39 +10,40 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core import bar, device_of, in_batches
+from ..core import bar, device_of, evaluating, in_batches
 from ..data import from_uint8, ImageSet, to_uint8
 from .protocol import ImageTokenizer
 
 # %% ../../nbs/tokenizers/10_latents.ipynb #55c9c2e0
-@torch.no_grad()
 def encode_all(
-    tok:ImageTokenizer, # in eval mode
+    tok:ImageTokenizer, # measured in eval mode, and left in its own
     images:ImageSet,    # any images
     batch:int = 250,    # images at once
 ) -> Int[Tensor, "b *n"]|Float[Tensor, "b n d"]:
     "Ids or latents of all images"
     device = device_of(tok)
-    return torch.cat([tok.to_latents(images[i:i+batch][0].to(device)).cpu()
-                      for i in bar(range(0, len(images), batch), 'encoding')])
+    with evaluating(tok):
+        return torch.cat([tok.to_latents(images[i:i+batch][0].to(device)).cpu()
+                          for i in bar(range(0, len(images), batch), 'encoding')])
 
 # %% ../../nbs/tokenizers/10_latents.ipynb #acd9efbd
 def decode_all(
-    tok:ImageTokenizer,         # in eval mode
+    tok:ImageTokenizer,         # measured in eval mode, and left in its own
     latents:Tensor,             # any of its latents, one row an image
     batch:int = 250,            # images at once
 ) -> Float[Tensor, "b c h w"]: # on the CPU, within [-1,1]
     "Images of all latents"
     device = device_of(tok)
-    return in_batches(lambda z: tok.from_latents(z).float(), latents, batch, device).clamp(-1, 1)
+    with evaluating(tok):
+        return in_batches(lambda z: tok.from_latents(z).float(), latents, batch, device).clamp(-1, 1)
 
 # %% ../../nbs/tokenizers/10_latents.ipynb #5e295f00
 def reencode(
-    tok:ImageTokenizer,         # in eval mode
+    tok:ImageTokenizer,         # measured in eval mode, and left in its own
     latents:Tensor,             # any of its latents, one row an image
     batch:int = 250,            # images at once
 ) -> Tensor:
     "Decode to an 8-bit image and encode again"
     device = device_of(tok)
     def again(part): return tok.to_latents(from_uint8(to_uint8(tok.from_latents(part))))
-    return in_batches(again, latents, batch, device, 'encoding again')
+    with evaluating(tok): return in_batches(again, latents, batch, device, 'encoding again')

@@ -75,7 +75,7 @@ def __repr__(self:Tokenizer):
     c = self.cfg
     s = self.spec
     codes = f"{s.codebook_size} codes, {s.bits:.0f} bits an image" if s.codebook_size else 'continuous'
-    return (f"Tokenizer {c.kind}: ({c.channels}, {c.size}, {c.size}) -> {s.shape[0]} x {s.shape[1]} "
+    return (f"Tokenizer {c.kind}: {self.image_shape} -> {s.shape[0]} x {s.shape[1]} "
             f"({codes}), {sum(p.numel() for p in self.parameters())/1e6:.2f} M parameters")
 
 # %% ../../nbs/tokenizers/09_tokenizer.ipynb #1ef467a4

@@ -30,6 +30,9 @@ def model_card(
     rows = [f'| {c.metric} | {c.number} | {c.n} | {c.extractor} | {c.reference} | {c.seed} |' for c in cards]
     table = ['| metric | value | n | judged by | against | seed |', '|---|---|---|---|---|---|', *rows]
     parts = [head, f'# {repo.partition("/")[2] or repo}', f'`{model!r}`', notes, how]
+    made_by = getattr(getattr(model, 'cfg', None), 'name', None)
+    if made_by:
+        parts.insert(3, f'Made by the function `{made_by}`: its module must be installed and imported first.')
     if rows: parts += ['Smaller is better for distances; ± is one standard error.', '\n'.join(table)]
     return '\n\n'.join(part for part in parts if part)+'\n'
 

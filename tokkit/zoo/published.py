@@ -128,6 +128,7 @@ def load(
     if weights is None: return entry.build().eval()
     where,found,state = _given(name, entry, weights, which)
     kept,left = _sorted_out(entry, state)
+    if not kept: raise ValueError(f"{where} holds no weights of a network; fetch it again")
     if wrong := _fits(entry, state):
         raise ValueError(f"{where}: not the weights of {name}: {', '.join(wrong)}{_others(name, state)}")
     tok = entry.build()
