@@ -186,6 +186,9 @@ def _real_part(generator, mode, sigma) -> float:
 # %% ../../nbs/analysis/00_generator_errors.ipynb #1d5f91b6
 _BATCH = 250        # images at once
 
+def _grid_of(generator): return (getattr(getattr(generator, 'cfg', generator), 'grid', None)
+                                 or Quantizer.grids(None, generator.shape[0])[0])
+
 def _ask(generator, record, given, labels, sampling, sigma, seed):
     "Sample beside the real latents, batch by batch, while `record` looks on"
     where = device_of(generator)
@@ -200,7 +203,7 @@ def _ask(generator, record, given, labels, sampling, sigma, seed):
 class _Tokens:
     "A callback of `sample` that looks up what the logits say about the real ids"
     def __init__(self, generator, mode, real, codes, sampling, seed, sigma):
-        self.calls_back = generator.calls_back
+        self.generator = generator
         self.sigma = sigma
         self.in_order = generator.in_order
         self.teacher = mode == 'teacher'
@@ -208,17 +211,16 @@ class _Tokens:
         self.how = sampling.of_codes
         self.seed = seed
         self.real = real.flatten(1)
-        told = RECORDED if self.calls_back else ('wrong', 'distance', 'neighbour')
-        self.values = {k: np.full(self.real.shape, np.nan, np.float32) for k in told}
+        self.values = {k: np.full(self.real.shape, np.nan, np.float32)
+                       for k in (RECORDED if generator.calls_back else ('wrong', 'distance', 'neighbour'))}
         self.depth = np.zeros(self.real.shape, np.int64)
 
     def __call__(self, at):
-        if not self.calls_back: return
         logits = at['logits'].float().cpu()
         if self.in_order: self._look_in_order(at, logits)
         elif not self.teacher or at['i'] == 0: self._look_at_all(at, logits)
     def end(self, made):
-        if not self.calls_back: self._look_at_the_end(made.flatten(1))
+        if not self.generator.calls_back: self._look_at_the_end(made.flatten(1))
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #e255a244
 # logits (b k) of one entry, or (b l k) of some levels of some places
@@ -270,9 +272,9 @@ def _look_at_the_end(self:_Tokens, made):
     image,entry = (made != real).nonzero(as_tuple=True)
     away,number = self.codes.compare(entry, real[image, entry], made[image, entry])
     self.values['wrong'][self.some] = (made != real).float()/(1-self.sigma)
-    row = image+self.some.start
-    self.values['distance'][row, entry] = away
-    self.values['neighbour'][row, entry] = number
+    at = image+self.some.start, entry
+    self.values['distance'][at] = away
+    self.values['neighbour'][at] = number
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #432a5126
 class _Continuous:
@@ -320,8 +322,7 @@ def error_profile(
         record = _Tokens(generator, mode, given, codes, sampling, seed, sigma)
     else: record = _Continuous(mode, given)
     _ask(generator, record, given, labels, sampling, sigma, seed)
-    known = getattr(getattr(generator, 'cfg', None), 'grid', None) or getattr(generator, 'grid', None)
-    grid = known or Quantizer.grids(None, generator.shape[0])[0]
+    grid = _grid_of(generator)
     asked = {name: getattr(sampling, name) for name in generator.sampling_fields}
     return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, sigma,
                         asked|dict(n=len(labels), seed=seed))
