@@ -186,9 +186,6 @@ def _real_part(generator, mode, sigma) -> float:
 # %% ../../nbs/analysis/00_generator_errors.ipynb #1d5f91b6
 _BATCH = 250        # images at once
 
-def _grid_of(generator): return (getattr(getattr(generator, 'cfg', generator), 'grid', None)
-                                 or Quantizer.grids(None, generator.shape[0])[0])
-
 def _ask(generator, record, given, labels, sampling, sigma, seed):
     "Sample beside the real latents, batch by batch, while `record` looks on"
     where = device_of(generator)
@@ -219,8 +216,6 @@ class _Tokens:
         logits = at['logits'].float().cpu()
         if self.in_order: self._look_in_order(at, logits)
         elif not self.teacher or at['i'] == 0: self._look_at_all(at, logits)
-    def end(self, made):
-        if not self.generator.calls_back: self._look_at_the_end(made.flatten(1))
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #e255a244
 # logits (b k) of one entry, or (b l k) of some levels of some places
@@ -267,8 +262,9 @@ def _note(self:_Tokens, image, entry, logits, known, i):
 # %% ../../nbs/analysis/00_generator_errors.ipynb #f96d93ef
 # of a sampler that tells no steps the outcome alone: which tokens were redrawn nobody knows, but how many
 @patch
-def _look_at_the_end(self:_Tokens, made):
-    real = self.real[self.some]
+def end(self:_Tokens, made):
+    if self.generator.calls_back: return
+    made, real = made.flatten(1), self.real[self.some]
     image,entry = (made != real).nonzero(as_tuple=True)
     away,number = self.codes.compare(entry, real[image, entry], made[image, entry])
     self.values['wrong'][self.some] = (made != real).float()/(1-self.sigma)
@@ -322,7 +318,8 @@ def error_profile(
         record = _Tokens(generator, mode, given, codes, sampling, seed, sigma)
     else: record = _Continuous(mode, given)
     _ask(generator, record, given, labels, sampling, sigma, seed)
-    grid = _grid_of(generator)
+    grid = (getattr(getattr(generator, 'cfg', generator), 'grid', None)
+            or Quantizer.grids(None, generator.shape[0])[0])
     asked = {name: getattr(sampling, name) for name in generator.sampling_fields}
     return ErrorProfile(record.values, record.depth, labels.numpy(), grid, mode, sigma,
                         asked|dict(n=len(labels), seed=seed))
