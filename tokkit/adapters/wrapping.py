@@ -160,7 +160,8 @@ class GivenBook:
     def hash(self) -> str:
         "Of what decides it"
         if isinstance(self.book, Tensor): return tensors_hash(dict(book=self.book))
-        return self.book if isinstance(self.book, str|None) else function_hash(self.book)
+        if self.book is None: return ''
+        return self.book if isinstance(self.book, str) else function_hash(self.book)
 
     def __call__(self, functions:Functions, device:torch.device) -> Tensor|None:
         "The vectors now: (k d), or (l k d) of several levels"
