@@ -86,8 +86,8 @@ def generator(tok):
 
 def test_is_measured(tok, train, test):
     how = dict(n=64, bootstrap=3)
-    noise = {} if tok.codebook is not None else dict(kind='gaussian', strengths=(.2, .5))
-    doses = dict(alphas=(.5,), deltas=(4,)) if tok.codebook is not None else noise
+    noise, codes = dict(kind='gaussian', strengths=(.2, .5)), dict(alphas=(.5,), deltas=(4,))
+    doses = noise if tok.codebook is None else codes
     clean, hurt = rfid(tok, test, **how), pfid(tok, test, **doses, **how)
     assert clean.settings['model'] and 'here' in clean.settings['image_range']
     assert clean.value > 0 and hurt.value > 0 and ifid(tok, test, train=train, top_k=3, **how).value > 0

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from .wrapped_generator import wrap_generator, WrappedGenerator
 from .wrapped_tokenizer import wrap_tokenizer, WrappedTokenizer
-from ..core import check_range, factory, stable_hash
+from ..core import check_range, device_of, factory, stable_hash
 from ..generators import guide
 
 # %% ../../nbs/adapters/03_diffusers.ipynb #977be85f
@@ -45,7 +45,7 @@ READERS = {
 # %% ../../nbs/adapters/03_diffusers.ipynb #1c043cd8
 def from_diffusers(
     model:nn.Module,                          # an autoencoder of diffusers
-    images:Float[Tensor, "b c h w"]|None = None, # to measure on, in [-1,1]; None: one blank image
+    images:Any = None,                        # to measure on: a set, or a tensor in [-1,1]; None: a blank one
     **facts:Any,                              # fields of `Wrapping`, e.g. image_shape, name
 ) -> WrappedTokenizer:
     "An autoencoder of diffusers as a tokenizer; it is used as it is, and not copied"
@@ -103,7 +103,7 @@ class DiT(nn.Module):
                generator:torch.Generator|None = None) -> Float[Tensor, "b c h w"]:
         "Latents as the decoder takes them"
         c = self.transformer.config
-        device = next(self.transformer.parameters()).device
+        device = device_of(self.transformer)
         z = torch.randn(len(labels), c.in_channels, c.sample_size, c.sample_size, generator=generator,
                         device=device if generator is None else generator.device)
         z = z.to(device)*self.scheduler.init_noise_sigma

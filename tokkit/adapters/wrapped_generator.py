@@ -31,9 +31,9 @@ def _takes(function:Callable) -> tuple[str,...]:
     return tuple(k for k in _KEYWORDS if k in given)
 
 @contextmanager
-def _seeded(seed:int):
+def _seeded(seed:int, device:torch.device):
     "Torch's global generators seeded while the block lasts, and afterwards as they were"
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
         yield
 
@@ -92,7 +92,8 @@ class WrappedGenerator(LatentGenerator):
         own = make_rng(seed, 'wrapped', device=labels.device)
         function = getattr(self.model, self.function) if isinstance(self.function, str) else self.function
         model = () if self.model is None or isinstance(self.function, str) else (self.model,)
-        with _seeded(seed%2**63): made = function(*model, labels, **self._arguments(sampling, keep, own))
+        arguments = self._arguments(sampling, keep, own)
+        with _seeded(seed%2**63, labels.device): made = function(*model, labels, **arguments)
         made = self._rows(made)
         check_generator_latents(self, made, len(labels), f'what sample of {self.name} draws')
         if keep is not None: self._check_kept(made, *keep)

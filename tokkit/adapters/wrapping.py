@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import function_hash, tensors_hash
+from ..core import find_part, function_hash, tensors_hash
 from ..tokenizers import nearest_codes, Quantized, Quantizer, straight_through
 
 # %% ../../nbs/adapters/00_wrapping.ipynb #6e6f4ede
@@ -167,7 +167,7 @@ class GivenBook:
         "The vectors now: (k d), or (l k d) of several levels"
         book = self.book
         if book is None: return None
-        if isinstance(book, str): book = _named(functions.parts[0], book)
+        if isinstance(book, str): book = find_part(functions.parts[0], book)
         elif callable(book) and not isinstance(book, nn.Module): book = book(functions.parts[0])
         if isinstance(book, nn.Module): book = getattr(book, 'weight', None)
         if not isinstance(book, Tensor) or book.ndim not in (2, 3):
@@ -175,15 +175,6 @@ class GivenBook:
                              f"{type(book).__name__} {tuple(getattr(book, 'shape', ()))}")
         book = book.detach().to(device)
         return book[0] if book.ndim == 3 and len(book) == 1 else book
-
-def _named(model, name:str):
-    "What stands under a dotted name in a model"
-    found = model
-    for part in name.split('.'):
-        if not hasattr(found, part):
-            raise ValueError(f"{type(model).__name__} has no {name}: {type(found).__name__} has no {part}")
-        found = getattr(found, part)
-    return found
 
 # %% ../../nbs/adapters/00_wrapping.ipynb #a289e757
 RANGES = (-1., 1.), (0., 1.), (0., 255.)      # of images, as models want them

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core import (changed, check_kind, LatentSpec, load_model, make_from, read_json, Reference,
-                         Registry, save_model)
+from ..core import (changed, check_kind, LatentSpec, load_model, make_saved, read_json, Registry,
+                         save_model)
 from .autoregressive import AR_PRESETS, ARGenerator
 from .base import LatentGenerator
 from .flow import FlowGenerator
@@ -98,20 +98,14 @@ def _saved_kind(folder:Path, kinds:dict[str,type]) -> str:
 # %% ../../nbs/generators/07_registry.ipynb #0e2ca1a9
 NAMED_GENERATOR = 'WrappedGenerator'    # its file names the function that makes it
 
-def _named_from(config:dict) -> LatentGenerator:
-    "The generator that a function of somebody's module makes"
-    check_kind(config['cfg'], Reference, 'config.json: cfg')
-    gen = make_from(Reference(**config['cfg']))
-    if isinstance(gen, LatentGenerator): return gen
-    raise ValueError(f"{config['cfg']['name']} made a {type(gen).__name__}, expected a LatentGenerator")
-
 def load_generator(
     folder:str|Path, # written by `save_generator`
 ) -> LatentGenerator:
     "Read a generator of any kind back, in eval mode"
     kinds = {Generator.__name__: Generator for Generator in (_preset(name).Generator for name in GENERATORS)}
     kind = _saved_kind(Path(folder), kinds|{NAMED_GENERATOR:None})
-    if kind == NAMED_GENERATOR: return load_model(folder, kind, _named_from)
+    if kind == NAMED_GENERATOR:
+        return load_model(folder, kind, lambda saved: make_saved(saved, LatentGenerator))
     Generator = kinds[kind]
     def build(saved):
         check_kind(saved['cfg'], Generator.Cfg, 'config.json: cfg')

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from jaxtyping import Int
 from torch import nn, Tensor
 
-from ..core import make_rng
+from ..core import find_part, make_rng
 from .foreign import (_is, _pair, _read_rows, find_quantizer, Foreign, from_tokens,
                                          Reading, swap, to_tokens)
 from .kinds import CodeKind
@@ -130,18 +130,12 @@ def before(self:Attached, module:nn.Module, args:tuple):
 # %% ../../nbs/perturbation/08_attach.ipynb #5ab15242
 def _given_book(module, codebook) -> Callable:
     "Looks up a codebook that was given: vectors, or their name in the module"
-    if isinstance(codebook, Tensor): return lambda: codebook
-    def look_up():
-        found = module
-        for name in codebook.split('.'): found = getattr(found, name)
-        return found
-    try: book = look_up()
-    except AttributeError:
-        raise ValueError(f"{type(module).__name__} has no {codebook}; give codebook= the vectors (k d), or "
-                         "their name in the module") from None
+    def look_up(): return codebook if isinstance(codebook, Tensor) else find_part(module, codebook)
+    book = look_up()
     if isinstance(book, Tensor) and book.ndim == 2: return look_up
-    raise ValueError(f"codebook must be vectors (k d), and {codebook} of {type(module).__name__} is a "
-                     f"{type(book).__name__} {tuple(getattr(book, 'shape', ()))}")
+    raise ValueError("codebook must be vectors (k d), or their name in the module; that of "
+                     f"{type(module).__name__} is a {type(book).__name__} "
+                     f"{tuple(getattr(book, 'shape', ()))}")
 
 def _target(module, latents, codebook=None):
     "The module that is hooked, how it is read, and whether latents enter it"

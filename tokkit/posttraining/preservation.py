@@ -94,7 +94,7 @@ def check_learns(
     shape = spec.shape if spec.codebook_size is None else spec.ids_shape or spec.shape[:1]
     kind = torch.float32 if spec.codebook_size is None else torch.long
     weights = [p.requires_grad_() for p in twin.decoder.parameters()]
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         made = twin.from_latents(torch.zeros(2, *shape, dtype=kind, device=device_of(tok)))
         if not made.requires_grad:
             raise ValueError("no gradient comes through what this tokenizer decodes with; give a function "

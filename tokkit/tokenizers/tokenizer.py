@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from ..core import (changed, check_kind, device_of, evaluating, LatentSpec, load_model, make_from,
-                         read_json, Reference, save_model, stable_hash, tensors_hash, to_plain)
+from ..core import (changed, check_kind, device_of, evaluating, LatentSpec, load_model, make_saved,
+                         read_json, save_model, stable_hash, tensors_hash, to_plain)
 from .config import _quantizer, BACKBONES, TokenizerCfg
 from .protocol import ImageTokenizer
 
@@ -182,10 +182,7 @@ def save_tokenizer(
 
 def _named_from(config:dict) -> ImageTokenizer:
     "The tokenizer that a function of somebody's module makes"
-    check_kind(config['cfg'], Reference, 'config.json: cfg')
-    tok = make_from(Reference(**config['cfg']))
-    if not isinstance(tok, ImageTokenizer):
-        raise ValueError(f"{config['cfg']['name']} made a {type(tok).__name__}, expected an ImageTokenizer")
+    tok = make_saved(config, ImageTokenizer)
     shape = tuple(config['image_shape'])
     if shape != tuple(tok.image_shape): tok = tok.sized(*shape[1:])
     tok.spec = _spec_from(config)

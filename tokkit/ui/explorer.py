@@ -29,6 +29,10 @@ def _grey(a:Float[Tensor, "b c h w"], b:Float[Tensor, "b c h w"]) -> float:
     "Root mean square difference of images in [-1,1], in grey levels of 255"
     return (a.clamp(-1, 1)-b.clamp(-1, 1)).square().mean().sqrt().item()*127.5
 
+def _psnr(rmse:float) -> float:
+    "Grey levels of 255 in dB; inf where there is no difference"
+    return float('inf') if rmse == 0 else 20*math.log10(255/rmse)
+
 def _without_labels(got:Any) -> Tensor:
     "The images of a slice `images[i:j]`, which may be (x, labels)"
     return got[0] if isinstance(got, tuple) else got

@@ -9,7 +9,6 @@ __all__ = ['Noisy', 'NoiseExplorer']
 from typing import Any, NamedTuple
 
 import ipywidgets
-import numpy as np
 from PIL import Image
 from fastcore.basics import patch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from torch import nn, Tensor
 from ..core import device_of, evaluating, make_rng
 from ..perturbation import NoiseKind, PERTURBATIONS, perturb_latents
 from ..tokenizers import check_offers, HasLatents
-from .explorer import _grey, _version, _without_labels, Explorer
+from .explorer import _grey, _psnr, _version, _without_labels, Explorer
 from .tiles import compose, difference_tiles, image_tiles
 
 # %% ../../nbs/ui/10_noise_explorer.ipynb #20d5abe3
@@ -88,9 +87,8 @@ def perturbed(self:NoiseExplorer) -> Noisy:
         noisy = perturb_latents(z, s['strength'], s['kind'], s['beta'], std=std, rng=rng)
         damaged = self.tok.decode(noisy)
     rmse = _grey(damaged, clean)
-    psnr = float('inf') if rmse == 0 else float(20*np.log10(255/rmse))
     moved = (noisy-z).square().mean(-1).sqrt()/std
-    return Noisy(x, clean, damaged, moved, rmse, psnr)
+    return Noisy(x, clean, damaged, moved, rmse, _psnr(rmse))
 
 @patch
 def shown(self:NoiseExplorer) -> Noisy:

@@ -16,10 +16,10 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int, UInt8
 from torch import nn, Tensor
 
-from ..core import evaluating, make_rng
+from ..core import device_of, evaluating, make_rng
 from ..perturbation import effective_rate, perturb_codes
 from ..tokenizers import NeighbourTable, Quantizer
-from .explorer import _grey, _version, _without_labels, Explorer, png_bytes
+from .explorer import _grey, _psnr, _version, _without_labels, Explorer, png_bytes
 from .tiles import code_colors, compose, difference_tiles, image_tiles, token_tiles
 
 # %% ../../nbs/ui/05_perturbation_explorer.ipynb #aa1fa481
@@ -108,9 +108,7 @@ def _page(self:PerturbationExplorer, page:int) -> _Page:
     "The images of a page through the tokenizer; kept until page or weights change"
     key = (page, _version(self.tok))
     if self._cache[0] == key: return self._cache[1]
-    x = _without_labels(self.images[page*self.n:(page+1)*self.n])
-    tensors = [*self.tok.parameters(), *self.tok.buffers()]
-    if tensors: x = x.to(tensors[0].device)
+    x = _without_labels(self.images[page*self.n:(page+1)*self.n]).to(device_of(self.tok))
     z = self.tok.encode(x)
     ids = self.tok.quantize(z).ids
     if self.own is None: z = self._beside_codes(z)
@@ -153,9 +151,8 @@ def perturbed(self:PerturbationExplorer) -> Shown:
         damaged = self.tok.decode(self.tok.codes(moved))
         step = self._code_distance(page.ids, moved)
     rmse = _grey(damaged, page.clean)
-    psnr = float('inf') if rmse==0 else float(20*np.log10(255/rmse))
     return Shown(page.x, page.clean, damaged, page.ids, moved, rate=effective_rate(page.ids, moved),
-                 rmse=rmse, psnr=psnr, code_distance=step)
+                 rmse=rmse, psnr=_psnr(rmse), code_distance=step)
 
 @patch
 def shown(self:PerturbationExplorer) -> Shown:

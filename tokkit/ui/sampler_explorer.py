@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import evaluating, make_rng
+from ..core import device_of, evaluating, make_rng
 from ..generators import balanced_labels, LatentGenerator
 from .explorer import _grey, _version, _without_labels, Explorer
 from .tiles import code_colors, compose, difference_tiles, image_tiles
@@ -57,7 +57,7 @@ class SamplerStepper(Explorer):
     @property
     def device(self) -> torch.device:
         "Where the generator is"
-        return next((t.device for t in self.generator.parameters()), torch.device('cpu'))
+        return device_of(self.generator)
 
 # %% ../../nbs/ui/07_sampler_explorer.ipynb #4d5e9260
 @patch

@@ -67,7 +67,7 @@ def taef2_tokenizer(
     "TAEF2 as a tokenizer, with random weights"
     model = TAEF2()
     return wrap_tokenizer(encode=model.encoder, decode=model.decoder, image_shape=(3, size, size),
-                          image_range=(0., 1.), last_layer=None, name='taef2')
+                          image_range=(0., 1.), name='taef2')
 
 def taef2_state(
     tok:WrappedTokenizer,     # of `taef2_tokenizer`
