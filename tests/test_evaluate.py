@@ -27,6 +27,11 @@ class Pool(nn.Module):
 def judge(): return FeatureExtractor('pool', Pool(), mean=(0.,), std=(1.,))
 
 
+def no_codes():
+    "The verbs of a tokenizer, and no codebook"
+    return SimpleNamespace(codebook=None, encode=torch.flatten, quantize=torch.clone, decode=torch.clone)
+
+
 class Grey(nn.Module):
     "A code is the brightness of a 4x4 patch, in 300 levels"
     def __init__(self, k=300, offset=0.):
@@ -321,7 +326,8 @@ def test_reference_is_extracted_once(images):
     (lambda x: pfid(Grey(), x, alphas=(.5,), deltas=(301,)), 'delta must be a whole number in 1..300'),
     (lambda x: pfid(Grey(), x, alphas=()), 'at least one alpha'),
     (lambda x: pfid(Grey(), x, kind='gaussian', strengths=(.1,)), 'for continuous latents'),
-    (lambda x: pfid(SimpleNamespace(codebook=None), x), "kind='gaussian' and strengths"),
+    (lambda x: pfid(no_codes(), x), "kind='gaussian' and strengths"),
+    (lambda x: pfid(SimpleNamespace(codebook=None), x), 'lacks encode, quantize, decode'),
     (lambda x: rfid(Grey(), [1, 2]), 'expected images as a tensor'),
     (lambda x: rfid(Grey(), x, 'vgg'), 'extractor must be'),
     (lambda x: rfid(Grey(), x, n=151), 'n must be in 2..150'),
