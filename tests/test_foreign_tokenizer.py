@@ -1,6 +1,7 @@
 """Tokenizers of other people, from a class of one's own to the autoencoders of diffusers, through everything:
 metrics, perturbed training, a generator of their latents, pairs, post-training, sliders"""
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tokkit.perturbation import LatentPerturbation, perturbation
 from tokkit.posttraining import clean_pairs, latent_pairs, match_distribution, posttrain_decoder
 from tokkit.tokenizers import decode_all
 from tokkit.training import ImageTraining
-from tokkit.ui import NoiseExplorer, PerturbationExplorer
+from tokkit.ui import BeforeAfterExplorer, NoiseExplorer, PerturbationExplorer
 
 diffusers = pytest.importorskip('diffusers')
 SIZE = 32
@@ -26,8 +27,9 @@ class Words(nn.Module):
         super().__init__()
         self.words = nn.Parameter(torch.randn(64, 4))
     def forward(self, z):
-        ids = torch.cdist(z.flatten(2).mT, self.words[None]).argmin(-1)
-        return self.words[ids].mT.reshape(z.shape)
+        rows = z.flatten(2).mT if z.ndim == 4 else z
+        ids = torch.cdist(rows, self.words[None]).argmin(-1)
+        return self.words[ids].mT.reshape(z.shape) if z.ndim == 4 else self.words[ids]
 
 class Own(nn.Module):
     "A class that knows nothing of this kit; images in [0,1]"
@@ -37,8 +39,14 @@ class Own(nn.Module):
         self.vq = Words()
         self.dec = nn.ConvTranspose2d(4, 1, 4, 4)
 
-def own():
-    model = Own()
+class Line(Own):
+    "Tokens in a row, which lie on no grid"
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Sequential(nn.Flatten(), nn.Linear(SIZE**2, 32), nn.Unflatten(1, (8, 4)))
+        self.dec = nn.Sequential(nn.Flatten(), nn.Linear(32, SIZE**2), nn.Unflatten(1, (1, SIZE, SIZE)))
+
+def own(model):
     functions = dict(encode=lambda m, x: m.enc(x), decode=lambda m, z: m.dec(z), codebook='vq.words')
     return model, dict(**functions, image_range=(0., 1.), learns='dec')
 
@@ -54,7 +62,8 @@ AUTOENCODERS = {
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ())),
 }
-NAMES = ['own', *AUTOENCODERS]
+OWN = dict(own=Own, line=Line)
+NAMES = [*OWN, *AUTOENCODERS]
 
 @pytest.fixture(scope='module')
 def train(): return fashion_mnist('train', 96, size=SIZE)
@@ -65,8 +74,8 @@ def test(): return fashion_mnist('test', 64, size=SIZE)
 def tok(request, test):
     torch.manual_seed(0)
     few = test[:8][0]
-    if request.param != 'own': return from_diffusers(AUTOENCODERS[request.param]().eval(), few)
-    model, how = own()
+    if request.param not in OWN: return from_diffusers(AUTOENCODERS[request.param]().eval(), few)
+    model, how = own(OWN[request.param]())
     return wrap_tokenizer(model, images=few, **how)
 
 def generator(tok):
@@ -134,3 +143,11 @@ def test_is_looked_at(tok, test):
     if tok.codebook is None: explorer = NoiseExplorer(tok, test, n=3, strength=.5)
     else: explorer = PerturbationExplorer(tok, test, n=3, alpha=.5, delta=4)
     assert explorer.picture().size[0] > 0 and 'RMSE' in explorer.numbers()
+
+def test_before_and_after(tok, train):
+    healed = deepcopy(tok)
+    with torch.no_grad():
+        for p in healed.decoder.parameters(): p += .05
+    explorer = BeforeAfterExplorer(tok, healed, generator(tok), train, n=3, sigma=.7)
+    assert explorer.picture().size[0] > 0 and 'after' in explorer.numbers()
+    assert explorer.compared().changed > 0 and explorer.compared().differ > 0

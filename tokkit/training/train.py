@@ -267,6 +267,17 @@ def train_tokenizer(
     return history
 
 # %% ../../nbs/training/11_train.ipynb #4f24710d
+def _check_scale(generator:LatentGenerator, tokens:Dataset):
+    "Warn where a generator was made for continuous latents of another scale than these"
+    cfg = getattr(generator, 'cfg', None)
+    if not hasattr(cfg, 'std') or len(tokens) < 2: return
+    few = torch.stack([torch.as_tensor(tokens[i][0]) for i in range(min(len(tokens), 64))]).float()
+    off,ratio = (few.mean()-cfg.mean).abs()/cfg.std, few.std()/cfg.std
+    if .5 <= ratio <= 2 and off <= 1: return
+    warnings.warn(f"these latents have mean {few.mean():.3g} and standard deviation {few.std():.3g}, and the "
+                  f"generator was made for {cfg.mean:.3g} and {cfg.std:.3g}; measure first with "
+                  "fit_spec(tokenizer, images), then make the generator", stacklevel=3)
+
 def train_generator(
     # changed in place; ends with its averaged weights, in eval mode
     generator:LatentGenerator,
@@ -276,6 +287,7 @@ def train_generator(
     **how,                                        # fields of `TrainingContext`: work, device, seed, ...
 ) -> pd.DataFrame:
     "Train a generator; returns the losses, one row an epoch"
+    _check_scale(generator, tokens)
     context = bundle(TrainingContext, context, **how).named('generator')
     groups = dict(matrices=matrices_decay, released=released_decay)[cfg.decay](generator, cfg.weight_decay)
     schedule = WarmupCosine(cfg.warmup, cfg.final)

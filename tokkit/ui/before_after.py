@@ -6,7 +6,6 @@
 __all__ = ['BeforeAfter', 'BeforeAfterExplorer']
 
 # %% ../../nbs/ui/08_before_after.ipynb #a21a4272
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -162,7 +161,7 @@ def picture(self:BeforeAfterExplorer,
             ('before', f"σ = {sigma:.2g}", image_tiles(p.before)),
             ('after', 'same latents', image_tiles(p.after)),
             ('difference', '|after − before|', difference_tiles(p.after, p.before))]
-    one_id_a_token = p.real.ndim == 2 and p.real.shape[1] == math.prod(self.before.spec.grid)
+    one_id_a_token = p.real.ndim == 2 and p.real.shape[1] == self.before.spec.shape[0]
     if one_id_a_token: rows.append(('tokens', 'framed: new', self._token_map(p)))
     return compose(rows, footer=self.numbers(p) if footer else '')
 
