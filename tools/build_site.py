@@ -24,11 +24,11 @@ VENDORED = {  # npm package -> what the pages need of it
 # before it
 HOUSE = {
     'core': 'Core', 'data': 'Data', 'layers': 'Layers', 'show': 'Pictures', 'runs': 'Runs',
-         'tokenizers': 'Tokenizers',
-    'generators': 'Generators', 'adapters': 'Models of your own', 'zoo': 'Published models',
+    'tokenizers': 'Tokenizers', 'generators': 'Generators', 'adapters': 'Models of your own',
+    'zoo': 'Published models',
     'perturbation': 'Perturbation', 'features': 'Features', 'metrics': 'Metrics', 'training': 'Training',
-    'posttraining': 'Post-training', 'analysis': 'Analysis', 'demo': 'Demo', 'ui': 'Figures and explorers',
-         'cli': 'Command line'}
+    'posttraining': 'Post-training', 'recipes': 'Recipes', 'analysis': 'Analysis', 'demo': 'Demo',
+    'ui': 'Figures and explorers', 'cli': 'Command line'}
 SECTIONS = {'How-to': 'howto', 'Explain': 'explain', 'Results': 'results', 'Explore': 'explore',
             'Experiments': 'experiments', 'Benchmarks': 'benchmarks'}
 VIEW = 'application/vnd.jupyter.widget-view+json'

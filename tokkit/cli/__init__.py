@@ -2,4 +2,5 @@
 from .options import *
 from .models import *
 from .posttraining import *
+from .training import *
 from .commands import *

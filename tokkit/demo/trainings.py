@@ -6,15 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/demo/02_trainings.ipynb #17a2659e
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from ..core import make_rng, tensors_hash
 from ..data import TokenCache
@@ -22,19 +18,11 @@ from .demo import Demo
 from ..generators import (balanced_labels, LatentGenerator, load_generator, make_generator,
                                sample_batches, save_generator)
 from ..perturbation import Annealing, LatentPerturbation
-from ..show import text_preview, to_pil_grid
+from ..recipes import preview_after
 from ..tokenizers import fit_spec, make_tokenizer, Tokenizer
 from ..training import GeneratorTraining, TensorPairs, train_generator, train_tokenizer
 
 # %% ../../nbs/demo/02_trainings.ipynb #e2883549
-def _preview(make:Callable, work:Path) -> Callable:
-    "After every epoch: a row of pictures in the work folder, and in the terminal when there is one"
-    def show(learner):
-        with torch.no_grad(): x = make()
-        to_pil_grid(x).save(work/'preview.png')
-        if sys.stderr.isatty(): tqdm.write(text_preview(x), file=sys.stderr)
-    return show
-
 @patch
 def _perturbation(self:Demo, kind:str) -> LatentPerturbation|None:
     "The damage that the perturbed tokenizer is trained on, annealed over its epochs"
@@ -61,7 +49,7 @@ def tokenizer(self:Demo, kind:str) -> Tokenizer:
         tok = make_tokenizer(shape, c.seed)
         if base is not None: tok.load_state_dict(base.state_dict())
         look = test[:8][0].to(self.device)
-        preview = _preview(lambda: tok.eval().reconstruct(look), work)
+        preview = preview_after(lambda: tok.eval().reconstruct(look), work)
         history = train_tokenizer(tok, train, cfg, damage, validation=test, work=work, preview=preview,
                                   device=str(self.device), seed=c.seed, desc=f'{kind} tokenizer')
         # a generator asks how large latents are
@@ -105,7 +93,7 @@ def generator(self:Demo, kind:str) -> LatentGenerator:
         look = balanced_labels(8, gen.classes).to(self.device)
         def picture():
             return tok.from_latents(gen.eval().sample(look, rng=make_rng(c.seed, 'preview'), **self.sampling))
-        history = train_generator(gen, part, cfg, work=work, preview=_preview(picture, work),
+        history = train_generator(gen, part, cfg, work=work, preview=preview_after(picture, work),
                                   device=str(self.device), seed=c.seed, desc=f'generator ({kind})')
         save_generator(gen, tmp)
         history.to_csv(tmp/'history.csv', index=False)
