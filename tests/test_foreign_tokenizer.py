@@ -9,7 +9,7 @@ from torch import nn
 
 from tokkit.adapters import from_diffusers, wrap_generator, wrap_tokenizer
 from tokkit.core import make_rng
-from tokkit.data import fashion_mnist
+from tokkit.data import fashion_mnist, ImageSet
 from tokkit.generators import sample_batches
 from tokkit.metrics import gfid, ifid, pfid, rfid
 from tokkit.perturbation import LatentPerturbation, perturbation
@@ -151,3 +151,35 @@ def test_before_and_after(tok, train):
     explorer = BeforeAfterExplorer(tok, healed, generator(tok), train, n=3, sigma=.7)
     assert explorer.picture().size[0] > 0 and 'after' in explorer.numbers()
     assert explorer.compared().changed > 0 and explorer.compared().differ > 0
+
+def test_images_of_unequal_sides_are_healed():
+    "24 x 40 pixels through metrics, pairs, free samples and both ways of post-training"
+    pixels = torch.randint(256, (96, 1, 24, 40), generator=make_rng(0), dtype=torch.uint8)
+    images = ImageSet(pixels, torch.arange(96)%10, name='wide')
+    torch.manual_seed(0)
+    model, how = own(Own())
+    tok = wrap_tokenizer(model, images=images[:8][0], **how)
+    assert tok.spec.grid == (6, 10) and rfid(tok, images, n=64, bootstrap=3).value > 0
+    gen = generator(tok)
+    training = ImageTraining(epochs=1, batch=32, perceptual=0., distribution=.1, distribution_kind='moments')
+    samples = sample_batches(gen, images.labels, seed=1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        healed = [posttrain_decoder(tok, latent_pairs(gen, tok, images, sigma=.7), training)[0],
+                  match_distribution(tok, samples, images, training)[0]]
+    assert len({tok.fingerprint, *(t.fingerprint for t in healed)}) == 3
+
+def test_whose_function_failed(test, train):
+    model, how = own(Own())
+    with pytest.raises(ValueError, match=r"encode of Own raised IndexError on a tensor \(8, 1, 32, 32\)"):
+        wrap_tokenizer(model, images=test[:8][0], **how|dict(encode=lambda m, x: [x][1]))
+    tok = wrap_tokenizer(model, images=test[:8][0], **how)
+    def broken(labels): raise KeyError('no such table')
+    gen = wrap_generator(sample=broken, tok=tok, classes=10)
+    with pytest.raises(ValueError, match=r"sample of generator raised KeyError for labels up to 9 \(classes=10"):
+        sample_batches(gen, 64)
+
+def test_images_in_another_range_are_said(test):
+    model, how = own(Own())
+    with pytest.warns(UserWarning, match=r'no value below 0; ours are in \[-1,1\]'):
+        wrap_tokenizer(model, images=(test[:8][0]+1)/2, **how)

@@ -145,7 +145,7 @@ TABLE = [ # expression, what is said
          ('fashion_mnist(n=0)', 'n must be in'), ('ImageFolder(tmp, 0)', 'size must be'),
          ('ImageFolder(tmp, 10**9)', 'size must be'),
     ('ImageFolder(tmp, 28.5)', 'size must be'), ('ImageFolder(tmp, channels=2)', 'channels must be'),
-         ('ImageSet(x)', 'must be square and uint8'), ('loader(images, 17)', 'leaves no batch'),
+         ('ImageSet(x)', 'must be uint8'), ('loader(images, 17)', 'leaves no batch'),
          ('TokenCache.open(tmp/"no")', 'no token cache'),
     ('TokenCache.build(tmp/"c", images, lambda x: x.flatten(2)*nan)', 'latents must be in'),
          ('TokenCache.build(tmp/"c", images, tok.tokenize, codebook_size=8)', 'ids must be in'),

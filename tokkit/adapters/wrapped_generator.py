@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from jaxtyping import Int
 from torch import nn, Tensor
 
-from ..core import check_count, function_hash, make_rng, stable_hash, tensors_hash
+from ..core import calling, check_count, function_hash, make_rng, stable_hash, tensors_hash
 from ..generators import (check_generator_latents, check_sampling, Guidance, LatentGenerator, row_seeds,
                                Sampling)
 from ..tokenizers import check_offers, TakesGenerators
@@ -93,7 +93,9 @@ class WrappedGenerator(LatentGenerator):
         function = getattr(self.model, self.function) if isinstance(self.function, str) else self.function
         model = () if self.model is None or isinstance(self.function, str) else (self.model,)
         arguments = self._arguments(sampling, keep, own)
-        with _seeded(seed%2**63, labels.device): made = function(*model, labels, **arguments)
+        told = f' for labels up to {int(labels.max())} (classes={self.classes})' if len(labels) else ''
+        with calling(f'sample of {self.name}', told), _seeded(seed%2**63, labels.device):
+            made = function(*model, labels, **arguments)
         made = self._rows(made)
         check_generator_latents(self, made, len(labels), f'what sample of {self.name} draws')
         if keep is not None: self._check_kept(made, *keep)
@@ -149,7 +151,9 @@ def _check_kept(self:WrappedGenerator, made, real, sigma):
 def wrap_generator(
     model:nn.Module|None = None,    # whose weights; None: those of the function
     *,
-    sample:Callable|str,            # (model, labels, ...) -> latents; without a model (labels, ...)
+    # (model, labels, ...) -> latents; without a model (labels, ...). What it keeps comes as keep=(latents,
+    # sigma): ids (b n), or continuous latents as maps (b d h w) where they lie on a grid
+    sample:Callable|str,
     tok:Any,                        # the tokenizer whose latents it draws
     classes:int = 1000,             # labels are 0..classes-1
     name:str = '',                  # what it is called; '': the class of the model

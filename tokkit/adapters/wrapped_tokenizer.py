@@ -40,11 +40,19 @@ class WrappedTokenizer(ImageTokenizer):
         self.register_buffer('where', torch.zeros(0, device=wrapping.device), persistent=False)
         self.image_shape = tuple(images.shape[1:])
         self.name = wrapping.name or self._class()
+        self._check_learns()
         with evaluating(self): self._measure(images)
 
     def _class(self) -> str:
         "What the model is called where nobody named it"
         return type(self.functions.parts[0]).__name__ if len(self.functions.parts) else 'tokenizer'
+
+    def _check_learns(self):
+        "Raise one line about a part that shall learn and is not there"
+        for name in self.wrapping.learns:
+            if self.functions.named_part(name) is not None: continue
+            there = ', '.join(part for module in self.functions.parts for part,_ in module.named_children())
+            raise ValueError(f"learns: {self.name} has no part {name!r}; it has {there or 'none'}")
 
     @property
     def model(self) -> nn.Module:
@@ -115,7 +123,10 @@ def encode(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "
     "Images in [-1,1] to latents"
     self.check_images(x)
     if 'encode' not in self.functions.how: return self.codes(self.tokenize(x))
-    return self._rows(self._call('encode', self._into(x)))
+    z = self._call('encode', self._into(x))
+    if len(z) == len(x): return self._rows(z)
+    raise ValueError(f"encode of {self.name} gives {len(z)} rows of latents for {len(x)} images; let it give "
+                     "one an image")
 
 @patch
 def decode(self:WrappedTokenizer, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
@@ -218,8 +229,9 @@ def _measure_latents(self:WrappedTokenizer, x:Float[Tensor, "b c h w"]):
         return
     book = self._book()
     if book is not None and book.shape[-1] != z.shape[-1]:
-        raise ValueError(f"encode of {self.name} gives latents of {z.shape[-1]} channels, its codes have "
-                         f"{book.shape[-1]}; give encode up to where latents are compared with codes")
+        raise ValueError(f"encode of {self.name} gives latents {tuple(given.shape)} of images "
+                         f"{tuple(x.shape)}: {z.shape[-1]} channels, and its codes have {book.shape[-1]}; "
+                         "give encode up to where latents are compared with codes: (b d h w), (b n d), (b d)")
     spec = LatentSpec(tuple(z.shape[1:]), grid, codebook_size=None if book is None else len(book))
     # one image says nothing of a scale
     if book is None and len(x) > 1: spec = replace(spec, mean=z.mean().item(), std=z.std().item())

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import find_part, function_hash, tensors_hash
+from ..core import calling, find_part, function_hash, tensors_hash
 from ..tokenizers import nearest_codes, Quantized, Quantizer, straight_through
 
 # %% ../../nbs/adapters/00_wrapping.ipynb #6e6f4ede
@@ -38,8 +38,9 @@ class Wrapping:
     device:str|None = None       # of plain functions, which have no weights to tell where they compute
 
     def __post_init__(self):
-        low,high = self.image_range
-        if not low < high: raise ValueError(f"image_range must rise, got {self.image_range}")
+        if len(self.image_range) != 2 or not self.image_range[0] < self.image_range[1]:
+            raise ValueError("image_range is the lowest and the highest value of an image, such as (0., 1.), "
+                             f"got {tuple(self.image_range)}")
         if self.levels not in ('concat', 'sum'):
             raise ValueError(f"levels must be 'concat' or 'sum', got {self.levels!r}")
         learns = (self.learns,) if isinstance(self.learns, str) else tuple(self.learns)
@@ -138,12 +139,22 @@ class Functions(nn.Module):
 
     def forward(self, name:str, t:Tensor) -> Tensor:
         kind,part,f = self.how[name]
-        if kind == 'plain': return f(t)
-        module = self.parts[part]
-        if kind == 'part': return module(t)
-        return f(module, t) if kind == 'of model' else getattr(module, f)(t)
+        owner = None if part is None else self.parts[part]
+        whose = f'{name} of {type(owner).__name__}' if part is not None else f'the function {name}'
+        with calling(whose, f' on a tensor {tuple(t.shape)}'):
+            if kind == 'plain': return f(t)
+            if kind == 'part': return owner(t)
+            return f(owner, t) if kind == 'of model' else getattr(owner, f)(t)
 
 # %% ../../nbs/adapters/00_wrapping.ipynb #f20992b3
+def _weight(module:nn.Module) -> Tensor:
+    "The vectors of a module that is a codebook, such as an embedding"
+    if isinstance(getattr(module, 'weight', None), Tensor): return module.weight
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    found = [name for name,t in tensors if t.ndim == 2 and t.is_floating_point()]
+    hint = f"name one of its tensors: {', '.join(found)}" if found else 'it holds no vectors (k d)'
+    raise ValueError(f"codebook: a {type(module).__name__} has no weight of its own; {hint}")
+
 class GivenBook:
     "A codebook that is looked up anew at every use"
     def __init__(self,
@@ -169,7 +180,7 @@ class GivenBook:
         if book is None: return None
         if isinstance(book, str): book = find_part(functions.parts[0], book)
         elif callable(book) and not isinstance(book, nn.Module): book = book(functions.parts[0])
-        if isinstance(book, nn.Module): book = getattr(book, 'weight', None)
+        if isinstance(book, nn.Module): book = _weight(book)
         if not isinstance(book, Tensor) or book.ndim not in (2, 3):
             raise ValueError("codebook must be vectors (k d), or (l k d) of several levels; got a "
                              f"{type(book).__name__} {tuple(getattr(book, 'shape', ()))}")
@@ -189,6 +200,10 @@ def warn_of_range(
         other.wrapping = wrapping
         return (other.reconstruct(x)-x).square().mean().item()
     own = tok.wrapping.image_range
+    if x.min() >= 0:
+        warnings.warn(f"the images to measure {tok.name} on have no value below 0; ours are in [-1,1], so "
+                      "give 2*x-1 if yours are in [0,1]", stacklevel=6)
+        return
     mine = error(tok.wrapping)
     others = {r:error(replace(tok.wrapping, image_range=r)) for r in RANGES if r != own}
     best = min(others, key=others.get)

@@ -90,6 +90,10 @@ class MetricOptions:
     deltas:list[int]|None = None
     # pfid: fractions of an image's tokens redrawn; the paper's five when left out
     alphas:list[float]|None = None
+    # pfid of continuous latents: doses of noise, in standard deviations of the latents
+    strengths:list[float]|None = None
+    # pfid of continuous latents: the noise; gaussian when left out
+    kind:Literal['gaussian','interpolate']|None = None
     # ifid: other images, the neighbours; the other part of the data when left out
     train:str|None = None
     top_k:int|None = None                # ifid: nearest neighbours to draw among; 10 when left out
@@ -111,7 +115,8 @@ def _check_options(metric:str, options:MetricOptions):
     from tokkit.metrics import check_bootstrap
     if options.json: file_to_write(options.json)       # a folder is refused now, and not after hours
     check_bootstrap(options.bootstrap)
-    for owner,own in dict(pfid=('deltas','alphas'), ifid=('train','top_k')).items():
+    owned = dict(pfid=('deltas','alphas','strengths','kind'), ifid=('train','top_k'))
+    for owner,own in owned.items():
         wrong = [name for name in own if getattr(options, name) is not None]
         if wrong and metric not in (owner, 'all'):
             raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
@@ -203,7 +208,9 @@ def metric(
     if options.n is None: options = replace(options, n=min(1000, len(images)))
     _check_metric(metric, options.reference, options.n)
     images, others = _with_neighbours(load, images, metric, options)
-    own = _given(deltas=options.deltas, alphas=options.alphas, top_k=options.top_k)
+    kind = options.kind or ('gaussian' if options.strengths else None)
+    own = _given(deltas=options.deltas, alphas=options.alphas, top_k=options.top_k, kind=kind,
+                 strengths=options.strengths)
     own |= _compared_with(options.reference, options.reference_n, others)
     cards = _measure(metric, tok, images, n=options.n, extractor=options.extractor,
                      bootstrap=options.bootstrap, seed=options.seed, **own)

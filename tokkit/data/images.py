@@ -76,6 +76,10 @@ class Indexed(Dataset):
     classes:list[str]  # class names
     name:str           # where it comes from and which part it is
 
+    @property
+    def shape(self) -> tuple[int,int,int]:
+        "Channels, height and width of an image; a square unless a subclass says otherwise"
+        return self.channels, self.size, self.size
     def __len__(self): return len(self.labels)
     def __getitem__(self, i):
         if not isinstance(i, Integral): return self._batch(_positions(i, len(self)))
@@ -86,7 +90,7 @@ class Indexed(Dataset):
     def __repr__(self):
         k = len(self.classes)
         some = ', '.join(self.classes[:10])
-        shape = f"{self.channels}x{self.size}x{self.size}"
+        shape = 'x'.join(map(str, self.shape))
         return (f"{type(self).__name__} {self.name}: {len(self):,} images {shape}, {k} class{'es'*(k != 1)} "
                 f"({some}{', ...'*(k > 10)})")
 
@@ -106,10 +110,10 @@ def check_labels(
     return labels.long()
 
 # %% ../../nbs/data/00_images.ipynb #9168d553
-def _check_square(images:Tensor):
-    "Raise one line unless these are square images as bytes"
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"ImageSet: images must be square and uint8 (n c h w), got {images.dtype} "
+def _check_bytes(images:Tensor):
+    "Raise one line unless these are images as bytes"
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"ImageSet: images must be uint8 (n c h w), got {images.dtype} "
                          f"{tuple(images.shape)}; see to_uint8")
 
 def _numbered(labels:Tensor) -> list[str]:
@@ -125,7 +129,7 @@ class ImageSet(Indexed):
         classes:Sequence[str]|None = None,        # class names; None numbers them
         name:str = 'images',                      # shown in reprs and on cards
     ):
-        _check_square(images)
+        _check_bytes(images)
         labels = torch.zeros(len(images), dtype=torch.long) if labels is None else torch.as_tensor(labels)
         if labels.shape != images.shape[:1]:
             raise ValueError(f"ImageSet: {len(images)} images need as many labels, got {tuple(labels.shape)}")
@@ -133,9 +137,12 @@ class ImageSet(Indexed):
         self.images = images
         self.labels = check_labels(labels, len(self.classes))
         self.name = name
+        self._shape = tuple(images.shape[1:])
         self.channels = images.shape[1]
-        self.size = images.shape[-1]
+        self.size = min(images.shape[2:])    # the shorter side
 
+    @property
+    def shape(self): return self._shape
     def _batch(self, positions): return from_uint8(self.images[positions]), self.labels[positions]
     @cached_property
     def hash(self) -> str:

@@ -51,8 +51,9 @@ def pfid_deltas(
     "The three strengths pFID uses for a codebook of K codes"
     if codebook_size in PFID_DELTAS: return PFID_DELTAS[codebook_size]
     if codebook_size < 256:
-        raise ValueError(f"pFID's rule for delta needs at least 256 codes, got {codebook_size}; say which "
-                         "you want: deltas=(...)")
+        few = ', '.join(str(max(1, codebook_size*d//64)) for d in (1, 2, 4))
+        raise ValueError(f"pFID's rule for delta needs at least 256 codes, got {codebook_size}; say how many "
+                         f"neighbours you want, such as deltas=({few}), --deltas {few.replace(', ', ',')}")
     return tuple(math.floor(d*codebook_size/16384+.5) for d in PFID_DELTAS[16384])
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #7c7fb550
@@ -70,8 +71,9 @@ class Doses:
 def _latent_cells(doses:Doses) -> list[dict]:
     "Cells for continuous latents: strengths of one kind of noise"
     if doses.kind is None or not doses.strengths:
-        raise ValueError("pFID is defined for codes and this tokenizer has none; "
-                         "for its latents give kind='gaussian' and strengths=(...)")
+        raise ValueError("pFID is defined for codes and this tokenizer has none; for its latents give "
+                         "kind='gaussian' and strengths=(...), --strengths .1,.3,.5; if it has codes, give "
+                         "wrap_tokenizer its codebook=")
     for s in doses.strengths: check_range('strength', s, 0, 1e6)
     return [dict(strength=float(s)) for s in doses.strengths]
 

@@ -92,8 +92,8 @@ def describe_images(
         raise ValueError("expected images as a tensor (n c h w) in [-1,1] or a set of images, got "
                          f"{type(images).__name__}")
     if not len(images): raise ValueError(f"expected at least one image, {images.name} has none")
-    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images),
-                shape=(images.channels, images.size, images.size))
+    shape = tuple(getattr(images, 'shape', (images.channels, images.size, images.size)))
+    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images), shape=shape)
 
 # %% ../../nbs/metrics/06_reference.ipynb #76e992f9
 class FeatureBank:

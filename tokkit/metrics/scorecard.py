@@ -147,7 +147,10 @@ def _not_possible(tok:Any, size:int, evaluator:Evaluator, train:Any, doses:dict)
     if tok.codebook is None:
         no |= {m: 'is of codes, and this tokenizer has none' for m in ('usage','perplexity')}
         if not doses:
-            no['pFID'] = "is defined for codes; for these latents give kind='gaussian' and strengths=(...)"
+            no['pFID'] = ("is defined for codes; for these latents give kind='gaussian' and strengths=(...), "
+                          "--strengths .1,.3,.5")
+    elif tok.codebook.shape[-2] < 256 and not doses.get('deltas'):
+        no['pFID'] = 'has no rule for fewer than 256 codes; say how many neighbours: deltas=(...), --deltas'
     if train is None: no['iFID'] = 'needs images for the neighbours: train=...'
     if size < 11: no['SSIM'] = f"has a window of 11 pixels, the images are {size} wide"
     return no

@@ -130,7 +130,9 @@ def before(self:Attached, module:nn.Module, args:tuple):
 # %% ../../nbs/perturbation/08_attach.ipynb #5ab15242
 def _given_book(module, codebook) -> Callable:
     "Looks up a codebook that was given: vectors, or their name in the module"
-    def look_up(): return codebook if isinstance(codebook, Tensor) else find_part(module, codebook)
+    def look_up():
+        found = codebook if isinstance(codebook, Tensor) else find_part(module, codebook)
+        return getattr(found, 'weight', found) if isinstance(found, nn.Module) else found
     book = look_up()
     if isinstance(book, Tensor) and book.ndim == 2: return look_up
     raise ValueError("codebook must be vectors (k d), or their name in the module; that of "
@@ -172,6 +174,9 @@ def attach(
     shard:tuple[int,int] = (0, 1),        # (rank, world), as in `Draws`
 ) -> Attached:
     "Perturb what leaves a quantizer, or what enters a decoder, while it trains"
+    if latents and codebook is not None:
+        raise ValueError("latents=True is for continuous latents, and codebook= for codes; give one. "
+                         "Codes are perturbed where they leave a quantizer: attach to the one that quantizes")
     target,reading,enters = _target(module, latents, codebook)
     _check_fit(perturbation, module, target, reading.codes)
     handle = Attached(perturbation, reading, rng or make_rng(seed, 'plugin'), shard)

@@ -236,7 +236,8 @@ def _read_rows(m, book:Callable|None = None) -> Reading|None:
     def read(entering, output):
         zq = _find_latents(output, d)
         if zq is None:
-            raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has")
+            raise ValueError(f"{type(m).__name__} gave no latents of the {d} channels its codebook has; "
+                             "attach to the module whose output is the quantized latents")
         rows = to_tokens(zq, first(zq)).detach()
         ids = _find_ids(output, rows[...,0].numel())
         return zq, _rows(m, rows, book, None if ids is None else ids.reshape(rows.shape[:2]))
@@ -276,5 +277,6 @@ def find_quantizer(
                              "of them")
         if found: return found[0][1],_reading(found[0][1])
     raise ValueError(f"{type(model).__name__} holds no quantizer that can be read: expected one of tokkit or "
-                     "vector_quantize_pytorch, or a module with a codebook or embedding (k d); for "
-                     "continuous latents attach to what they enter, with latents=True")
+                     "vector_quantize_pytorch, or a module with a codebook or embedding (k d); say where "
+                     "yours is, attach(..., codebook=name or vectors), or, for continuous latents, attach to "
+                     "what they enter, with latents=True")

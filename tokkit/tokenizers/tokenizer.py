@@ -174,10 +174,11 @@ def _tokenizer_from(config:dict) -> Tokenizer:
 NAMED = 'WrappedTokenizer'    # its file names the function that makes it
 
 def save_tokenizer(
-    tok:Tokenizer,    # to write
-    folder:str|Path,  # made if it is not there
+    tok:ImageTokenizer, # to write; one of another class by its own `save`
+    folder:str|Path,    # made if it is not there
 ) -> Path:
     "Write a tokenizer: weights, configuration and spec"
+    if not isinstance(tok, Tokenizer): return tok.save(folder)
     return save_model(tok, folder, spec=to_plain(tok.spec))
 
 def _named_from(config:dict) -> ImageTokenizer:

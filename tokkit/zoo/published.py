@@ -126,7 +126,9 @@ def load(
     "A published tokenizer with its weights; what was taken from the file is its `loaded`"
     entry = choose(PUBLISHED, name)
     if weights is None: return entry.build().eval()
-    where,found,state = _given(name, entry, weights, which)
+    try: where,found,state = _given(name, entry, weights, which)
+    except (ValueError, FileNotFoundError) as e:
+        raise type(e)(f"{e}; {name} is {entry.file} of {entry.home}") from None
     kept,left = _sorted_out(entry, state)
     if not kept: raise ValueError(f"{where} holds no weights of a network; fetch it again")
     if wrong := _fits(entry, state):
