@@ -3,6 +3,8 @@ import hashlib, os, random, shutil
 from pathlib import Path
 
 import hypothesis, pytest, torch
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault('TOKKIT_QUIET', '1')
@@ -26,6 +28,20 @@ def fixtures() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no recorded values at {folder.name}/: set TOKKIT_FIXTURES to their folder")
     return folder
+
+
+@pytest.fixture(scope='session')
+def photographs(tmp_path_factory):
+    "A folder of colour images with two classes and two parts, of several sizes"
+    home = tmp_path_factory.mktemp('photographs')
+    rng = np.random.default_rng(0)
+    for part, n in dict(train=40, test=12).items():
+        for kind in ('dark', 'light'):
+            (home/part/kind).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 120, (20+i%3, 24, 3), dtype=np.uint8)+(120 if kind == 'light' else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(home/part/kind/f'{i}.png')
+    return home
 
 
 @pytest.fixture(autouse=True)

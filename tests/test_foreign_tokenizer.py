@@ -161,7 +161,8 @@ def test_images_of_unequal_sides_are_healed():
     tok = wrap_tokenizer(model, images=images[:8][0], **how)
     assert tok.spec.grid == (6, 10) and rfid(tok, images, n=64, bootstrap=3).value > 0
     gen = generator(tok)
-    training = ImageTraining(epochs=1, batch=32, perceptual=0., distribution=.1, distribution_kind='moments')
+    training = ImageTraining(epochs=1, batch=32, perceptual=0., distribution=.1,
+                             distribution_kind='moments')
     samples = sample_batches(gen, images.labels, seed=1)[0]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -176,7 +177,8 @@ def test_whose_function_failed(test, train):
     tok = wrap_tokenizer(model, images=test[:8][0], **how)
     def broken(labels): raise KeyError('no such table')
     gen = wrap_generator(sample=broken, tok=tok, classes=10)
-    with pytest.raises(ValueError, match=r"sample of generator raised KeyError for labels up to 9 \(classes=10"):
+    told = r'sample of generator raised KeyError for labels up to 9 \(classes=10'
+    with pytest.raises(ValueError, match=told):
         sample_batches(gen, 64)
 
 def test_images_in_another_range_are_said(test):

@@ -7,11 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from PIL import Image
 from tokkit.cli import main
 from tokkit.generators import load_generator
 from tokkit.recipes import RECIPES, read_recipe
@@ -19,20 +17,6 @@ from tokkit.tokenizers import load_tokenizer
 
 SMALL = ['--set', 'tokenizer.width=16', '--set', 'tokenizer.depth=1', '--set', 'batch=16', '--set',
          'distribution=0', '--device', 'cpu']
-
-
-@pytest.fixture(scope='module')
-def photographs(tmp_path_factory):
-    "A folder of colour images with two classes and two parts, of several sizes"
-    home = tmp_path_factory.mktemp('photographs')
-    rng = np.random.default_rng(0)
-    for part, n in dict(train=40, test=12).items():
-        for kind in ('dark', 'light'):
-            (home/part/kind).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 120, (20+i%3, 24, 3), dtype=np.uint8)+(120 if kind == 'light' else 0)
-                Image.fromarray(pixels.astype(np.uint8)).save(home/part/kind/f'{i}.png')
-    return home
 
 
 def train(*words): return main(['train', *map(str, words)])

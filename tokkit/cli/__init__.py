@@ -3,4 +3,6 @@ from .options import *
 from .models import *
 from .posttraining import *
 from .training import *
+from .sampling import *
+from .comparing import *
 from .commands import *

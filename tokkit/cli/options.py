@@ -75,6 +75,7 @@ def command_options(
 # %% ../../nbs/cli/00_options.ipynb #0ec351cd
 _SHORT = dict(params='-p', grid='-g', n='-n')
 _WORDS = dict(grid='NAME=V,V', set='NAME=VALUE')    # one word each, may be repeated
+_PLACES = 'root', 'samples'                         # may be left out, and have no dashes
 
 def _option(name:str, p) -> tuple[list[str],dict]:
     "What argparse is told about a parameter: its names on the command line, and how it is read"
@@ -83,8 +84,9 @@ def _option(name:str, p) -> tuple[list[str],dict]:
     flags.append('--'+name.replace('_', '-'))
     if name == 'params': return flags, dict(nargs=2, action='append', metavar=('NAME','VALUE'), default=[])
     if name in _WORDS: return flags, dict(action='append', metavar=_WORDS[name], default=[])
-    if name == 'root': return [name], dict(nargs='?')
+    if name in _PLACES: return [name], dict(nargs='?')
     if p.default is Parameter.empty and keyword_only: return flags, dict(required=True, **_reader(p.anno))
+    if p.default is Parameter.empty and get_origin(p.anno) is list: return [name], dict(nargs='+')
     if p.default is Parameter.empty: return [name], _reader(p.anno)
     # `tokkit --device cpu run ...` sets it too
     default = argparse.SUPPRESS if name == 'device' else p.default
@@ -94,8 +96,9 @@ def _help(name:str, p) -> str:
     "A parameter's comment, whether it takes several values, and its default"
     told = (p.docment or '').replace('%', '%%')
     if name == 'params' or name in _WORDS: return told
-    if 'list[' in str(p.anno): told += '; commas between'
-    if name == 'root' or p.default in (Parameter.empty, None, False, ''): return told
+    one_word = p.kind is Parameter.KEYWORD_ONLY or p.default is not Parameter.empty
+    if 'list[' in str(p.anno) and one_word: told += '; commas between'
+    if name in _PLACES or p.default in (Parameter.empty, None, False, ''): return told
     return f'{told} (default {p.default})'
 
 # %% ../../nbs/cli/00_options.ipynb #4c9e085b

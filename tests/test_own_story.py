@@ -1,0 +1,106 @@
+"""From a folder of photographs to a comparison of plain, perturbed and post-trained, by the commands alone"""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from tokkit.cli import main
+from tokkit.data import TokenCache
+from tokkit.metrics import load_samples
+
+CPU = ['--device', 'cpu']
+
+def settings(*words): return [part for word in words for part in ('--set', word)]
+
+SHORT = 'batch=16', 'epochs=1'
+TOK = settings('tokenizer.width=16', 'tokenizer.depth=1', 'distribution=0', *SHORT)
+GEN = settings('generator.width=16', 'generator.depth=1', *SHORT)
+
+
+def tokkit(*words): assert main([*map(str, words), *CPU]) == 0, words
+
+
+@pytest.fixture(scope='module')
+def story(photographs, tmp_path_factory):
+    "Everything made once: two tokenizers, tokens, a generator, a healed decoder"
+    home = tmp_path_factory.mktemp('story')
+    for name in ('plain', 'perturbed'):
+        tokkit('train', 'tokenizer', '--preset', f'laptop-{name}', '--data', photographs, '--out', home/name,
+               *TOK)
+    tokkit('encode', '--tokenizer', home/'plain', '--data', photographs, '--out', home/'tokens')
+    models = ['--tokenizer', home/'plain', '--generator', home/'gen']
+    tokkit('train', 'generator', '--tokenizer', home/'plain', '--tokens', home/'tokens', '--out', home/'gen',
+           *GEN)
+    tokkit('posttrain', *models, '--data', photographs, '--epochs', 1, '--upscale', '--out', home/'healed')
+    return home
+
+
+def test_tokens_are_those_of_the_images(story, photographs):
+    cache = TokenCache.open(story/'tokens')
+    assert cache.kind == 'ids' and len(cache) == 80 and cache.classes == ['dark', 'light']
+    # found again, and not made again
+    before = (story/'tokens'/'tokens.npy').stat().st_mtime_ns
+    tokkit('encode', '--tokenizer', story/'plain', '--data', photographs, '--out', story/'tokens')
+    assert (story/'tokens'/'tokens.npy').stat().st_mtime_ns == before
+
+
+def test_samples_are_the_same_in_every_form(story, tmp_path):
+    how = ['--tokenizer', story/'plain', '--generator', story/'gen', '-n', 6, '--seed', 3]
+    tokkit('sample', *how, '--out', tmp_path/'a.npz')
+    tokkit('sample', *how, '--out', tmp_path/'a.safetensors')
+    tokkit('sample', *how, '--out', tmp_path/'a')
+    pictures = load_samples(tmp_path/'a.npz')
+    assert pictures.shape == (3, 32, 32) and pictures.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert load_file(tmp_path/'a.safetensors')['latents'].shape == (6, 64)
+    files = sorted((tmp_path/'a').glob('*/*.png'), key=lambda p: p.name)
+    assert [f.parent.name for f in files] == ['0000', '0001']*3
+    same = np.stack([np.asarray(Image.open(f)) for f in files])
+    assert (same == pictures.images.permute(0, 2, 3, 1).numpy()).all()
+
+
+def test_a_generator_is_measured_as_its_samples_are(story, photographs, tmp_path):
+    how = ['--reference', photographs, '--bootstrap', 4, '-n', 20, '--metrics', 'gFID']
+    models = ['--tokenizer', story/'plain', '--generator', story/'gen']
+    tokkit('evaluate', *models, *how, '--json', tmp_path/'drawn.json')
+    tokkit('sample', *models, '-n', 20, '--out', tmp_path/'s.npz')
+    tokkit('evaluate', tmp_path/'s.npz', *how, '--json', tmp_path/'read.json')
+    drawn, read = (json.loads((tmp_path/f'{name}.json').read_text())[0] for name in ('drawn', 'read'))
+    assert drawn['metric'] == read['metric'] == 'gFID' and drawn['n'] == read['n'] == 20
+    # bytes in the file, floats in passing
+    assert drawn['value'] == pytest.approx(read['value'], rel=.02)
+
+
+def test_results_are_compared(story, photographs, tmp_path, capsys):
+    for name in ('plain', 'healed'):
+        tokkit('evaluate', '--tokenizer', story/name, '--generator', story/'gen', '--reference', photographs,
+               '--bootstrap', 8, '-n', 20, '--metrics', 'gFID,precision', '--json', tmp_path/f'{name}.json')
+    capsys.readouterr()
+    assert main(['compare', str(tmp_path/'plain.json'), str(tmp_path/'healed.json'), '--figure',
+                 str(tmp_path/'changes.png')]) == 0
+    said = capsys.readouterr()
+    assert 'gFID' in said.out and 'paired bootstrap' in said.out and '±' in said.out
+    assert 'against' not in said.out and 'half a 95% interval' in said.err
+    assert Image.open(tmp_path/'changes.png').size[0] > 300
+    assert main(['compare', str(tmp_path/'plain.json')]) == 2
+    assert 'needs two files' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('words,told', [
+    (['evaluate'], 'got neither'),
+    (['evaluate', 'x.npz', '--generator', 'g', '--tokenizer', 't'], 'got both'),
+    (['evaluate', 'x.npz'], 'x.npz'),
+    (['sample', '--tokenizer', 't', '--generator', 'g', '--out', 'a.txt'], 'names a new folder'),
+    (['encode', '--tokenizer', 'nowhere', '--out', 'c'], 'nowhere'),
+    (['compare', 'a.json', 'b.json'], 'a.json'),
+])
+def test_bad_words(words, told, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert told in said and len(said.strip().splitlines()) == 1
+
+
+def test_tokens_of_another_tokenizer_are_refused(story, tmp_path, capsys):
+    words = ['--tokenizer', story/'perturbed', '--tokens', story/'tokens', '--out', tmp_path/'g']
+    assert main(['train', 'generator', *map(str, words), *GEN, *CPU]) == 2
+    assert 'latents of another tokenizer' in capsys.readouterr().err
