@@ -130,6 +130,22 @@ def test_every_published_sweep_can_be_called(path):
     spec = read_sweep(path)
     assert grid_runs(spec['notebook'], spec['grid'], spec.get('params'))
 
+def test_run_lists_experiments_and_their_parameters(capsys):
+    assert main(['run']) == 0
+    assert 'e10_dose_of_error ' in capsys.readouterr().out
+    assert main(['run', 'e10_dose_of_error', '--help']) == 0
+    said = capsys.readouterr().out
+    assert said.startswith('e10_dose_of_error: ') and 'sigma 0.9' in said
+    assert main(['run', 'no_such_notebook', '--help']) == 2
+    assert 'no notebook' in capsys.readouterr().err
+
+def test_a_parameter_is_given_as_one_word_or_as_two(tmp_path, capsys):
+    folders = []
+    for words in (['-p', 'alpha=.25'], ['-p', 'alpha', '.25']):
+        assert main(['run', str(TINY), *words, '--out', str(tmp_path)]) == 0
+        folders.append(capsys.readouterr().out.splitlines()[-1])
+    assert len(set(folders)) == 1 and 'alpha0.25' in folders[0]
+
 def test_results_of_nothing(tmp_path, capsys):
     assert main(['results', str(tmp_path)]) == 0 and 'no finished runs' in capsys.readouterr().err
 

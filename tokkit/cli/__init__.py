@@ -5,4 +5,5 @@ from .posttraining import *
 from .training import *
 from .sampling import *
 from .comparing import *
+from .running import *
 from .commands import *

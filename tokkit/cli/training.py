@@ -17,8 +17,7 @@ from .options import say, use_device
 class TrainOptions:
     "What is trained, and how"
     out:str                              # folder to make; the same command goes on, or finds it made
-    # recipe to begin with: laptop-plain, laptop-perturbed, laptop-continuous for a tokenizer; laptop-ar,
-    # laptop-masked, laptop-flow for a generator
+    # recipe to begin with: laptop-plain, -perturbed, -continuous; of a generator laptop-ar, -masked, -flow
     preset:str|None = None
     config:str|None = None               # YAML file of a recipe, such as the recipe.yaml beside a result
     data:str|None = None                 # fashion_mnist or a folder of images
