@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tokkit.cli import main
 from tokkit.data import TokenCache
-from tokkit.metrics import load_samples
+from tokkit.metrics import Card, load_samples
 
 CPU = ['--device', 'cpu']
 
@@ -32,7 +32,7 @@ def story(photographs, tmp_path_factory):
     models = ['--tokenizer', home/'plain', '--generator', home/'gen']
     tokkit('train', 'generator', '--tokenizer', home/'plain', '--tokens', home/'tokens', '--out', home/'gen',
            *GEN)
-    tokkit('posttrain', *models, '--data', photographs, '--epochs', 1, '--upscale', '--out', home/'healed')
+    tokkit('posttrain', *models, '--data', photographs, '--epochs', 1, '--out', home/'healed')
     return home
 
 
@@ -69,6 +69,48 @@ def test_a_generator_is_measured_as_its_samples_are(story, photographs, tmp_path
     assert drawn['metric'] == read['metric'] == 'gFID' and drawn['n'] == read['n'] == 20
     # bytes in the file, floats in passing
     assert drawn['value'] == pytest.approx(read['value'], rel=.02)
+    tokkit('sample', *models, '-n', 20, '--out', tmp_path/'s')
+    tokkit('evaluate', tmp_path/'s', *how, '--json', tmp_path/'folder.json')
+    folder = json.loads((tmp_path/'folder.json').read_text())[0]
+    assert folder['value'] == pytest.approx(read['value']) and folder['extractor'] == read['extractor']
+
+
+def test_grey_samples_are_measured_against_grey_images(tmp_path):
+    tok, gen = tmp_path/'tok', tmp_path/'gen'
+    tokkit('train', 'tokenizer', '--n', 64, '--out', tok, *TOK)
+    tokkit('train', 'generator', '--tokenizer', tok, '--n', 64, '--out', gen, *GEN)
+    tokkit('sample', '--tokenizer', tok, '--generator', gen, '-n', 20, '--out', tmp_path/'s.npz')
+    tokkit('evaluate', tmp_path/'s.npz', '--bootstrap', 0, '--metrics', 'gFID')
+
+
+def test_a_statistic_near_zero_is_compared_by_difference(tmp_path, capsys):
+    def file(name, value):
+        card = Card('KID', value, .01, 100, 'lite0', 'test', settings=dict(error='bootstrap'))
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'cards.json').write_text(json.dumps([card.to_dict()]))
+        return str(tmp_path/name/'cards.json')
+    assert main(['compare', file('a', -.001), file('b', .004)]) == 0
+    said = capsys.readouterr()
+    assert '+0.005' in said.out and '%' not in said.out and 'clearly higher: none' in said.err
+    assert str(tmp_path/'b'/'cards') in said.out
+
+
+def test_words_that_do_not_go_together(story, photographs, tmp_path, capsys):
+    def fails(*words):
+        capsys.readouterr()
+        assert main([*map(str, words), *CPU]) == 2
+        return capsys.readouterr().err
+    models = ['--tokenizer', story/'plain', '--generator', story/'gen']
+    assert 'takes none' in fails('sample', *models, '--steps', 5, '--out', tmp_path/'s')
+    assert 'holds no tokens' in fails('encode', '--tokenizer', story/'plain', '--data', photographs, '--out',
+                                      photographs)
+    assert 'leave out --data' in fails('train', 'generator', '--tokenizer', story/'plain', '--tokens',
+                                       story/'tokens', '--data', photographs, '--out', tmp_path/'g')
+    assert 'give --set batch=80' in fails('train', 'tokenizer', '--data', photographs, '--out', tmp_path/'t',
+                                          '--set', 'batch=128')
+    assert 'flow' in fails('train', 'generator', '--preset', 'laptop-flow', '--tokenizer', story/'plain',
+                           '--tokens', story/'tokens', '--out', tmp_path/'g', *settings('batch=16'))
+    assert not [p.name for p in tmp_path.iterdir()]
 
 
 def test_results_are_compared(story, photographs, tmp_path, capsys):
@@ -80,7 +122,7 @@ def test_results_are_compared(story, photographs, tmp_path, capsys):
                  str(tmp_path/'changes.png')]) == 0
     said = capsys.readouterr()
     assert 'gFID' in said.out and 'paired bootstrap' in said.out and '±' in said.out
-    assert 'against' not in said.out and 'half a 95% interval' in said.err
+    assert 'half a 95% interval' in said.err and 'left out' not in said.err
     assert Image.open(tmp_path/'changes.png').size[0] > 300
     assert main(['compare', str(tmp_path/'plain.json')]) == 2
     assert 'needs two files' in capsys.readouterr().err

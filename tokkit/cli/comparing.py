@@ -6,11 +6,11 @@
 __all__ = ['EvaluateOptions', 'evaluate', 'read_cards', 'compare_cards', 'compare']
 
 # %% ../../nbs/cli/05_comparing.ipynb #757d5368
-import os
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .models import _given, _saved_tokenizer
+from .models import _report, _saved_tokenizer
 from .options import say, use_device
 from .posttraining import _drawing, _saved_generator
 
@@ -28,6 +28,7 @@ class EvaluateOptions:
     # guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
     temperature:float|None = None        # of the draws; the generator's own when left out
+    reference_n:int|None = None          # images behind a file of statistics, where it does not say
     extractor:str|None = None            # whose features; efficientnet_lite0 when left out
     bootstrap:int = 50                   # replicates for the error; 0 for none
     seed:int = 0                         # moves every random draw
@@ -42,19 +43,44 @@ def _check_what(samples:str|None, options:EvaluateOptions):
     if drawn == (samples is not None):
         raise ValueError("tokkit evaluate measures a file or a folder of pictures, or --generator with "
                          f"--tokenizer; got {'both' if drawn else 'neither'}")
+    beside = [name for name in ('tokenizer','guidance','temperature') if getattr(options, name) is not None]
+    if not drawn and beside:
+        raise ValueError(f"--{beside[0]} belongs to --generator, which draws; {samples} is drawn already")
     if drawn and not options.tokenizer:
         raise ValueError("--generator needs --tokenizer, which decodes its tokens")
     if options.json: file_to_write(options.json)
     check_bootstrap(options.bootstrap)
 
 # %% ../../nbs/cli/05_comparing.ipynb #f6cf18fe
-def _pictures(place:str, shape:tuple[int,int,int]|None):
-    "Pictures of a file or a folder; of a folder in the sides and channels of `shape`"
+def _side(folder:str) -> int|None:
+    "The shorter side of the first picture in a folder; None where it is no folder of pictures"
+    from PIL import Image
+    from tokkit.data import SUFFIXES
+    files = (p for p in sorted(Path(folder).expanduser().rglob('*')) if p.suffix.lower() in SUFFIXES)
+    first = next(files, None)
+    if first is None: return None
+    with Image.open(first) as image: return min(image.size)
+
+def _samples(place:str):
+    "Pictures of a file, or of a folder in their own size"
     from tokkit.data import load_images
     from tokkit.metrics import load_samples
     if place.endswith('.npz'): return load_samples(place)
-    channels,size,_ = shape or (1 if place == 'fashion_mnist' else 3, None, None)
-    return load_images(place, 'test', None, size, channels, upscale=True)
+    return load_images(place, 'test', None, _side(place), 3)
+
+def _real(place:str, shape:tuple[int,int,int]):
+    "Real images in the sides and channels of the samples; grey ones where these have three equal channels"
+    from tokkit.data import ImageSet, load_images
+    from tokkit.metrics import load_samples
+    if place.endswith('.npz'): return load_samples(place)
+    channels,height,width = shape
+    if height != width:
+        raise ValueError(f"samples are {height} x {width} pixels, and images of a folder become squares; "
+                         "give --reference an .npz file of pictures of these sides")
+    if place != 'fashion_mnist': return load_images(place, 'test', None, height, channels, upscale=True)
+    real = load_images(place, 'test', None, height)
+    if channels == 1: return real
+    return ImageSet(real.images.expand(-1, channels, -1, -1), real.labels, real.classes, real.name)
 
 def _is_statistics(place:str) -> bool:
     "An .npz file that holds mu and sigma, not pictures"
@@ -70,8 +96,21 @@ def _sampler(options:EvaluateOptions):
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
-    drawing = _drawing(gen, dict(guidance=options.guidance))|_given(temperature=options.temperature)
+    drawing = _drawing(gen, dict(guidance=options.guidance, temperature=options.temperature))
     return Sampler(gen, tok, asked=drawing, seed=options.seed), tok.image_shape
+
+def _compared_with(options:EvaluateOptions, shape:tuple, made:int|None) -> tuple:
+    "Real images or their statistics, and how many samples are measured; `made` are there, or are drawn"
+    from tokkit.metrics import draw_images, load_stats
+    if _is_statistics(options.reference):
+        real,most = load_stats(options.reference, options.reference_n), made
+    else:
+        real = _real(options.reference, shape)
+        most = len(real) if made is None else min(len(real), made)
+    n = options.n or min(1000, most or 1000)
+    if most is not None and n > most:
+        raise ValueError(f"-n {n}: there are {most} samples and real images to compare; give fewer")
+    return (real if _is_statistics(options.reference) else draw_images(real, n, options.seed)), n
 
 def evaluate(
     # .npz file or folder of pictures; or give --generator and --tokenizer
@@ -80,22 +119,16 @@ def evaluate(
     **how,                                 # its fields
 ):
     "Measure samples of a generator against real images"
-    from tokkit.cli.models import _report
     from tokkit.core import bundle
-    from tokkit.metrics import evaluate_generator, load_stats
+    from tokkit.metrics import evaluate_generator
     options = bundle(EvaluateOptions, options, **how)
     _check_what(samples, options)
     use_device(options.device)
     if samples is None: made,shape = _sampler(options)
     else:
-        made = _pictures(samples, None)
+        made = _samples(samples)
         shape = made.shape
-    if _is_statistics(options.reference): real,n = load_stats(options.reference), options.n or 1000
-    else:
-        real = _pictures(options.reference, shape)
-        most = len(real) if samples is None else min(len(real), len(made))
-        n = min(options.n or 1000, most)
-        real = real.subset(n)
+    real,n = _compared_with(options, shape, None if samples is None else len(made))
     told = dict(samples=samples) if samples else {}
     cards = evaluate_generator(made, real, metrics=options.metrics, n=n, extractor=options.extractor,
                                bootstrap=options.bootstrap, seed=options.seed, settings=told)
@@ -109,36 +142,46 @@ def read_cards(
     from tokkit.core import read_json
     from tokkit.metrics import Card
     found = read_json(path)
+    if isinstance(found, dict) and 'cards' in found: found = found['cards']
     found = found if isinstance(found, list) else [found]
-    cards = [Card.from_dict(one.get('card', one)) for one in found if 'card' in one or 'extractor' in one]
+    cards = [Card.from_dict(one) for one in found if isinstance(one, dict) and 'extractor' in one]
     if not cards: raise ValueError(f"{path} holds no cards; write some with --json")
     return cards
 
+def _names(files:list[str]) -> list[str]:
+    "Names to tell files apart: their own, or their paths where these are the same"
+    ends = [Path(f).stem for f in files]
+    return ends if len(set(ends)) == len(ends) else [str(Path(f).with_suffix('')) for f in files]
+
+def _row(name:str, card, base) -> dict:
+    "One card beside the first of its kind; in percent where that one is clearly above zero"
+    far_from_zero = base.value > 0 and (base.se is None or base.value > 2*base.se)
+    change = card.change(base) if far_from_zero else card-base
+    half = None if change.se is None else 1.96*change.se
+    unit = '%' if far_from_zero else ''
+    return dict(metric=card.metric, extractor=card.extractor, of=name, first=base.number, value=card.number,
+                change=change.value, ci95=half, unit=unit, error=change.settings['error'])
+
 def compare_cards(
     files:list[str], # of cards; the first is what the others are compared with
-): # a data frame: a row a metric and judge of each further file
+): # a data frame: a row a metric and extractor of each further file; `attrs['left_out']` tells the rest
     "How far each result is from the first, in percent, with paired errors where the images are the same"
     import pandas as pd
     def key(card): return card.metric, card.extractor
+    names = _names(files)
     first = {key(card): card for card in read_cards(files[0])}
-    rows = []
-    for path in files[1:]:
+    rows,left = [],[]
+    for path,name in zip(files[1:], names[1:]):
         for card in read_cards(path):
             base = first.get(key(card))
-            if base is None or not base.value: continue
-            change = card.change(base)
-            half = None if change.se is None else 1.96*change.se
-            rows.append(dict(metric=card.metric, judge=card.extractor, of=Path(path).stem, first=base.number,
-                             value=card.number, change=change.value, half=half,
-                             error=change.settings['error']))
-    if rows: return pd.DataFrame(rows)
-    raise ValueError(f"no metric of {files[0]} stands in the other files by the same judge; measure them "
-                     "alike")
-
-def _names(files:list[str]) -> list[str]:
-    "Names to tell files apart: the part of their paths that differs"
-    ends = [Path(f).stem for f in files]
-    return ends if len(set(ends)) == len(ends) else [str(Path(f).with_suffix('')) for f in files]
+            try: rows.append(_row(name, card, base))
+            except ValueError as e: left.append(f'{name} {card.label}: {e}')
+            except AttributeError: left.append(f'{name} {card.label}: not in {names[0]}')
+    if not rows:
+        raise ValueError(f"nothing of {files[0]} can be compared: {'; '.join(left)}")
+    table = pd.DataFrame(rows).astype(dict(ci95=float))
+    table.attrs['left_out'] = left
+    return table
 
 def _draw(table, first:str, path:str):
     "A point and an interval for each change"
@@ -147,11 +190,11 @@ def _draw(table, first:str, path:str):
     with house_style():
         fig,ax = plt.subplots(figsize=(6, 1+.32*len(table)), dpi=100, layout='constrained')
         labels = [f'{r.of}: {r.metric}' for r in table.itertuples()]
-        ax.errorbar(table.change, range(len(table)), xerr=table.half, fmt='o', ms=4, capsize=2)
+        ax.errorbar(table.change, range(len(table)), xerr=table.ci95, fmt='o', ms=4, capsize=2)
         ax.axvline(0, color='.6', lw=.8, ls=':')
         ax.set_yticks(range(len(table)), labels)
         ax.invert_yaxis()
-        ax.set(xlabel=f'change against {first}, percent')
+        ax.set(xlabel=f'change against {first} (percent, or the difference)')
         fig.savefig(path)
         plt.close(fig)
 
@@ -165,10 +208,12 @@ def compare(
     if figure: file_to_write(figure)
     table = compare_cards(files)
     first = _names(files)[0]
-    told = table.assign(change=[f'{r.change:+.1f}%' if r.half is None or r.half != r.half
-                                else f'{r.change:+.1f} ± {r.half:.1f}%' for r in table.itertuples()])
-    print(told.drop(columns='half').rename(columns=dict(first=first)).to_string(index=False))
-    clear = table[table.change.abs() > table.half.astype(float)]
+    changes = [f'{r.change:+.3g}{r.unit}'+('' if math.isnan(r.ci95) else f' ± {r.ci95:.2g}{r.unit}')
+               for r in table.itertuples()]
+    shown = table.assign(change=changes).drop(columns=['ci95', 'unit']).rename(columns=dict(first=first))
+    print(shown.to_string(index=False))
+    for line in table.attrs['left_out']: say(f'left out: {line}')
+    clear = table[table.change.abs() > table.ci95]
     lower = ', '.join(f'{r.of} {r.metric}' for r in clear[clear.change < 0].itertuples())
     higher = ', '.join(f'{r.of} {r.metric}' for r in clear[clear.change > 0].itertuples())
     say(f'± is half a 95% interval; clearly lower than {first}: {lower or "none"}; clearly higher: '

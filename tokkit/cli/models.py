@@ -66,15 +66,8 @@ def _saved_tokenizer(folder:str):
 # %% ../../nbs/cli/01_models.ipynb #42526d4f
 def _images_for(tok, data, split, n=None, **how):
     "Images in a tokenizer's size and channels"
-    from tokkit.data import load_images
-    channels,height,width = tok.image_shape
-    if data == 'fashion_mnist' and channels != 1:
-        raise ValueError("fashion_mnist, the default of --data, is grey; this tokenizer takes "
-                         f"{channels} channels: give a folder")
-    if height != width:
-        raise ValueError(f"images of a folder become squares, and this tokenizer takes {height} x {width} "
-                         "pixels; measure it in Python, on a tensor of images")
-    return load_images(data, split, n, height, channels, **how)
+    from tokkit.recipes import images_for
+    return images_for(tok, data, split, n, **how)
 
 # %% ../../nbs/cli/01_models.ipynb #c1e0de66
 @dataclass(frozen=True, kw_only=True)

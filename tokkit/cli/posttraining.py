@@ -46,7 +46,7 @@ class PosttrainOptions:
     epochs:int = 2                       # passes over the images
     seed:int = 0                         # moves every random draw
     skip_broken:bool = False             # leave out images that cannot be read
-    upscale:bool = False                 # enlarge images that are smaller than the tokenizer's
+    upscale:bool = True                  # enlarge images that are smaller than the tokenizer's
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
 # %% ../../nbs/cli/02_posttraining.ipynb #ab71ecb8
@@ -118,6 +118,10 @@ def _models(tokenizer:str, generator:str, device, plan:_Plan) -> tuple:
 
 def _drawing(gen, drawing:dict) -> dict:
     "How the generator draws; one that knows no guidance is given none"
+    for name in ('temperature', 'steps'):
+        if drawing.get(name) is not None and name not in gen.sampling_fields:
+            raise ValueError(f"--{name} {drawing[name]}: this generator's sampler takes none")
+    drawing = {name: value for name,value in drawing.items() if value is not None or name == 'guidance'}
     given = drawing['guidance']
     if 'guidance' in gen.sampling_fields: return drawing|dict(guidance=1.5 if given is None else given)
     if given not in (None, 1): raise ValueError(f"--guidance {given:g}: this generator's sampler takes none")

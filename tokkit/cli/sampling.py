@@ -23,7 +23,7 @@ class EncodeOptions:
     out:str                              # folder of the cache
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'train' # part of the data, where it has parts
-    n:int|None = None                    # images, from the first on; all when left out
+    n:int|None = None                    # so many of the images; all when left out
     skip_broken:bool = False             # leave out images that cannot be read
     upscale:bool = True                  # enlarge images that are smaller than the tokenizer's
     device:str|None = None               # cpu, cuda, cuda:1 or mps
@@ -39,7 +39,9 @@ def encode(
     tok = _saved_tokenizer(options.tokenizer).to(use_device(options.device)).eval()
     images = _images_for(tok, options.data, options.split, options.n, skip_broken=options.skip_broken,
                          upscale=options.upscale)
-    folder = Path(options.out).absolute()
+    folder = Path(options.out).expanduser().absolute()
+    if folder.exists() and not (folder/'cache.json').is_file():
+        raise FileExistsError(f"{options.out} is there already, and holds no tokens; choose another --out")
     with writing(folder): cache = encoded_images(tok, images, folder)
     say(f'tokkit: {cache}')
     say(f'next: tokkit train generator --tokenizer {options.tokenizer} --tokens {folder} --out GENERATOR')
@@ -77,10 +79,11 @@ def _labels(gen, options:SampleOptions):
 def _check_out(out:str):
     "Raise one line where the samples could not be written"
     from tokkit.core import file_to_write
-    if Path(out).suffix in ('.npz', '.safetensors'): return file_to_write(out)
-    if Path(out).suffix:
+    suffix = Path(out).suffix
+    if suffix not in ('.npz', '.safetensors') and suffix[1:].isalpha():
         raise ValueError(f"--out ends in .npz, .safetensors, or names a new folder; got {out}")
     if Path(out).exists(): raise FileExistsError(f"{out} is there already; choose another --out")
+    if suffix in ('.npz', '.safetensors'): file_to_write(out)
 
 def _write(out:str, tok, latents, labels):
     "Pictures in one file or in a folder, or the latents themselves"
@@ -108,16 +111,16 @@ def sample(
     from tokkit.generators import sample_batches
     from tokkit.posttraining import check_fit
     options = bundle(SampleOptions, options, **how)
-    _check_out(options.out)
+    out = str(Path(options.out).expanduser())
+    _check_out(out)
     device = use_device(options.device)
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
-    asked = {name: getattr(options, name) for name in ('temperature', 'steps')}
-    asked = {name: value for name,value in asked.items() if value is not None}
-    drawing = _drawing(gen, dict(guidance=options.guidance, seed=options.seed))|asked
+    drawing = _drawing(gen, dict(guidance=options.guidance, seed=options.seed, steps=options.steps,
+                                 temperature=options.temperature))
     latents,labels = sample_batches(gen, _labels(gen, options), **drawing)
-    with writing(Path(options.out).absolute()): _write(options.out, tok, latents, labels)
+    with writing(Path(out).absolute()): _write(out, tok, latents, labels)
     say(f'tokkit: {len(labels)} samples of {options.generator}, '
         +', '.join(f'{k} {v}' for k,v in drawing.items()))
     say(f'next: tokkit evaluate {options.out} --reference FOLDER')

@@ -16,7 +16,8 @@ from .options import say, use_device
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     "What is trained, and how"
-    out:str                              # folder to make; the same command goes on, or finds it made
+    # folder to make; the same command goes on, or finds it made; --estimate needs none
+    out:str|None = None
     # recipe to begin with: laptop-plain, -perturbed, -continuous; of a generator laptop-ar, -masked, -flow
     preset:str|None = None
     config:str|None = None               # YAML file of a recipe, such as the recipe.yaml beside a result
@@ -36,7 +37,11 @@ _FIRST = dict(tokenizer='laptop-plain', generator='laptop-ar')      # where noth
 
 def _check_given(kind:str, options:TrainOptions):
     "Raise one line about words that do not go together"
+    if options.out is None and not options.estimate:
+        raise ValueError("tokkit train needs --out, the folder to make")
     if options.preset and options.config: raise ValueError("--preset and --config are two recipes; give one")
+    if options.tokens and (options.data is not None or options.n is not None):
+        raise ValueError("--tokens are those of their own images; leave out --data and -n")
     own = dict(tokenizer=('size',), generator=('tokenizer', 'tokens'))
     for owner,names in own.items():
         wrong = [name for name in names if getattr(options, name) is not None]
@@ -46,20 +51,26 @@ def _check_given(kind:str, options:TrainOptions):
 
 def _recipe(kind:str, options:TrainOptions) -> Any:
     "The recipe that the command line asks for"
-    from tokkit.recipes import for_images, preset, read_changes, read_recipe, stretched, with_changes
+    from tokkit.recipes import changed_recipe, for_images, preset, read_changes, read_recipe, with_changes
     if options.config: recipe = read_recipe(options.config, kind)
     else: recipe = preset(options.preset or _FIRST[kind], kind)
     # a file says which images it is for, a preset does not
-    data = options.data or ('' if options.config else 'fashion_mnist')
-    if data: recipe = for_images(recipe, data, options.size)
+    data = options.data if options.config or options.data is not None else 'fashion_mnist'
+    if data is not None: recipe = for_images(recipe, data, options.size)
     elif options.size: recipe = with_changes(recipe, dict(tokenizer=dict(size=options.size)))
     if options.n is not None: recipe = with_changes(recipe, dict(images=dict(n=options.n)))
     if options.seed is not None: recipe = with_changes(recipe, dict(seed=options.seed))
     changes = read_changes(recipe, options.set)
-    return stretched(with_changes(recipe, changes), recipe, changes)
+    return changed_recipe(recipe, changes)
+
+def _of_tokens(recipe, tokens):
+    "The recipe, its images those of a token cache"
+    from tokkit.recipes import with_changes
+    if tokens is None: return recipe
+    return with_changes(recipe, dict(images=dict(data=tokens.name, n=len(tokens))))
 
 # %% ../../nbs/cli/03_training.ipynb #7153aadc
-def _tell(kind:str, recipe, folder, again:bool):
+def _tell(kind:str, recipe, folder, again:bool, data_is_known:bool):
     "What was made, where it lies, and what to do next"
     import pandas as pd
     history = pd.read_csv(folder/'history.csv')
@@ -68,9 +79,10 @@ def _tell(kind:str, recipe, folder, again:bool):
     losses = ', '.join(f'{name} {last[name]:.4g}' for name in told)
     made = 'was there already, made by the same recipe' if again else f'{len(history)} epochs'
     say(f'tokkit: {kind} {folder.name}: {made}; at the end {losses}')
-    data = recipe.images.data
+    data = recipe.images.data if data_is_known else 'FOLDER'
+    small = ' --upscale' if recipe.images.upscale and data not in ('fashion_mnist', 'FOLDER') else ''
     if kind == 'tokenizer':
-        say(f'next: tokkit metric all --tokenizer {folder} --data {data}')
+        say(f'next: tokkit metric all --tokenizer {folder} --data {data}{small}')
         say(f'      tokkit train generator --tokenizer {folder} --data {data} --out GENERATOR')
     else: say(f'next: tokkit posttrain --tokenizer TOKENIZER --generator {folder} --data {data} --out HEALED')
     print(folder)
@@ -93,7 +105,8 @@ def train(
         folder,again = follow_tokenizer(recipe, options.out, device)
     else:
         tok = _saved_tokenizer(options.tokenizer).to(device).eval()
-        if options.estimate: return print(estimate_generator(recipe, tok, device))
         tokens = TokenCache.open(options.tokens) if options.tokens else None
+        recipe = _of_tokens(recipe, tokens)
+        if options.estimate: return print(estimate_generator(recipe, tok, tokens, device))
         folder,again = follow_generator(recipe, tok, options.out, tokens, device)
-    _tell(what, recipe, folder, again)
+    _tell(what, recipe, folder, again, data_is_known=options.tokens is None)

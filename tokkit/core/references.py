@@ -51,6 +51,14 @@ def find_function(
     return _function(name)
 
 # %% ../../nbs/core/11_references.ipynb #63826534
+def _their_line(e:Exception) -> str:
+    "File and line of the last frame that is neither torch's nor ours"
+    frames = traceback.extract_tb(e.__traceback__)
+    ours = [str(Path(module.__file__).parent) for module in (torch, sys.modules['tokkit'])]
+    theirs = [f for f in frames if not f.filename.startswith(tuple(ours))]
+    place = (theirs or frames)[-1]
+    return f'{Path(place.filename).name}, line {place.lineno}'
+
 @contextmanager
 def calling(
     what:str,        # function of somebody else's, as the message calls it
@@ -60,11 +68,12 @@ def calling(
     try: yield
     except (torch.OutOfMemoryError, MemoryError): raise
     except Exception as e:      # anything may go wrong in somebody else's function
-        place = traceback.extract_tb(e.__traceback__)[-1]
+        if getattr(e, 'told_whose', False): raise
         told = ' '.join(str(e).split())[:300]
-        where = f'{Path(place.filename).name}, line {place.lineno}'
-        raise ValueError(f"{what} raised {type(e).__name__}{given}: {told} ({where}; TOKKIT_DEBUG=1 shows "
-                         "the whole way)") from e
+        said = ValueError(f"{what} raised {type(e).__name__}{given}: {told} ({_their_line(e)}; "
+                          "TOKKIT_DEBUG=1 shows the whole way)")
+        said.told_whose = True
+        raise said from e
 
 # %% ../../nbs/core/11_references.ipynb #54348c41
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def _passing(samples:Any, evaluator:Evaluator) -> tuple[Iterator[Tensor],dict]:
     made = samples.batches(n) if isinstance(samples, Sampler) else _drawn(samples, n)
     parts = chunks(made, CHUNK)
     first = [next(parts)]
-    about = dict(size=first[0].shape[-1], n=n, shape=tuple(first[0].shape[1:]))
+    about = dict(size=min(first[0].shape[2:]), n=n, shape=tuple(first[0].shape[1:]))
     return _hashed(first, parts, about), about
 
 # %% ../../nbs/metrics/10_generation.ipynb #a60cbcc5

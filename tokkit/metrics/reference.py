@@ -86,7 +86,7 @@ def describe_images(
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
         digest = tensors_hash(dict(x=check_images(images)))
-        return dict(name=f'tensor {digest[:6]}', hash=digest, size=images.shape[-1], n=len(images),
+        return dict(name=f'tensor {digest[:6]}', hash=digest, size=min(images.shape[2:]), n=len(images),
                     shape=tuple(images.shape[1:]))
     if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
         raise ValueError("expected images as a tensor (n c h w) in [-1,1] or a set of images, got "

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core import atomic_path
 from .presets import preset
-from .recipe import (GeneratorRecipe, KINDS, plain_recipe, TokenizerRecipe,
+from .recipe import (changed_recipe, GeneratorRecipe, KINDS, plain_recipe, TokenizerRecipe,
                                    with_changes)
 
 # %% ../../nbs/recipes/02_files.ipynb #f55ef23b
@@ -75,8 +75,9 @@ def read_recipe(
                          "preset: and a name")
     if kind and of_kind not in (kind, None):
         raise ValueError(f"{path} is a recipe of a {of_kind}, not of a {kind}")
-    base = preset(named, of_kind) if named else KINDS[of_kind]()
-    try: return with_changes(base, plain)
+    try:
+        if named: return changed_recipe(preset(named, of_kind), plain)
+        return with_changes(KINDS[of_kind](), plain)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
 def write_recipe(

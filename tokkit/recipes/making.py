@@ -9,7 +9,6 @@ __all__ = ['MADE', 'differences', 'made_once']
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..core import (atomic_dir, clear_unfinished, damage, delete, locked, mark, read_json, stable_hash,
                          to_plain, write_json, writing)
@@ -36,8 +35,8 @@ def _reused(folder:Path, asked:dict, what:str) -> bool:
     "Whether the folder holds what was asked for; raises one line where it holds something else"
     if not folder.exists(): return False
     if not (folder/MADE).is_file():
-        raise FileExistsError(f"{folder} is there already and holds no {what}; choose another --out, or move "
-                              "it")
+        raise FileExistsError(f"{folder} is there already, and no recipe made it; choose another --out, or "
+                              "move it")
     there = read_json(folder/MADE, dict)['asked']
     if differ := differences(there, asked):
         more = f', and {len(differ)-1} more' if len(differ) > 1 else ''
@@ -48,10 +47,11 @@ def _reused(folder:Path, asked:dict, what:str) -> bool:
 
 def made_once(
     out:str|Path,   # folder to make
-    asked:Any,      # everything that decides its content, as `to_plain` understands it
+    asked:dict,     # everything that decides its content, as `to_plain` understands it
     # make(tmp, work) fills the folder `tmp`; `work` survives a kill
     make:Callable,
     what:str,       # is made, for messages: 'tokenizer'
+    device:str|None = None,  # where it is made, for the record
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Fill a folder, or find it filled by the same settings"
     folder = Path(out).expanduser().absolute()
@@ -66,6 +66,7 @@ def made_once(
         with atomic_dir(folder) as tmp:
             make(tmp, work)
             seconds = round(time.perf_counter()-start)
-            write_json(tmp/MADE, dict(asked=asked, seconds=seconds, **provenance()))
+            about = provenance(device, seed=asked.get('seed'))
+            write_json(tmp/MADE, dict(asked=asked, seconds=seconds, **about))
         delete(work)
     return folder, False

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Images', 'TokenizerRecipe', 'GeneratorShape', 'GeneratorRecipe', 'with_changes', 'setting_names',
-           'read_changes', 'plain_recipe']
+           'read_changes', 'changed_recipe', 'plain_recipe']
 
 # %% ../../nbs/recipes/00_recipe.ipynb #58f37c4a
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def _unknown(told:str, name:str, known:list[str]) -> ValueError:
 # %% ../../nbs/recipes/00_recipe.ipynb #c3cb4a80
 def _group(name:str, now:Any, changes:Any, told:str) -> Any:
     "A group with some of its settings changed; None leaves out a group that may be missing"
-    if changes is None and name in _OPTIONAL: return None
+    if name in _OPTIONAL and str(changes).lower() in ('none', 'null'): return None
     if not isinstance(changes, dict):
         raise ValueError(f"{told} is a group of settings, got {changes!r}; set one of them, such as "
                          f"{told}.{fields(now)[0].name}=...")
@@ -161,17 +161,41 @@ def read_changes(
     words:list[str],  # each NAME=VALUE
 ) -> dict[str,Any]: # nested, as `with_changes` takes them
     "The changes that words of a command line spell out"
-    known = list(setting_names(recipe))
     changes = {}
+    shape = getattr(recipe, 'generator', None)
+    for word in words:      # another kind of generator has other settings
+        if shape and word.startswith(('preset=', 'generator.preset=')):
+            recipe = replace(recipe, generator=GeneratorShape(word.partition('=')[2]))
+    known = list(setting_names(recipe))
     for word in words:
         name,equals,value = word.partition('=')
         if not equals: raise ValueError(f"expected NAME=VALUE such as lr=1e-4, got {word!r}")
         *groups,last = _full_name(name.strip(), known).split('.')
         place = changes
-        for group in groups: place = place.setdefault(group, {})
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{group} is set as a whole, and {word} is a part of it")
         if last in place: raise ValueError(f"{name} is given twice; give it once")
         place[last] = value
     return changes
+
+# %% ../../nbs/recipes/00_recipe.ipynb #99d61434
+_PAPER_EPOCHS = 200      # in which the paper anneals from epoch 40 to 120
+
+def changed_recipe(
+    recipe:TokenizerRecipe|GeneratorRecipe, # to begin with
+    changes:dict[str,Any],                  # as `with_changes` takes them
+) -> TokenizerRecipe|GeneratorRecipe:
+    "The recipe with its changes; annealing is stretched with the training, unless its epochs are given"
+    new = with_changes(recipe, changes)
+    schedule = getattr(getattr(new, 'perturbation', None), 'annealing', None)
+    given = ((changes.get('perturbation') or {}).get('annealing') or {})
+    if not isinstance(schedule, Annealing) or {'start', 'end'} & set(given): return new
+    had_one = getattr(recipe.perturbation, 'annealing', None) is not None
+    ratio = new.training.epochs/(recipe.training.epochs if had_one else _PAPER_EPOCHS)
+    schedule = replace(schedule, start=schedule.start*ratio, end=schedule.end*ratio)
+    return replace(new, perturbation=replace(new.perturbation, annealing=schedule))
 
 # %% ../../nbs/recipes/00_recipe.ipynb #600f8e49
 KINDS = dict(tokenizer=TokenizerRecipe, generator=GeneratorRecipe)

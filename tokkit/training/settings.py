@@ -84,6 +84,9 @@ class ImageTraining(Training):
     compile:str = ''              # backend of torch.compile, e.g. 'inductor'; '' runs as it is
 
     def __post_init__(self):
+        for name in ('semantic_options', 'distribution_options', 'discriminator_options'):  # a file has lists
+            options = {k: tuple(v) if isinstance(v, list) else v for k,v in getattr(self, name).items()}
+            object.__setattr__(self, name, options)
         for name in ('adversarial_start', 'discriminator_augment', 'discriminator_blur'):
             check_range(name, getattr(self, name))
         super().__post_init__()
