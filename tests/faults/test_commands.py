@@ -16,7 +16,7 @@ HEAL = f'posttrain {TOK} {GEN} --data {{own}}/images --out {{tmp}}/healed'
 
 TABLE = [ # words, exit code, what is said
     # runs
-    ('run', 2, 'required: notebook'), ('run {tmp}', 2, 'no notebook'),
+    ('sweep', 2, 'required: notebook'), ('run {tmp}', 2, 'no notebook'),
          ('run {tmp}/no.ipynb', 2, 'no notebook'), ('run e99', 2, "no notebook 'e99'; there are"),
     ('run {tiny} -p', 2, 'expected 2 arguments'), ('run {tiny} -p seed', 2, 'expected 2 arguments'),
          ('run {tiny} -p seed x', 2, "parameter seed must be int"),
