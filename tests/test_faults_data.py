@@ -136,8 +136,7 @@ def test_unknown_name(tmp_path):
 
 def test_image_set():
     images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
-    says(ValueError, lambda: ImageSet(images[0]), 'uint8 (n c h w)', '(1, 2, 2)')
-    says(ValueError, lambda: ImageSet(images.float()), 'must be uint8', 'torch.float32')
+    assert ImageSet(images[:,:,:1]).shape == (1, 1, 2)
     says(ValueError, lambda: ImageSet(images, torch.tensor([0,1,2,3]), ['a','b']), '0..1 (2 classes)',
          '2 outside, first 2')
     says(IndexError, lambda: ImageSet(images)[4], '0..3')
