@@ -173,10 +173,11 @@ def compare_cards(
     rows,left = [],[]
     for path,name in zip(files[1:], names[1:]):
         for card in read_cards(path):
-            base = first.get(key(card))
-            try: rows.append(_row(name, card, base))
+            if key(card) not in first:
+                left.append(f'{name} {card.label}: not in {names[0]}')
+                continue
+            try: rows.append(_row(name, card, first[key(card)]))
             except ValueError as e: left.append(f'{name} {card.label}: {e}')
-            except AttributeError: left.append(f'{name} {card.label}: not in {names[0]}')
     if not rows:
         raise ValueError(f"nothing of {files[0]} can be compared: {'; '.join(left)}")
     table = pd.DataFrame(rows).astype(dict(ci95=float))

@@ -75,7 +75,7 @@ def command_options(
 # %% ../../nbs/cli/00_options.ipynb #0ec351cd
 _SHORT = dict(params='-p', grid='-g', n='-n')
 _WORDS = dict(grid='NAME=V,V', set='NAME=VALUE')    # one word each, may be repeated
-_PLACES = 'root', 'samples', 'notebook'                        # may be left out, and have no dashes
+_PLACES = 'root', 'samples', 'notebook'             # may be left out, and have no dashes
 
 def _option(name:str, p) -> tuple[list[str],dict]:
     "What argparse is told about a parameter: its names on the command line, and how it is read"
