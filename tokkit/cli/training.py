@@ -29,7 +29,7 @@ class TrainOptions:
     tokens:str|None = None               # generator: folder of a token cache; encoded now when left out
     set:list[str] = ()                   # any setting of the recipe, such as lr=1e-4; may be repeated
     seed:int|None = None                 # moves every random draw
-    estimate:bool = False                # train nothing; say what it would cost on this device
+    estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
 # %% ../../nbs/cli/03_training.ipynb #5b1e2ba7
