@@ -1,5 +1,5 @@
 "The tokkit command: help that explains, mistakes in one line, runs and tables"
-import json, os, shutil, signal, subprocess, sys, urllib.request
+import json, os, re, shutil, signal, subprocess, sys, urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -251,7 +251,7 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
         assert main([*words, *wrong.split()]) == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "refused before a pair is made"
     with monkeypatch.context() as m:                                        # a call killed while it trains
-        m.setattr('tokkit.posttraining.posttrain_decoder', killed)
+        m.setattr('tokkit.recipes.posttraining.posttrain_decoder', killed)
         assert main(words) == 130
     assert ({p.name[:13] for p in tmp_path.iterdir()} == {'.work-healed-'}
             and len(list(tmp_path.glob('.work-*/pairs/part*'))) == 1)
@@ -264,7 +264,50 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
     after = Tokenizer.load(tmp_path/'healed').state_dict()
     moved = {k.split('.')[0] for k in before if not before[k].equal(after[k])}
     assert moved == {'decoder'}, moved
-    assert main(words) == 2 and 'is there already' in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(words) == 0                                       # found again, and not made again
+    told = capsys.readouterr().err
+    assert 'was there already, made by the same recipe' in told
+    gain = r'against the control: gFID\[efficientnet_lite0.* -> .*%\); gFID\[spectrum\]'
+    assert re.search(gain, told), told
+    assert main([*words, '--lr', '1e-4']) == 2
+    assert 'training.lr is 0.001 there and 0.0001 here; choose another --out' in capsys.readouterr().err
+
+def test_the_control_saw_clean_tokens(own, tmp_path, capsys):
+    from tokkit.tokenizers import Tokenizer
+    words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator',
+             str(own/'generator'), '--data', str(own/'images'), '--epochs', '2']
+    assert main([*words, '--out', str(tmp_path/'one')]) == 0
+    assert main([*words, '--sigma', '.5', '--out', str(tmp_path/'other')]) == 0
+    one, other = (Tokenizer.load(tmp_path/name/'control').state_dict() for name in ('one', 'other'))
+    assert all(one[k].equal(other[k]) for k in one), "the generator's tokens are nothing to the control"
+    healed = Tokenizer.load(tmp_path/'one').state_dict()
+    assert any(not healed[k].equal(one[k]) for k in one)
+    cards = {p.stem for p in (tmp_path/'one'/'cards').iterdir()}
+    assert cards == {'before', 'control', 'healed'}
+    assert main([*words, '--no-control', '--out', str(tmp_path/'alone')]) == 0
+    assert 'against the untouched decoder: gFID' in capsys.readouterr().err
+    assert not (tmp_path/'alone'/'control').exists()
+
+def test_posttrain_takes_the_loss_of_the_tokenizers_recipe(own, tmp_path, capsys):
+    from tokkit.recipes import preset, read_recipe, with_changes, write_recipe
+    tok = tmp_path/'tok'
+    shutil.copytree(own/'tokenizer', tok)
+    losses = dict(distribution=.5, reconstruction_kind='l1')
+    base = with_changes(preset('laptop-plain'), dict(training=losses))
+    write_recipe(base, tok/'recipe.yaml')
+    words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(tok), '--generator', str(own/'generator'),
+             '--data', str(own/'images'), '--epochs', '1']
+    assert main([*words, '--out', str(tmp_path/'healed')]) == 0
+    assert 'the loss: l1 1, efficientnet_lite2 0.1, frechet 0.5' in capsys.readouterr().err
+    made = read_recipe(tmp_path/'healed'/'recipe.yaml', 'decoder')
+    assert (made.training.distribution, made.training.reconstruction_kind) == (.5, 'l1')
+    assert (made.training.epochs, made.training.lr) == (1, 1e-3)
+    # the recipe that is written makes the same again
+    assert main([*words[:-4], '--config', str(tmp_path/'healed'/'recipe.yaml'), '--out',
+                 str(tmp_path/'again')]) == 0
+    weights = [(tmp_path/name/'model.safetensors').read_bytes() for name in ('healed', 'again')]
+    assert weights[0] == weights[1]
 
 @pytest.mark.parametrize('words',
                          [['metric', 'rfid'],

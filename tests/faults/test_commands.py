@@ -100,11 +100,11 @@ TABLE = [ # words, exit code, what is said
         ('--deltas 2.5', 'invalid comma-separated int'), ('--deltas 2 --alphas 1.5', 'alpha must be in [0, 1], got 1.5'), ('--deltas 2 --alphas nan', 'alpha must be in'), ('--deltas 2 --alphas ,', 'comma-separated float')]),
     (METRIC.replace('rfid', 'ifid')+' -n 60', 2, 'no train and test parts'), (METRIC.replace('rfid', 'ifid')+' -n 20 --train {own}/images/class0 --top-k 0', 2, 'top_k must be'), (METRIC.replace('rfid', 'all')+' -n 4', 2, 'needs 6 images'),
     # post-training
-    ('posttrain', 2, 'required: --tokenizer, --generator, --out'), (f'posttrain {TOK} {GEN} --out {{own}}', 2, 'is there already; choose another --out'), (HEAL.replace('{own}/generator', '{own}/tokenizer'), 2, 'holds a Tokenizer, expected a generator'),
+    ('posttrain', 2, 'required: --tokenizer, --generator'), (f'posttrain {TOK} {GEN} --out {{own}}', 2, 'is there already; choose another --out'), (HEAL.replace('{own}/generator', '{own}/tokenizer'), 2, 'holds a Tokenizer, expected a generator'),
     (HEAL.replace('{own}/tokenizer', '{own}/generator'), 2, 'expected a Tokenizer'), (HEAL.replace('{own}/generator', '{tmp}'), 2, 'holds no saved'), *((f'{HEAL} {more}', 2, said) for more, said in [
         ('--sigma 0', 'sigma 0 keeps nothing'), ('--sigma 90', 'sigma must be in [0, 1], got 90'), ('--sigma ,', 'comma-separated float'), ('--sigma .9,.9', 'each sigma once'), ('--clean 2', 'clean must be in'), ('--distribution -1', 'weight distribution must be in'),
         ('--lora -1', 'lora must be in'), ('--lora 2.5', 'invalid int'), ('--consistency -1', 'consistency must be in'), ('--epochs 0', 'epochs must be a whole number in 1..100000, got 0'), ('--epochs -1', 'epochs must be'), ('--guidance -1', 'guidance must be in'),
-        ('--guidance nan', 'guidance must be in'), ('-n 0', 'must be in 1..64, got 0'), ('-n 1000', 'must be in 1..64, got 1000'), ('--mode other', 'invalid choice'), ('--mode unpaired --sigma .9', '--sigma belong to --mode paired'),
+        ('--guidance nan', 'guidance must be in'), ('-n 0', 'n must be a whole number'), ('--set lrr=1', 'did you mean lr?'), ('--preset laptop-ar', 'no recipe of a decoder'), ('--mode other', 'invalid choice'), ('--mode unpaired --sigma .9', '--sigma belong to --mode paired'),
         ('--mode unpaired --distribution 0', 'got --distribution 0'), ('--freeze official --lora 2', 'knows no lora'), ('--freeze official --source reencode', "give pairs with source='tokens'"), ('--source made', 'invalid choice'), ('--device tpu', 'device must be')]),
 ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .models import _report, _saved_tokenizer
 from .options import say, use_device
-from .posttraining import _drawing, _saved_generator
+from .posttraining import _saved_generator
 
 # %% ../../nbs/cli/05_comparing.ipynb #92a8f2d3
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,12 @@ def _sampler(options:EvaluateOptions):
     "The generator that draws while it is measured, and the sides of its pictures"
     from tokkit.metrics import Sampler
     from tokkit.posttraining import check_fit
+    from tokkit.recipes import sampling_of
     device = use_device(options.device)
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
-    drawing = _drawing(gen, dict(guidance=options.guidance, temperature=options.temperature))
+    drawing = sampling_of(gen, options.guidance, temperature=options.temperature)
     return Sampler(gen, tok, asked=drawing, seed=options.seed), tok.image_shape
 
 def _compared_with(options:EvaluateOptions, shape:tuple, made:int|None) -> tuple:

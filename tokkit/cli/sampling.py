@@ -12,7 +12,7 @@ from typing import Literal
 
 from .models import _images_for, _saved_tokenizer
 from .options import say, use_device
-from .posttraining import _drawing, _saved_generator
+from .posttraining import _saved_generator
 
 # %% ../../nbs/cli/04_sampling.ipynb #95cf17a8
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,7 @@ def sample(
     from tokkit.core import bundle, writing
     from tokkit.generators import sample_batches
     from tokkit.posttraining import check_fit
+    from tokkit.recipes import sampling_of
     options = bundle(SampleOptions, options, **how)
     out = str(Path(options.out).expanduser())
     _check_out(out)
@@ -117,11 +118,10 @@ def sample(
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
-    drawing = _drawing(gen, dict(guidance=options.guidance, seed=options.seed, steps=options.steps,
-                                 temperature=options.temperature))
-    latents,labels = sample_batches(gen, _labels(gen, options), **drawing)
+    drawing = sampling_of(gen, options.guidance, steps=options.steps, temperature=options.temperature)
+    latents,labels = sample_batches(gen, _labels(gen, options), seed=options.seed, **drawing)
     with writing(Path(out).absolute()): _write(out, tok, latents, labels)
     say(f'tokkit: {len(labels)} samples of {options.generator}, '
-        +', '.join(f'{k} {v}' for k,v in drawing.items()))
+        +', '.join(f'{k} {v}' for k,v in dict(seed=options.seed, **drawing).items()))
     say(f'next: tokkit evaluate {options.out} --reference FOLDER')
     print(options.out)

@@ -5,3 +5,4 @@ from .files import *
 from .making import *
 from .following import *
 from .estimate import *
+from .posttraining import *

@@ -11,8 +11,7 @@ from typing import Any
 
 from ..core import atomic_path
 from .presets import preset
-from .recipe import (changed_recipe, GeneratorRecipe, KINDS, plain_recipe, TokenizerRecipe,
-                                   with_changes)
+from .recipe import changed_recipe, KINDS, plain_recipe, Recipe, with_changes
 
 # %% ../../nbs/recipes/02_files.ipynb #f55ef23b
 MOST_VALUES = 100_000  # that a file may unfold to
@@ -62,8 +61,8 @@ def read_yaml(
 # %% ../../nbs/recipes/02_files.ipynb #fa2825a3
 def read_recipe(
     path:str|Path,         # YAML: `preset` and what differs, or a whole recipe
-    kind:str|None = None,  # 'tokenizer' or 'generator'; None takes either
-) -> TokenizerRecipe|GeneratorRecipe:
+    kind:str|None = None,  # 'tokenizer', 'generator' or 'decoder'; None takes any
+) -> Recipe:
     "A recipe from a file"
     plain = read_yaml(path, 'recipe')
     if not isinstance(plain, dict): raise ValueError(f"{path} holds no recipe; it needs preset: or recipe:")
@@ -81,7 +80,7 @@ def read_recipe(
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
 def write_recipe(
-    recipe:TokenizerRecipe|GeneratorRecipe, # of either kind
+    recipe:Recipe, # of any kind
     path:str|Path,                          # YAML, written whole or not at all
 ) -> Path:
     "Write every setting of a recipe"

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from ..core import choose, Registry
 from ..perturbation import annealing, LatentPerturbation
-from .recipe import (GeneratorRecipe, GeneratorShape, Images, KINDS, TokenizerRecipe,
-                                   with_changes)
+from .recipe import (DecoderRecipe, GeneratorRecipe, GeneratorShape, Images, KINDS, Recipe,
+                                   TokenizerRecipe, with_changes)
 from ..tokenizers import TokenizerCfg
 from ..training import GeneratorTraining, ImageTraining
 
@@ -38,33 +38,43 @@ RECIPES.register('laptop-ar', GeneratorRecipe(_FEW, GeneratorShape('ar', _SIZES)
 RECIPES.register('laptop-masked', GeneratorRecipe(_FEW, GeneratorShape('masked', _SIZES), _LONG))
 RECIPES.register('laptop-flow', GeneratorRecipe(_FEW, GeneratorShape('flow', _SIZES), _LONG));
 
+# %% ../../nbs/recipes/01_presets.ipynb #47429885
+_HEALING = replace(_SHARP, epochs=4, lr=1e-3)
+
+RECIPES.register('laptop-post', DecoderRecipe(_FEW, training=_HEALING));
+
 # %% ../../nbs/recipes/01_presets.ipynb #4f694f0b
 def presets_of(
-    kind:str, # 'tokenizer' or 'generator'
+    kind:str, # 'tokenizer', 'generator' or 'decoder'
 ) -> list[str]:
     "The names of the presets that train one"
     return [name for name in RECIPES if isinstance(RECIPES[name], KINDS[kind])]
 
 def preset(
     name:str,              # of `RECIPES`
-    kind:str|None = None,  # 'tokenizer' or 'generator'; None takes either
-) -> TokenizerRecipe|GeneratorRecipe:
+    kind:str|None = None,  # 'tokenizer', 'generator' or 'decoder'; None takes any
+) -> Recipe:
     "A recipe by name"
     recipe = choose(RECIPES, name)
     if kind is None or isinstance(recipe, KINDS[kind]): return recipe
     raise ValueError(f"{name} is no recipe of a {kind}; those are {', '.join(presets_of(kind))}")
 
 # %% ../../nbs/recipes/01_presets.ipynb #df4c2429
+def _seen_at(recipe:TokenizerRecipe|DecoderRecipe, side:int) -> Recipe:
+    "The recipe whose perceptual loss looks at images in their own size"
+    if not recipe.training.perceptual: return recipe
+    return with_changes(recipe, dict(training=dict(perceptual_size=max(32, side))))
+
 def for_images(
-    recipe:TokenizerRecipe|GeneratorRecipe, # of either kind
+    recipe:Recipe, # of any kind
     data:str,                               # fashion_mnist, a folder of images, or a registered source
     size:int|None = None,                   # side of the images, pixels; None: what fits the data
-) -> TokenizerRecipe|GeneratorRecipe:
+) -> Recipe:
     "The recipe for other images"
     recipe = with_changes(recipe, dict(images=dict(data=data)))
     if isinstance(recipe, GeneratorRecipe): return recipe
+    if isinstance(recipe, DecoderRecipe): return _seen_at(recipe, size or 28)
     grey = data == 'fashion_mnist'
     side = size or (28 if grey else recipe.tokenizer.size)
     shape = dict(size=side, channels=1 if grey else 3)
-    look = dict(perceptual_size=max(32, side)) if recipe.training.perceptual else {}
-    return with_changes(recipe, dict(tokenizer=shape, training=look))
+    return _seen_at(with_changes(recipe, dict(tokenizer=shape)), side)
