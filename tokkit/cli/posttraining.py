@@ -104,6 +104,14 @@ def _begun(options:PosttrainOptions) -> Any:
     base = base_training(options.tokenizer)
     return recipe if base is None else replace(recipe, training=same_loss(recipe.training, base))
 
+def _kept(tokenizer:str) -> str:
+    "The discriminator that main-training left beside a tokenizer"
+    from tokkit.recipes import DISCRIMINATOR
+    file = Path(tokenizer).expanduser()/DISCRIMINATOR
+    if file.is_file(): return str(file)
+    raise FileNotFoundError(f"{tokenizer} holds no {DISCRIMINATOR}, which main-training leaves where its "
+                            "loss is adversarial; give --set discriminator=none for a fresh one")
+
 def _recipe(options:PosttrainOptions, tok) -> Any:
     "The recipe that the command line asks for"
     from tokkit.recipes import changed_recipe, for_images, read_changes
@@ -114,7 +122,9 @@ def _recipe(options:PosttrainOptions, tok) -> Any:
         changes['training'] = dict(distribution=1.)|changes['training']
     more = read_changes(recipe, options.set)
     for group in _GROUPS: changes[group] |= more.pop(group, {})
-    return changed_recipe(recipe, changes|more)
+    recipe = changed_recipe(recipe, changes|more)
+    if recipe.discriminator == 'kept': recipe = replace(recipe, discriminator=_kept(options.tokenizer))
+    return recipe
 
 # %% ../../nbs/cli/02_posttraining.ipynb #44f13a13
 def _saved_generator(name:str):

@@ -68,7 +68,8 @@ def _equal_ranks(rank, most):
 
 def _at_rank(v, codebook, half, n):
     "The n-th nearest code of each vector; equally near ones by id"
-    far = torch.addmm(half, v, codebook.T, alpha=-1).numpy()
+    # half precision would choose other codes
+    with torch.autocast('cpu', enabled=False): far = torch.addmm(half, v, codebook.T, alpha=-1).numpy()
     equal = far == np.partition(far, n, axis=1)[:,n,None]
     ids = torch.from_numpy(equal.argmax(1))
     if np.count_nonzero(equal) > len(v):

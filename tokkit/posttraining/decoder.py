@@ -26,7 +26,7 @@ from .low_rank import _linear, add_low_rank, merge_low_rank
 from .pairs import LatentPairs
 from .preservation import check_decodable, check_learns
 from ..tokenizers import CanHeal, check_offers, decode_all, ImageTokenizer
-from ..training import (Callback, EMA, ema_weights, fit_model, image_optimizer, ImageLoss,
+from ..training import (Callback, EMA, ema_weights, encoder_end, fit_model, image_optimizer, ImageLoss,
                              ImageTraining, only_train, Phase, rate_schedule, recon_loss,
                              TrainingContext)
 
@@ -242,7 +242,7 @@ class _HealingLoss(ImageLoss):
     def __init__(self, cfg, tok, seed, original=None):
         self.original = original and copy.deepcopy(original).requires_grad_(False).eval()
         super().__init__(cfg, tok.image_shape[0], tok.last_layer, torch.device('cpu'), seed,
-                         tok.spec.shape[1])
+                         tok.spec.shape[1], encoder_end(tok))
     def to(self, device):
         if self.original is not None: self.original.to(device)
         return super().to(device)

@@ -157,7 +157,7 @@ def estimate_posttraining(
     batch = recipe.training.batch
     check_batch(images, batch)
     drawn = recipe.latents
-    how = sampling_of(gen, drawn.guidance, temperature=drawn.temperature, steps=drawn.steps)
+    how = sampling_of(gen, drawn.guidance, drawn.power, temperature=drawn.temperature, steps=drawn.steps)
     few = _repeated(images, STEPS*batch)
     pairs = LatentPairs(_random_latents(tok, len(few)), few)
     plan = PostTraining(lora=recipe.lora, consistency=recipe.consistency)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import default_device, read_json, write_json
+from ..core import default_device, file_sha256, read_json, write_json
 from ..data import ImageFolder, ImageSet
 from ..features import spectrum_extractor
 from ..generators import balanced_labels, LatentGenerator, sample_batches
@@ -85,7 +85,7 @@ def _train(recipe:DecoderRecipe, tok:ImageTokenizer, lessons:dict, work:Path, wh
         now = _learner_tokenizer(learner).eval()
         preview_after(lambda: now.from_latents(look.to(where['device'])), work)(learner)
     train = posttrain_decoder if 'pairs' in lessons else match_distribution
-    plan = PostTraining(recipe.freeze, recipe.lora, recipe.consistency)
+    plan = PostTraining(recipe.freeze, recipe.lora, recipe.consistency, recipe.discriminator)
     return train(tok, *lessons.values(), recipe.training, plan, work=work, preview=preview, seed=recipe.seed,
                  **where)
 
@@ -155,10 +155,12 @@ def follow_posttraining(
     check_batch(images, recipe.training.batch)
     real = _held_out(recipe.images, tok)
     drawn = recipe.latents
-    drawing = sampling_of(gen, drawn.guidance, temperature=drawn.temperature, steps=drawn.steps)
+    drawing = sampling_of(gen, drawn.guidance, drawn.power, temperature=drawn.temperature, steps=drawn.steps)
     given = _Models(tok, gen, images, drawing, recipe.seed)
     def make(tmp, work): _fill(tmp, work, recipe, given, real, str(device))
-    asked = told_recipe(recipe, images.hash, real.hash, tokenizer=tok.fingerprint, generator=gen.fingerprint)
+    opponent = dict(discriminator=file_sha256(recipe.discriminator)) if recipe.discriminator else {}
+    asked = told_recipe(recipe, images.hash, real.hash, tokenizer=tok.fingerprint, generator=gen.fingerprint,
+                        **opponent)
     return made_once(out, asked, make, 'healed tokenizer', str(device))
 
 # %% ../../nbs/recipes/06_posttraining.ipynb #eedcb111

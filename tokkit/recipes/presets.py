@@ -9,11 +9,11 @@ __all__ = ['RECIPES', 'presets_of', 'preset', 'for_images']
 from dataclasses import replace
 
 from ..core import choose, Registry
-from ..perturbation import annealing, LatentPerturbation
-from .recipe import (DecoderRecipe, GeneratorRecipe, GeneratorShape, Images, KINDS, Recipe,
-                                   TokenizerRecipe, with_changes)
-from ..tokenizers import TokenizerCfg
-from ..training import GeneratorTraining, ImageTraining
+from ..perturbation import Annealing, annealing, LatentPerturbation, perturbation
+from .recipe import (DecoderRecipe, DrawnLatents, GeneratorRecipe, GeneratorShape, Images,
+                                   KINDS, Recipe, TokenizerRecipe, with_changes)
+from ..tokenizers import TokenizerCfg, TOKENIZERS
+from ..training import DiscriminatorTraining, GeneratorTraining, ImageTraining, RELEASED_TRAINING
 
 # %% ../../nbs/recipes/01_presets.ipynb #125d0735
 RECIPES = Registry('recipe')
@@ -43,6 +43,38 @@ _HEALING = replace(_SHARP, epochs=4, lr=1e-3)
 
 RECIPES.register('laptop-post', DecoderRecipe(_FEW, training=_HEALING));
 
+# %% ../../nbs/recipes/01_presets.ipynb #b424e9a5
+_IMAGENET = Images(augment=True)
+_OPPONENT = DiscriminatorTraining((.9, .95), weight_decay=5e-4, schedule='epoch', warmup=4, first=1e-5/8e-4,
+                                  final=5e-5/8e-4, waits=True)
+_MAIN = ImageTraining(
+    epochs=200, batch=1024, lr=2.4e-4, schedule='epoch', first=1e-5/2.4e-4, final=5e-5/2.4e-4,
+    perceptual=1., perceptual_kind='lpips',
+    semantic=.1, semantic_on='perturbed', semantic_projection='shared',
+    semantic_options=dict(teacher='dinov2'),
+    adversarial=.5, adversarial_start=56/200, discriminator='dino', discriminator_augment=1.,
+    discriminator_lr=8e-4, discriminator_training=_OPPONENT,
+    ema=.9999, clip=0., revive=0, precision='bf16')
+_RELEASED = perturbation('official', alpha=1., beta=.1, delta=100, annealing=Annealing(40, 120, .5))
+
+RECIPES.register('paper-main', TokenizerRecipe(_IMAGENET, TOKENIZERS['base'], _RELEASED, _MAIN, 'dinov2'));
+
+# %% ../../nbs/recipes/01_presets.ipynb #e3361af6
+RECIPES.register('paper-rar-b', GeneratorRecipe(Images(), GeneratorShape('rar-b'), RELEASED_TRAINING))
+RECIPES.register('paper-rar-l', GeneratorRecipe(Images(), GeneratorShape('rar-l'), RELEASED_TRAINING));
+
+# %% ../../nbs/recipes/01_presets.ipynb #d8952edc
+_PAIRS = DrawnLatents(sigma=(.7,), guidance=6., power=1.15, temperature=1.02)
+_POST = replace(_MAIN, epochs=40, lr=1.2e-4, adversarial_start=0., discriminator_lr=4e-4, semantic=0.,
+                discriminator_training=replace(_OPPONENT, warmup=2, waits=False))
+RECIPES.register('paper-post', DecoderRecipe(Images(n=200_000), _PAIRS, _POST, discriminator='kept'))
+
+_OPPONENT_THEN = replace(_OPPONENT, warmup=2, first=.2, final=.2, waits=False)
+_POST_RELEASED = replace(_MAIN, epochs=100, lr=5e-5, first=.2, final=.2, adversarial_start=0.,
+                         discriminator_lr=5e-5, discriminator_training=_OPPONENT_THEN)
+RECIPES.register('paper-post-released', DecoderRecipe(
+    Images(n=200_000), replace(_PAIRS, source='tokens'), _POST_RELEASED, freeze='official'));
+
 # %% ../../nbs/recipes/01_presets.ipynb #4f694f0b
 def presets_of(
     kind:str, # 'tokenizer', 'generator' or 'decoder'
@@ -60,9 +92,12 @@ def preset(
     raise ValueError(f"{name} is no recipe of a {kind}; those are {', '.join(presets_of(kind))}")
 
 # %% ../../nbs/recipes/01_presets.ipynb #df4c2429
+_LARGEST_GREY = 64       # side of a recipe's images, for which garments of 28 pixels may stand in
+
 def _seen_at(recipe:TokenizerRecipe|DecoderRecipe, side:int) -> Recipe:
     "The recipe whose perceptual loss looks at images in their own size"
-    if not recipe.training.perceptual: return recipe
+    t = recipe.training
+    if not t.perceptual or t.perceptual_kind == 'lpips': return recipe          # that sees images as they are
     return with_changes(recipe, dict(training=dict(perceptual_size=max(32, side))))
 
 def for_images(
@@ -75,6 +110,10 @@ def for_images(
     if isinstance(recipe, GeneratorRecipe): return recipe
     if isinstance(recipe, DecoderRecipe): return _seen_at(recipe, size or 28)
     grey = data == 'fashion_mnist'
+    if grey and recipe.tokenizer.size > _LARGEST_GREY:
+        large = recipe.tokenizer.size
+        raise ValueError(f"this recipe is for images of {large} pixels, and fashion_mnist has 28; give "
+                         "--data FOLDER")
     side = size or (28 if grey else recipe.tokenizer.size)
     shape = dict(size=side, channels=1 if grey else 3)
     return _seen_at(with_changes(recipe, dict(tokenizer=shape)), side)

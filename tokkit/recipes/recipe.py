@@ -16,7 +16,7 @@ from typing import Any, get_args
 from fastcore.basics import patch
 
 from ..core import check_count, choose, to_plain
-from ..generators import GENERATORS, Sampling
+from ..generators import GENERATORS, Guidance, Sampling
 from ..perturbation import Annealing, LatentPerturbation
 from ..posttraining import PostTraining, row_sigmas, SOURCES
 from ..runs import fit_value
@@ -33,6 +33,8 @@ class Images:
     # enlarge images that are smaller than the tokenizer's; False refuses them
     upscale:bool = True
     skip_broken:bool = False     # leave out images that cannot be read
+    # main-training: another random crop of each image in each epoch, and its mirror image half of the time
+    augment:bool = False
 
     def __post_init__(self):
         if self.n is not None: check_count('n', self.n)
@@ -44,6 +46,8 @@ class TokenizerRecipe:
     tokenizer:TokenizerCfg = TokenizerCfg()              # its shape
     perturbation:LatentPerturbation|None = None          # between quantizer and decoder; None trains plainly
     training:ImageTraining = ImageTraining()             # losses and loop
+    # weights to begin with: 'dinov2' (in the data folder) or 'dinov2:FILE'; None: random ones
+    init:str|None = None
     seed:int = 0                                         # of weights, order and draws
 
 # %% ../../nbs/recipes/00_recipe.ipynb #32a7641b
@@ -90,6 +94,7 @@ class DrawnLatents:
     source:str = 'reencode'          # paired: decoded and encoded again (paper), or the tokens as drawn
     clean:float = 0.                 # paired: share of pairs that are the image's own latents
     guidance:float|None = None       # None: 1.5, and none where the generator's sampler takes none
+    power:float|None = None          # of the guidance's cosine curve; None: the same throughout
     temperature:float|None = None    # of the draws; None: the generator's own
     steps:int|None = None            # of samplers that take several; None: the generator's own
 
@@ -97,8 +102,8 @@ class DrawnLatents:
         _check_word('mode', self.mode, MODES)
         _check_word('source', self.source, SOURCES)
         row_sigmas(1, self.sigma, self.clean)
-        drawing = {name: getattr(self, name) for name in ('guidance', 'temperature', 'steps')}
-        Sampling(**{name: value for name,value in drawing.items() if value is not None})
+        guidance = Guidance(1. if self.guidance is None else self.guidance, self.power)
+        Sampling(guidance, 1. if self.temperature is None else self.temperature, steps=self.steps)
 
 @dataclass(frozen=True)
 class DecoderRecipe:
@@ -110,6 +115,8 @@ class DecoderRecipe:
     lora:int = 0                                         # rank of the change of its matrices; 0: whole
     # weight of staying near the untouched decoder; None: 0 with pairs, .1 with samples
     consistency:float|None = None
+    # a discriminator to go on with: FILE, or 'kept', the one beside the tokenizer; None: a fresh one
+    discriminator:str|None = None
     control:bool = True                                  # train another decoder as long on clean latents
     seed:int = 0                                         # of draws, weights and order
 

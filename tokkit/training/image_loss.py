@@ -27,6 +27,13 @@ from .semantic import SemanticLoss
 from .settings import ImageTraining
 
 # %% ../../nbs/training/10_image_loss.ipynb #ab4b576c
+def _shared(cfg, project) -> nn.Linear|None:
+    "The layer that the semantic loss shares with the encoder, where the settings ask for that"
+    if cfg.semantic_projection == 'own': return None
+    if project is not None: return project
+    raise ValueError("semantic_projection='shared' takes the layer that ends the encoder, and this "
+                     "tokenizer's encoder ends in none; take semantic_projection='own'")
+
 def _discriminator(cfg, channels) -> nn.Module|None:
     "The discriminator that the settings ask for"
     if not cfg.adversarial: return None
@@ -42,6 +49,8 @@ class ImageLoss(Callback):
         device:torch.device,        # where the networks go
         seed:int = 0,               # of the initial weights of discriminator and projection
         dim:int = 0,                # channels of the latents, for the semantic loss
+        # the encoder's last layer, where the semantic loss shares it
+        project:nn.Linear|None = None,
     ):
         if cfg.semantic and not dim:
             raise ValueError('the semantic loss looks at latents; give their channels as dim')
@@ -55,7 +64,7 @@ class ImageLoss(Callback):
             torch.manual_seed(seed)
             self.discriminator = _discriminator(cfg, channels)
             kind = dict(kind=cfg.semantic_kind, **cfg.semantic_options)
-            self.semantic = SemanticLoss(dim, **kind) if cfg.semantic else None
+            self.semantic = SemanticLoss(dim, project=_shared(cfg, project), **kind) if cfg.semantic else None
         self.distribution = None  # until `fit`
         self.lecam = LeCAM()
         self.augment = DiffAug(cfg.discriminator_augment)
@@ -185,15 +194,21 @@ def _discriminator_step(self:ImageLoss, learner, batch):
     real = self._scores(learner, self.real[learner.part], 'real')
     fake = self._scores(learner, self.fake[learner.part], 'fake')
     loss = self.game.discriminator(real, fake)
-    return dict(loss=loss+self.cfg.lecam*self.lecam(real, fake), discriminator=loss.detach())
+    # as released, a waiting discriminator looks on: its running means move, its weights only decay
+    waiting = self.cfg.discriminator_training.waits and learner.done < self.cfg.adversarial_start
+    total = (loss+self.cfg.lecam*self.lecam(real, fake))*(0. if waiting else 1.)
+    return dict(loss=total, discriminator=loss.detach())
 
 @patch
 def phases(self:ImageLoss) -> list[Phase]:
     "The discriminator's own phase, if there is a discriminator"
     if self.discriminator is None: return []
     weights = [p for p in self.discriminator.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=self.cfg.discriminator_lr, betas=(.5,.9))
-    return [Phase(self._discriminator_step, optimizer)]
+    how = self.cfg.discriminator_training
+    optimizer = torch.optim.AdamW(weights, lr=self.cfg.discriminator_lr, betas=tuple(how.betas),
+                                  weight_decay=how.weight_decay)
+    rates = how.schedule_over(self.cfg.epochs, self.cfg.adversarial_start)
+    return [Phase(self._discriminator_step, optimizer, rates)]
 
 @patch
 def weights(self:ImageLoss) -> list[Tensor]:

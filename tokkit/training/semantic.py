@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import nn, Tensor
 from torch.distributed.nn.functional import all_gather
 
-from ..core import read_tensors
+from ..core import data_home, read_tensors
 from ..features import efficientnet_taps, IMAGENET_MEAN, IMAGENET_STD
 from ..layers import load_vit, ViT
 from .discriminators import Frozen
@@ -102,9 +102,10 @@ def _teacher(of, layer, size) -> nn.Module:
     "The teacher of that name"
     if isinstance(of, nn.Module): return of
     if of == 'efficientnet_lite2': return efficientnet_taps('lite2', (layer,), size)
+    if of == 'dinov2': return dinov2_teacher(data_home()/'dinov2_vitb14.safetensors')
     if of.startswith('dinov2:'): return dinov2_teacher(of.removeprefix('dinov2:'))
-    raise ValueError("teacher must be 'efficientnet_lite2', 'dinov2:PATH.safetensors' or a module, got "
-                     f"{of!r}")
+    raise ValueError("teacher must be 'efficientnet_lite2', 'dinov2', 'dinov2:PATH.safetensors' or a module, "
+                     f"got {of!r}")
 
 def _probe(teacher) -> Tensor|list:
     "What the teacher says of an empty image, on its device; or one line about what it must take"
@@ -122,7 +123,8 @@ class SemanticLoss(nn.Module):
     "Latents must say which image they are of, to a frozen teacher"
     def __init__(self,
         dim:int,                                    # channels of the latents
-        # offline; 'dinov2:PATH'; or any module, images in [-1,1] -> features, frozen in place
+        # offline; 'dinov2' (weights in the data folder) or 'dinov2:PATH'; or any module, images in [-1,1] ->
+        # features, frozen in place
         teacher:str|nn.Module = 'efficientnet_lite2',
         # 'class': the teacher's one vector; 'patch': mean of its projected places
         kind:str = 'class',
@@ -130,6 +132,8 @@ class SemanticLoss(nn.Module):
         layer:int = 9,                              # block of the offline teacher
         scale:float = 1.,                           # of `contrastive_loss`
         normalize:bool = False,                     # of `contrastive_loss`
+        # brings features to the latents' channels, and learns elsewhere; None: a layer of this loss's own
+        project:nn.Linear|None = None,
     ):
         super().__init__()
         if kind not in ('class', 'patch'): raise ValueError(f"kind must be 'class' or 'patch', got {kind!r}")
@@ -138,7 +142,18 @@ class SemanticLoss(nn.Module):
         self.normalize = normalize
         self.teacher = Frozen(_teacher(teacher, layer, size))
         seen = _rows(_probe(self.teacher.module), kind)
-        self.project = nn.Linear(seen.shape[-1], dim).to(seen.device)
+        self._bring(seen, dim, project)
+
+    def _bring(self, seen, dim, project):
+        "Take the projection that is given, which is no part of this loss's state, or make one"
+        width = seen.shape[-1]
+        if project is None: self.project = nn.Linear(width, dim).to(seen.device)
+        elif (project.in_features, project.out_features) == (width, dim): self.__dict__['project'] = project
+        else:
+            given = f'{project.in_features} to {project.out_features}'
+            raise ValueError(f"a shared projection must bring the teacher's {width} features to latents of "
+                             f"{dim} channels, and the encoder's last layer brings {given}; take "
+                             "semantic_projection='own', or a teacher as wide as the encoder")
 
     @torch.no_grad()
     def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:

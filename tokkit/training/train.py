@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALLING', 'tokenizer_step', 'generator_step', 'TensorPairs', 'matrices_decay', 'adamw', 'image_optimizer',
-           'fit_model', 'Validate', 'still_falling', 'train_tokenizer', 'train_generator']
+           'fit_model', 'Validate', 'still_falling', 'encoder_end', 'train_tokenizer', 'train_generator']
 
 # %% ../../nbs/training/11_train.ipynb #3201f8c6
 import re, warnings
@@ -231,6 +231,13 @@ def _warn_if_falling(history):
     warnings.warn(f"the loss of held-out images still falls by {fell:.1%} an epoch, so this tokenizer has "
                   "not converged: give it more epochs before it is compared", stacklevel=3)
 
+def encoder_end(
+    tok:Tokenizer, # or any other
+) -> nn.Linear|None:
+    "The layer that brings an encoder's features to the latents, where there is one"
+    end = getattr(getattr(tok, 'encoder', None), 'out', None)
+    return end if isinstance(end, nn.Linear) else None
+
 def train_tokenizer(
     # changed in place; ends with its averaged weights, in eval mode
     tok:Tokenizer,
@@ -253,7 +260,7 @@ def train_tokenizer(
                          "and none of them has a weight; leave validation out")
     tok.train()
     loss = ImageLoss(cfg, tok.image_shape[0], tok.last_layer, torch.device('cpu'), context.seed,
-                     tok.spec.shape[1]).fit(images, context.device)
+                     tok.spec.shape[1], encoder_end(tok)).fit(images, context.device)
     step = tokenizer_step(tok, loss, perturbation, cfg.revive)
     phase = Phase(step, image_optimizer(tok, loss), rate_schedule(cfg), cfg.clip)
     watch = None if validation is None else lambda ema: Validate(tok, loss, validation, ema)
