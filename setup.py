@@ -1,14 +1,29 @@
 """Hands settings.ini, the one place for names, versions and requirements, to setuptools"""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 readme = here/'README.md'
+
+
+class BuildWithNotebooks(build_py):
+    "The package, and in it the notebooks that its commands run"
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        for folder in ('experiments', 'benchmarks', 'explore'):
+            to = Path(self.build_lib)/'tokkit'/'notebooks'/folder
+            to.mkdir(parents=True, exist_ok=True)
+            for pattern in ('*.ipynb', '*.yaml'):
+                for file in (here/'nbs'/folder).glob(pattern): shutil.copy(file, to)
+
 
 setup(
     name=cfg['lib_name'], version=cfg['version'],
@@ -26,5 +41,6 @@ setup(
                     'pretrained': cfg['pretrained_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    cmdclass={'build_py': BuildWithNotebooks},
     zip_safe=False,
 )

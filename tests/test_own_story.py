@@ -146,3 +146,13 @@ def test_tokens_of_another_tokenizer_are_refused(story, tmp_path, capsys):
     words = ['--tokenizer', story/'perturbed', '--tokens', story/'tokens', '--out', tmp_path/'g']
     assert main(['train', 'generator', *map(str, words), *GEN, *CPU]) == 2
     assert 'latents of another tokenizer' in capsys.readouterr().err
+
+
+def test_a_generator_learns_from_several_views(story, photographs, tmp_path):
+    tokkit('encode', '--tokenizer', story/'plain', '--data', photographs, '--views', 'ten-crop', '--out',
+           tmp_path/'ten')
+    cache = TokenCache.open(tmp_path/'ten')
+    assert cache.views == 10 and len(cache) == 80 and cache.array.shape == (80, 10, 64)
+    tokkit('train', 'generator', '--tokenizer', story/'plain', '--tokens', tmp_path/'ten', '--out',
+           tmp_path/'g', *GEN)
+    with pytest.raises(SystemExit): main(['encode', '--tokenizer', 'a', '--out', 'b', '--views', 'five'])

@@ -179,11 +179,18 @@ def _check_sweep(spec, path:Path):
         check_kind(grid, dict[str,Any], f'{path}: grid')
 
 # %% ../../nbs/cli/00_options.ipynb #52ff530c
+def _sweep_file(path:Path) -> Path:
+    "A sweep's file: the path, or one of tokkit's own by its name"
+    from tokkit.runs import notebooks_home
+    ours = notebooks_home()/'experiments'/path.name
+    return ours if not path.exists() and path.name == str(path) and ours.is_file() else path
+
 def read_sweep(
     path:Path, # YAML
 ) -> dict:
     "A sweep written down: notebook, grid, and optionally params, workers, devices, threads, minutes"
     from tokkit.recipes import read_yaml
+    path = _sweep_file(path)
     spec = read_yaml(path, 'sweep')
     _check_sweep(spec, path)
     beside = path.parent/spec['notebook']
@@ -263,7 +270,7 @@ def checkout_for(
     "The source tree, or an error that says why it is needed"
     from tokkit.runs import checkout
     if folder := checkout(): return folder
-    raise FileNotFoundError(f"{what} needs tokkit's notebooks, and this tokkit was installed without them; "
+    raise FileNotFoundError(f"{what} needs tokkit's source tree, and this tokkit was installed without it; "
                             "clone it and pip install -e it")
 
 def use_device(

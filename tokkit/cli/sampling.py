@@ -24,6 +24,8 @@ class EncodeOptions:
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'train' # part of the data, where it has parts
     n:int|None = None                    # so many of the images; all when left out
+    # the image alone; with its mirror image; or corners and centre of a larger square, and these mirrored
+    views:Literal['one','mirror','ten-crop'] = 'one'
     skip_broken:bool = False             # leave out images that cannot be read
     upscale:bool = True                  # enlarge images that are smaller than the tokenizer's
     device:str|None = None               # cpu, cuda, cuda:1 or mps
@@ -34,11 +36,15 @@ def encode(
 ):
     "Keep the tokens or latents of images in a folder, for trainings of generators"
     from tokkit.core import bundle, writing
+    from tokkit.data import Views
     from tokkit.recipes import encoded_images
     options = bundle(EncodeOptions, options, **how)
     tok = _saved_tokenizer(options.tokenizer).to(use_device(options.device)).eval()
+    # views are cut from whole pictures, which stay on the disk
+    memory = 1. if options.views == 'one' else 0.
     images = _images_for(tok, options.data, options.split, options.n, skip_broken=options.skip_broken,
-                         upscale=options.upscale)
+                         upscale=options.upscale, memory=memory)
+    if options.views != 'one': images = Views(images, options.views, options.upscale)
     folder = Path(options.out).expanduser().absolute()
     if folder.exists() and not (folder/'cache.json').is_file():
         raise FileExistsError(f"{options.out} is there already, and holds no tokens; choose another --out")

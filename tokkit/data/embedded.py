@@ -61,7 +61,9 @@ def _download(name:str, sha256:str, home:Path) -> Path:
             with urllib.request.urlopen(_FASHION_URL+name, timeout=30) as r: p.write_bytes(r.read())
             _unpack(p, sha256, _FASHION_URL+name)
     except OSError as e:
-        raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put that file into {home} by hand") from e
+        files = ', '.join(file for split in _FASHION.values() for file,_ in split)
+        raise OSError(f"cannot fetch {_FASHION_URL}{name} ({e}); put these four files into {home} by hand: "
+                      f"{files}") from e
     return home/name
 
 def _fashion_file(name:str, sha256:str, root:str|Path|None) -> Path:

@@ -15,8 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import (atomic_dir, bar, damage, file_sha256, locked, MARKER, read_json, stable_hash,
-                         write_json)
+from ..core import (atomic_dir, bar, damage, file_sha256, locked, make_rng, MARKER, read_json,
+                         stable_hash, write_json)
 from .images import Indexed
 
 # %% ../../nbs/data/05_token_cache.ipynb #e2e31429
@@ -70,8 +70,9 @@ def _write_cache(folder, ds, encode, dtype, key, codebook_size, batch_size):
             yield _narrow((t.float() if t.is_floating_point() else t).numpy(), dtype, codebook_size)
     with atomic_dir(folder) as tmp:
         _write_npy(tmp/'tokens.npy', arrays(), len(ds))
-        np.save(tmp/'labels.npy', ds.labels.numpy())
-        about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes)
+        views = getattr(ds, 'views', 1)
+        np.save(tmp/'labels.npy', ds.labels[::views].numpy())
+        about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes, views=views)
         write_json(tmp/'cache.json', about|dict(sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
 
 # %% ../../nbs/data/05_token_cache.ipynb #7d27f0ea
@@ -83,6 +84,7 @@ class _About(TypedDict):
     name:str                      # of the images
     images:NotRequired[str]       # their hash
     classes:list[str]             # class names
+    views:NotRequired[int]        # of each image
     sha256:tuple[str, str]        # of the two files
 
 def _check_complete(folder:Path):
@@ -113,11 +115,12 @@ def _write_once(folder:Path, ds:Indexed, encode:Callable, **how):
     with locked(folder, f'token cache {folder.name}', wait=True):
         if not folder.exists(): _write_cache(folder, ds, encode, **how)
 
-def _read_arrays(folder:Path) -> tuple[np.ndarray,Tensor]:
-    "Tokens, memory-mapped, and labels"
+def _read_arrays(folder:Path, views:int = 1) -> tuple[np.ndarray,Tensor]:
+    "Tokens, memory-mapped, the views of an image side by side where there are several; and labels"
     try:
-        return (np.load(folder/'tokens.npy', mmap_mode='r'),
-                torch.from_numpy(np.load(folder/'labels.npy')))
+        rows = np.load(folder/'tokens.npy', mmap_mode='r')
+        if views > 1: rows = rows.reshape(-1, views, *rows.shape[1:])
+        return rows, torch.from_numpy(np.load(folder/'labels.npy'))
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f"token cache {folder} is damaged: {e}; {_AGAIN}") from e
 
@@ -132,6 +135,10 @@ class TokenCache(Indexed):
         self.classes = about['classes']
         self.name = about['name']
         self.key = about['key']
+        self.views = about.get('views', 1)
+        self.epoch = 0
+        # which view of each image comes first
+        self.first = torch.randint(self.views, (len(labels),), generator=make_rng(0, 'views')).numpy()
         self.kind = 'latents' if array.dtype.kind == 'f' else 'ids'
 
     @classmethod
@@ -166,16 +173,25 @@ class TokenCache(Indexed):
         if key is not None and about['key'] != key:
             raise ValueError(f"{folder} was made with key {about['key']!r}, expected {key!r}; use another "
                              f"folder, or {_AGAIN}")
-        return cls(folder, *_read_arrays(folder), about)
+        return cls(folder, *_read_arrays(folder, about.get('views', 1)), about)
 
 # %% ../../nbs/data/05_token_cache.ipynb #d644bead
 @patch(as_prop=True)
 def hash(self:TokenCache) -> str: return stable_hash([self.about['sha256'], self.key])
 
 @patch
+def set_epoch(self:TokenCache,
+    epoch:int, # 0 at the start of training
+):
+    "From now on hand out the views of this epoch; in as many epochs as there are views each comes once"
+    self.epoch = epoch
+
+@patch
 def _batch(self:TokenCache, positions):
     wide = 'f4' if self.kind == 'latents' else 'i8'
-    return torch.from_numpy(self.array[positions.numpy()].astype(wide)), self.labels[positions]
+    at = positions.numpy()
+    if self.views > 1: at = at, (self.first[at]+self.epoch)%self.views
+    return torch.from_numpy(self.array[at].astype(wide)), self.labels[positions]
 
 @patch
 def __reduce__(self:TokenCache): return TokenCache.open, (self.folder, self.key, False)
