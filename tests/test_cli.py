@@ -36,11 +36,11 @@ def test_version(capsys):
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit): main(['--help'])
     said = ' '.join(capsys.readouterr().out.split())
-    for command in COMMANDS: assert f'{command.__name__} {command.__doc__}' in said
+    for command in COMMANDS: assert ' '.join([command.__name__.rstrip('_'), command.__doc__]) in said
 
 @pytest.mark.parametrize('command', COMMANDS, ids=lambda c: c.__name__)
 def test_every_option_is_explained(command, capsys):
-    with pytest.raises(SystemExit) as e: main([command.__name__, '--help'])
+    with pytest.raises(SystemExit) as e: main([command.__name__.rstrip('_'), '--help'])
     said = ' '.join(capsys.readouterr().out.split())
     assert e.value.code == 0 and command.__doc__ in said
     for name, option in command_options(command).items():
@@ -345,6 +345,34 @@ def test_every_way_of_posttrain(own, tmp_path, choice):
              else set(robustok_trainable(tok)))
     moved = {k for k, _ in tok.named_parameters() if not before[k].equal(after[k])}
     assert moved and moved <= learn and len(moved) > .9*len(learn), moved ^ learn
+
+
+def test_short_names_stand_for_folders(own, tmp_path, capsys, monkeypatch):
+    from tokkit.core import write_json
+    runs = tmp_path/'runs'
+    for kind in ('tokenizer', 'generator'): shutil.copytree(own/kind, runs/kind/'mine-plain-0a1b2c3d4e')
+    places = {kind: dict(plain=f'{kind}/mine-plain-0a1b2c3d4e') for kind in ('tokenizer', 'generator')}
+    write_json(runs/'demo'/'models.json', places)
+    monkeypatch.setenv('TOKKIT_RUNS', str(runs))
+    assert main(['list', 'models', '--format', 'csv']) == 0
+    assert 'plain@demo' in capsys.readouterr().out
+    out = str(tmp_path/'s.npz')
+    for tok,gen in (('plain@demo', 'plain@demo'), ('mine-plain@0a', 'mine-plain@0a1b2c')):
+        assert main(['--device', 'cpu', 'sample', '--tokenizer', tok, '--generator', gen, '-n', '2', '--out',
+                     out]) == 0
+        os.remove(out)
+    assert main(['metric', 'rfid', '--tokenizer', 'robust@demo']) == 2
+    assert "no tokenizer 'robust'; it has plain" in capsys.readouterr().err
+
+@pytest.mark.parametrize('format, reads', [('json', json.loads), ('csv', lambda text: text.splitlines()[1:]),
+                                           ('md', lambda text: text.splitlines()[2:])])
+def test_tables_in_other_forms(own, capsys, format, reads):
+    words = ['--device', 'cpu', 'metric', 'rfid', '--tokenizer', str(own/'tokenizer'), '--data',
+             str(own/'images'), '-n', '32', '--bootstrap', '4', '--format', format]
+    assert main(words) == 0
+    assert len(reads(capsys.readouterr().out)) == 1
+    assert main(['list', 'recipes', '--format', format]) == 0
+    assert len(reads(capsys.readouterr().out)) > 5
 
 
 # leftovers, lab

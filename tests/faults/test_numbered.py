@@ -621,9 +621,9 @@ def test_6_a_report_whose_seal_changed_is_put_aside(tmp_path):
     run.mkdir()
     nbformat.write(nbformat.v4.new_notebook(), run/'notebook.ipynb')
     (run/'metrics.json').write_text('{}')
-    _publish(run, tmp_path/'demo')
+    _publish(run, tmp_path/'demo', {})
     seal = tmp_path/'demo'/'.tokkit'
     seal.write_text(seal.read_text().replace('tokkit 0', 'tokjit 0', 1))
     _check_place(tmp_path/'demo')
-    with pytest.warns(UserWarning, match='it is kept as demo.damaged'): _publish(run, tmp_path/'demo')
+    with pytest.warns(UserWarning, match='it is kept as demo.damaged'): _publish(run, tmp_path/'demo', {})
     assert damage(tmp_path/'demo') is None

@@ -6,4 +6,5 @@ from .training import *
 from .sampling import *
 from .comparing import *
 from .running import *
+from .listing import *
 from .commands import *

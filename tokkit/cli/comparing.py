@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .models import _report, _saved_tokenizer
-from .options import say, use_device
+from .options import Format, say, table_text, use_device
 from .posttraining import _saved_generator
 
 # %% ../../nbs/cli/05_comparing.ipynb #92a8f2d3
@@ -33,6 +33,7 @@ class EvaluateOptions:
     bootstrap:int = 50                   # replicates for the error; 0 for none
     seed:int = 0                         # moves every random draw
     json:str|None = None                 # also write the cards to this file
+    format:Format = 'table'              # of what is printed
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
 def _check_what(samples:str|None, options:EvaluateOptions):
@@ -133,7 +134,7 @@ def evaluate(
     told = dict(samples=samples) if samples else {}
     cards = evaluate_generator(made, real, metrics=options.metrics, n=n, extractor=options.extractor,
                                bootstrap=options.bootstrap, seed=options.seed, settings=told)
-    _report('all', cards, options.json)
+    _report('all', cards, options.json, options.format)
 
 # %% ../../nbs/cli/05_comparing.ipynb #76052284
 def read_cards(
@@ -203,6 +204,7 @@ def _draw(table, first:str, path:str):
 def compare(
     files:list[str],           # JSON files of cards; the first is what the others are compared with
     figure:str|None = None,    # also draw the changes into this file (.png, .svg or .pdf)
+    format:Format = 'table',   # of what is printed
 ):
     "Say how far results are from the first of them"
     from tokkit.core import file_to_write
@@ -213,7 +215,8 @@ def compare(
     changes = [f'{r.change:+.3g}{r.unit}'+('' if math.isnan(r.ci95) else f' ± {r.ci95:.2g}{r.unit}')
                for r in table.itertuples()]
     shown = table.assign(change=changes).drop(columns=['ci95', 'unit']).rename(columns=dict(first=first))
-    print(shown.to_string(index=False))
+    if format == 'table': print(shown.to_string(index=False))
+    else: print(table_text(shown if format == 'md' else table, format))
     for line in table.attrs['left_out']: say(f'left out: {line}')
     clear = table[table.change.abs() > table.ci95]
     lower = ', '.join(f'{r.of} {r.metric}' for r in clear[clear.change < 0].itertuples())

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .models import _given, _is_function, _made_by_function, _saved_tokenizer
+from .models import (_given, _is_function, _made_by_function, _saved_tokenizer,
+                               named_model)
 from .options import say, use_device
 
 # %% ../../nbs/cli/02_posttraining.ipynb #0d28cba1
@@ -101,13 +102,13 @@ def _begun(options:PosttrainOptions) -> Any:
     if options.config: return read_recipe(options.config, 'decoder')
     if options.preset: return preset(options.preset, 'decoder')
     recipe = preset('laptop-post', 'decoder')
-    base = base_training(options.tokenizer)
+    base = base_training(named_model('tokenizer', options.tokenizer))
     return recipe if base is None else replace(recipe, training=same_loss(recipe.training, base))
 
 def _kept(tokenizer:str) -> str:
     "The discriminator that main-training left beside a tokenizer"
     from tokkit.recipes import DISCRIMINATOR
-    file = Path(tokenizer).expanduser()/DISCRIMINATOR
+    file = Path(named_model('tokenizer', tokenizer)).expanduser()/DISCRIMINATOR
     if file.is_file(): return str(file)
     raise FileNotFoundError(f"{tokenizer} holds no {DISCRIMINATOR}, which main-training leaves where its "
                             "loss is adversarial; give --set discriminator=none for a fresh one")
@@ -131,7 +132,7 @@ def _saved_generator(name:str):
     "A generator from its folder, or from a function of the user's"
     from tokkit.generators import LatentGenerator, load_generator
     if _is_function(name): return _made_by_function(name, load_generator, LatentGenerator)
-    return load_generator(name)
+    return load_generator(named_model('generator', name))
 
 def _check_result(tok):
     "Raise one line now, and not after the training, where the healed tokenizer could not be written"

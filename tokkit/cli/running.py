@@ -8,7 +8,7 @@ __all__ = ['question', 'experiments_table', 'parameters_help', 'asks_parameters'
 # %% ../../nbs/cli/06_running.ipynb #79b60f77
 from pathlib import Path
 
-from .options import _sweep_spec, read_params, say, terminal_table
+from .options import _sweep_spec, Format, read_params, say, table_text
 
 # %% ../../nbs/cli/06_running.ipynb #3e73c6c3
 def question(
@@ -59,6 +59,7 @@ def run(
     out:str|None = None,            # folder for all runs; $TOKKIT_RUNS or runs when left out
     device:str|None = None,         # cpu, cuda, mps or a GPU's number
     threads:int|None = None,        # threads of the run's process
+    format:Format = 'table',        # of what is printed
 ):
     "Execute an experiment once; a finished run with the same parameters and data is reused"
     from tokkit.runs import Run, run_experiment
@@ -66,7 +67,7 @@ def run(
         print(experiments_table())
         return say('tokkit run NAME --help lists the parameters of one')
     folder = run_experiment(notebook, read_params(params), out, device, threads)
-    print(terminal_table(Run(folder, folder.parent.name).frame()))
+    print(table_text(Run(folder, folder.parent.name).frame(), format))
     print(folder)
 
 # %% ../../nbs/cli/06_running.ipynb #aee70a9f
@@ -80,13 +81,14 @@ def sweep(
     threads:int|None = None,             # threads a run; the cores are shared out when left out
     minutes:float|None = None,           # start no run after this long; a second call goes on
     out:str|None = None,                 # folder for all runs; $TOKKIT_RUNS or runs when left out
+    format:Format = 'table',             # of what is printed
 ) -> int: # 1 when a run failed
     "Execute an experiment at every point of a grid; a second call goes on where the first ended"
     from tokkit.runs import sweep_experiment
     given = dict(workers=workers, devices=devices, threads=threads, minutes=minutes)
     spec = _sweep_spec(notebook, grid, params, given)
     report = sweep_experiment(root=out, **spec)
-    print(terminal_table(report.drop(columns=['error','folder'])))
+    print(table_text(report.drop(columns=['error','folder']), format))
     say(', '.join(f'{n} {status}' for status,n in report.status.value_counts().items()))
     return int((report.status == 'failed').any())
 
@@ -102,6 +104,7 @@ def _existing(root:str|None) -> Path:
 def results(
     root:str|None = None,   # folder of all runs; $TOKKIT_RUNS or runs when left out
     csv:str|None = None,    # also write every column to this file
+    format:Format = 'table', # of what is printed
 ):
     "One table of all finished runs"
     from tokkit.core import atomic_path, file_to_write
@@ -110,7 +113,7 @@ def results(
     table = collect(_existing(root))
     for line in table.attrs['skipped']: say(f'left out: {line}')
     if table.empty: return say(f"no finished runs below {runs_root(root)}")
-    print(terminal_table(table))
+    print(table_text(table, format))
     if csv:
         with atomic_path(csv) as p: table.to_csv(p, index=False)
     say(f'{table.run_id.nunique()} runs, {len(table)} values'+(f', written to {csv}' if csv else ''))
