@@ -76,7 +76,7 @@ def command_options(
 # %% ../../nbs/cli/00_options.ipynb #0ec351cd
 _SHORT = dict(params='-p', grid='-g', n='-n')
 _WORDS = dict(grid='NAME=V,V', set='NAME=VALUE')    # one word each, may be repeated
-_PLACES = 'root', 'samples', 'notebook'             # may be left out, and have no dashes
+_PLACES = 'root', 'samples', 'notebook', 'what'     # may be left out, and have no dashes
 
 def _option(name:str, p) -> tuple[list[str],dict]:
     "What argparse is told about a parameter: its names on the command line, and how it is read"
@@ -85,7 +85,7 @@ def _option(name:str, p) -> tuple[list[str],dict]:
     flags.append('--'+name.replace('_', '-'))
     if name == 'params': return flags, dict(nargs=2, action='append', metavar=('NAME','VALUE'), default=[])
     if name in _WORDS: return flags, dict(action='append', metavar=_WORDS[name], default=[])
-    if name in _PLACES and p.default is not Parameter.empty: return [name], dict(nargs='?')
+    if name in _PLACES and p.default is not Parameter.empty: return [name], dict(nargs='?', **_reader(p.anno))
     if p.default is Parameter.empty and keyword_only: return flags, dict(required=True, **_reader(p.anno))
     if p.default is Parameter.empty and get_origin(p.anno) is list: return [name], dict(nargs='+')
     if p.default is Parameter.empty: return [name], _reader(p.anno)
