@@ -108,3 +108,20 @@ def test_a_killed_training_goes_on(tmp_path):
 def test_every_preset_is_written_and_read(name, tmp_path):
     from tokkit.recipes import write_recipe
     assert read_recipe(write_recipe(RECIPES[name], tmp_path/'recipe.yaml')) == RECIPES[name]
+
+
+def test_a_training_is_watched_by_a_tracker(photographs, tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.setenv('TOKKIT_RUNS', str(tmp_path/'runs'))
+    words = ['tokenizer', '--data', photographs, '--set', 'epochs=2', *SMALL]
+    assert train(*words, '--out', tmp_path/'watched', '--track', 'tensorboard') == 0
+    assert train(*words, '--out', tmp_path/'alone') == 0
+    weights = [(tmp_path/name/'model.safetensors').read_bytes() for name in ('watched', 'alone')]
+    assert weights[0] == weights[1], "a tracker changes nothing"
+    seen = EventAccumulator(str(tmp_path/'runs'/'tracking'/'watched')).Reload()
+    assert len(seen.Scalars('epoch/recon')) == 2 and len(seen.Scalars('epoch/usage')) == 2
+    assert seen.Tags()['images'] and 'lr/0' in seen.Tags()['scalars']
+    capsys.readouterr()
+    assert train(*words, '--out', tmp_path/'other', '--track', 'wandb') == 2
+    assert 'needs the package wandb, which is not installed; pip install wandb' in capsys.readouterr().err
+    assert not (tmp_path/'other').exists()

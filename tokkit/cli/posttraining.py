@@ -57,6 +57,7 @@ class PosttrainOptions:
     seed:int|None = None                 # moves every random draw
     skip_broken:bool|None = None         # leave out images that cannot be read
     upscale:bool|None = None             # enlarge images that are smaller than the tokenizer's
+    track:Literal['trackio','wandb','tensorboard']|None = None # gets losses, pictures and cards, too
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -170,5 +171,5 @@ def posttrain(
     recipe = _recipe(options, tok)
     gen = _saved_generator(options.generator)
     if options.estimate: return print(estimate_posttraining(recipe, tok, gen, device))
-    folder,again = follow_posttraining(recipe, tok, gen, options.out, device)
+    folder,again = follow_posttraining(recipe, tok, gen, options.out, device, options.track)
     _tell(folder, again, options, recipe)

@@ -29,6 +29,7 @@ class TrainOptions:
     tokens:str|None = None               # generator: folder of a token cache; encoded now when left out
     set:list[str] = ()                   # any setting of the recipe, such as lr=1e-4; may be repeated
     seed:int|None = None                 # moves every random draw
+    track:Literal['trackio','wandb','tensorboard']|None = None # gets losses and pictures, too
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -102,11 +103,11 @@ def train(
     device = str(use_device(options.device))
     if what == 'tokenizer':
         if options.estimate: return print(estimate_tokenizer(recipe, device))
-        folder,again = follow_tokenizer(recipe, options.out, device)
+        folder,again = follow_tokenizer(recipe, options.out, device, options.track)
     else:
         tok = _saved_tokenizer(options.tokenizer).to(device).eval()
         tokens = TokenCache.open(options.tokens) if options.tokens else None
         recipe = _of_tokens(recipe, tokens)
         if options.estimate: return print(estimate_generator(recipe, tok, tokens, device))
-        folder,again = follow_generator(recipe, tok, options.out, tokens, device)
+        folder,again = follow_generator(recipe, tok, options.out, tokens, device, options.track)
     _tell(what, recipe, folder, again, data_is_known=options.tokens is None)

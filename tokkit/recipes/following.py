@@ -22,6 +22,7 @@ from ..generators import balanced_labels, Guidance, LatentGenerator, make_genera
 from .files import write_recipe
 from .making import made_once
 from .recipe import GeneratorRecipe, Images, plain_recipe, Recipe, TokenizerRecipe
+from ..runs import check_tracker
 from ..show import text_preview, to_pil_grid
 from ..tokenizers import fit_spec, ImageTokenizer, make_tokenizer, Tokenizer
 from ..training import train_generator, train_tokenizer
@@ -149,8 +150,10 @@ def follow_tokenizer(
     recipe:TokenizerRecipe,               # what to train, and how
     out:str|Path,                         # folder to make; one of the same recipe and images is reused
     device:str|None = None,               # where; None: the best there is
+    track:str|None = None,                # a tracker, of `tokkit.runs.TRACKERS`; None: none
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train the tokenizer of a recipe; the same call goes on after a kill"
+    check_tracker(track)
     device = default_device(device)
     tok = begun_tokenizer(recipe)
     start = tok.fingerprint if recipe.init else None
@@ -163,7 +166,7 @@ def follow_tokenizer(
         opponent = work/DISCRIMINATOR if recipe.training.adversarial else None
         history = train_tokenizer(tok, train, recipe.training, recipe.perturbation, validation=test,
                                   discriminator=opponent, work=work, preview=preview, device=str(device),
-                                  seed=recipe.seed)
+                                  seed=recipe.seed, track=track, run=Path(out).name)
         if opponent: shutil.copy(opponent, tmp/DISCRIMINATOR)
         # a generator asks how large latents are
         if tok.spec.codebook_size is None: fit_spec(tok, train[:1000][0])
@@ -197,8 +200,10 @@ def follow_generator(
     out:str|Path,                     # folder to make; one of the same recipe, tokenizer and images is reused
     tokens:TokenCache|None = None,    # latents of the images; None encodes them now
     device:str|None = None,           # where; None: the best there is
+    track:str|None = None,            # a tracker, of `tokkit.runs.TRACKERS`; None: none
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train the generator of a recipe; the same call goes on after a kill"
+    check_tracker(track)
     device = default_device(device)
     tok = tok.to(device).eval()
     if tokens is not None: _check_tokens(tokens, tok)
@@ -213,7 +218,7 @@ def follow_generator(
             return tok.from_latents(gen.eval().sample(look, rng=make_rng(recipe.seed, 'preview')))
         preview = preview_after(picture, work)
         history = train_generator(gen, cache, recipe.training, work=work, preview=preview, device=str(device),
-                                  seed=recipe.seed)
+                                  seed=recipe.seed, track=track, run=Path(out).name)
         save_generator(gen, tmp)
         history.to_csv(tmp/'history.csv', index=False)
         write_recipe(recipe, tmp/'recipe.yaml')

@@ -26,6 +26,7 @@ from .following import (check_batch, has_test, preview_after, recipe_images,
                                      sampling_of, told_recipe)
 from .making import made_once
 from .recipe import DecoderRecipe, DrawnLatents, Images
+from ..runs import check_tracker, track_cards
 from ..show import to_pil_grid
 from ..tokenizers import decode_all, encode_all, ImageTokenizer
 from ..training import ImageTraining
@@ -144,8 +145,10 @@ def follow_posttraining(
     gen:LatentGenerator,                # of its latents
     out:str|Path,                       # folder to make; one of the same recipe, models and images is reused
     device:str|None = None,             # where; None: the best there is
+    track:str|None = None,              # a tracker, of `tokkit.runs.TRACKERS`; None: none
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train a decoder on its generator's latents, a control beside it, and measure both; goes on after a kill"
+    check_tracker(track)
     device = default_device(device)
     tok = tok.to(device).eval()
     gen = gen.to(device).eval()
@@ -157,18 +160,20 @@ def follow_posttraining(
     drawn = recipe.latents
     drawing = sampling_of(gen, drawn.guidance, drawn.power, temperature=drawn.temperature, steps=drawn.steps)
     given = _Models(tok, gen, images, drawing, recipe.seed)
-    def make(tmp, work): _fill(tmp, work, recipe, given, real, str(device))
+    where = dict(device=str(device), track=track)
+    def make(tmp, work): _fill(tmp, work, recipe, given, real, where, Path(out).name)
     opponent = dict(discriminator=file_sha256(recipe.discriminator)) if recipe.discriminator else {}
     asked = told_recipe(recipe, images.hash, real.hash, tokenizer=tok.fingerprint, generator=gen.fingerprint,
                         **opponent)
     return made_once(out, asked, make, 'healed tokenizer', str(device))
 
 # %% ../../nbs/recipes/06_posttraining.ipynb #eedcb111
-def _fill(tmp:Path, work:Path, recipe:DecoderRecipe, given:_Models, real, device:str):
+def _fill(tmp:Path, work:Path, recipe:DecoderRecipe, given:_Models, real, where:dict, run:str):
     "Fill a folder with the healed tokenizer, its control, and what they are worth"
     latents = recipe.latents
     def trained(lessons, name, folder):
-        tok,history = _train(recipe, given.tok, lessons, work/name, dict(device=device, desc=name))
+        how = where|dict(desc=name, run=f'{run}-{name}')
+        tok,history = _train(recipe, given.tok, lessons, work/name, how)
         tok.save(folder)
         history.to_csv(folder/'history.csv', index=False)
         return tok
@@ -176,7 +181,8 @@ def _fill(tmp:Path, work:Path, recipe:DecoderRecipe, given:_Models, real, device
     if recipe.control: arms['control'] = trained(_clean_lessons(latents, given), 'control', tmp/'control')
     labels = balanced_labels(len(real), given.gen.classes)
     samples,_ = sample_batches(given.gen, labels, seed=recipe.seed+1, **given.drawing)
-    cards = _judged(arms, samples, real, dict(seed=recipe.seed, device=device))
+    cards = _judged(arms, samples, real, dict(seed=recipe.seed, device=where['device']))
+    for name,found in cards.items(): track_cards(where['track'], f'{run}-{name}', found)
     (tmp/'cards').mkdir()
     for name,found in cards.items():
         write_json(tmp/'cards'/f'{name}.json', [card.to_dict() for card in found])

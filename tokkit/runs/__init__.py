@@ -6,3 +6,4 @@ from .run import *
 from .execute import *
 from .collect import *
 from .engine import *
+from .tracking import *

@@ -58,6 +58,8 @@ class TrainingContext:
     device:str|torch.device|None = None   # where; None: the best there is
     seed:int = 0                          # moves the order, and everything random in the steps
     desc:str = ''                         # for the bar; '': what is trained
+    track:str|None = None                 # a tracker, of `tokkit.runs.TRACKERS`; None: none
+    run:str = ''                          # what the tracker calls it; '': as the bar does
 
     def named(self, desc:str) -> 'TrainingContext':
         "The same with a description, unless it has one"
@@ -104,6 +106,7 @@ class Learner:
         self.seed = context.seed
         self.desc = context.desc
         self.rescue = Path(context.work or tempfile.gettempdir())
+        self.preview = Path(context.work)/'preview.png' if context.work else None
         self.accumulate = batches.accumulate
         self.total = epochs*len(loader)
         self._prepare(context.device, batches.precision)
