@@ -27,8 +27,10 @@ class EvaluateOptions:
     metrics:list[str]|None = None        # gFID, KID, precision, ...; all that are possible when left out
     # guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
+    power:float|None = None              # of the guidance's cosine curve; the same throughout when left out
     temperature:float|None = None        # of the draws; the generator's own when left out
-    reference_n:int|None = None          # images behind a file of statistics, where it does not say
+    # images behind a file's statistics, where it does not say; of a file that holds pictures too, take those
+    reference_n:int|None = None
     extractor:str|None = None            # whose features; efficientnet_lite0 when left out
     bootstrap:int = 50                   # replicates for the error; 0 for none
     seed:int = 0                         # moves every random draw
@@ -44,7 +46,7 @@ def _check_what(samples:str|None, options:EvaluateOptions):
     if drawn == (samples is not None):
         raise ValueError("tokkit evaluate measures a file or a folder of pictures, or --generator with "
                          f"--tokenizer; got {'both' if drawn else 'neither'}")
-    beside = [name for name in ('tokenizer','guidance','temperature') if getattr(options, name) is not None]
+    beside = [name for name in ('tokenizer','guidance','power','temperature') if getattr(options, name) is not None]
     if not drawn and beside:
         raise ValueError(f"--{beside[0]} belongs to --generator, which draws; {samples} is drawn already")
     if drawn and not options.tokenizer:
@@ -83,11 +85,12 @@ def _real(place:str, shape:tuple[int,int,int]):
     if channels == 1: return real
     return ImageSet(real.images.expand(-1, channels, -1, -1), real.labels, real.classes, real.name)
 
-def _is_statistics(place:str) -> bool:
-    "An .npz file that holds mu and sigma, not pictures"
+def _is_statistics(place:str, n:int|None = None) -> bool:
+    "An .npz file of mu and sigma; one that holds pictures too, where `n` says behind how many images they are"
     import zipfile
     if not place.endswith('.npz') or not zipfile.is_zipfile(place): return False
-    with zipfile.ZipFile(place) as f: return 'arr_0.npy' not in f.namelist()
+    with zipfile.ZipFile(place) as f: names = f.namelist()
+    return 'arr_0.npy' not in names or (n is not None and 'mu.npy' in names)
 
 def _sampler(options:EvaluateOptions):
     "The generator that draws while it is measured, and the sides of its pictures"
@@ -98,13 +101,14 @@ def _sampler(options:EvaluateOptions):
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
-    drawing = sampling_of(gen, options.guidance, temperature=options.temperature)
+    drawing = sampling_of(gen, options.guidance, options.power, temperature=options.temperature)
     return Sampler(gen, tok, asked=drawing, seed=options.seed), tok.image_shape
 
 def _compared_with(options:EvaluateOptions, shape:tuple, made:int|None) -> tuple:
     "Real images or their statistics, and how many samples are measured; `made` are there, or are drawn"
     from tokkit.metrics import draw_images, load_stats
-    if _is_statistics(options.reference):
+    statistics = _is_statistics(options.reference, options.reference_n)
+    if statistics:
         real,most = load_stats(options.reference, options.reference_n), made
     else:
         real = _real(options.reference, shape)
@@ -112,7 +116,7 @@ def _compared_with(options:EvaluateOptions, shape:tuple, made:int|None) -> tuple
     n = options.n or min(1000, most or 1000)
     if most is not None and n > most:
         raise ValueError(f"-n {n}: there are {most} samples and real images to compare; give fewer")
-    return (real if _is_statistics(options.reference) else draw_images(real, n, options.seed)), n
+    return (real if statistics else draw_images(real, n, options.seed)), n
 
 def evaluate(
     # .npz file or folder of pictures; or give --generator and --tokenizer

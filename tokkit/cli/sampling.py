@@ -66,6 +66,7 @@ class SampleOptions:
     classes:list[int]|None = None        # numbers of the classes to draw, in turn; all when left out
     # guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
+    power:float|None = None              # of the guidance's cosine curve; the same throughout when left out
     temperature:float|None = None        # of the draws; the generator's own when left out
     steps:int|None = None                # of samplers that take several; the generator's own when left out
     seed:int = 0                         # moves every random draw
@@ -124,7 +125,8 @@ def sample(
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
-    drawing = sampling_of(gen, options.guidance, steps=options.steps, temperature=options.temperature)
+    drawing = sampling_of(gen, options.guidance, options.power, steps=options.steps,
+                          temperature=options.temperature)
     latents,labels = sample_batches(gen, _labels(gen, options), seed=options.seed, **drawing)
     with writing(Path(out).absolute()): _write(out, tok, latents, labels)
     say(f'tokkit: {len(labels)} samples of {options.generator}, '
