@@ -46,7 +46,8 @@ def _check_what(samples:str|None, options:EvaluateOptions):
     if drawn == (samples is not None):
         raise ValueError("tokkit evaluate measures a file or a folder of pictures, or --generator with "
                          f"--tokenizer; got {'both' if drawn else 'neither'}")
-    beside = [name for name in ('tokenizer','guidance','power','temperature') if getattr(options, name) is not None]
+    own = 'tokenizer', 'guidance', 'power', 'temperature'
+    beside = [name for name in own if getattr(options, name) is not None]
     if not drawn and beside:
         raise ValueError(f"--{beside[0]} belongs to --generator, which draws; {samples} is drawn already")
     if drawn and not options.tokenizer:
@@ -86,7 +87,7 @@ def _real(place:str, shape:tuple[int,int,int]):
     return ImageSet(real.images.expand(-1, channels, -1, -1), real.labels, real.classes, real.name)
 
 def _is_statistics(place:str, n:int|None = None) -> bool:
-    "An .npz file of mu and sigma; one that holds pictures too, where `n` says behind how many images they are"
+    "An .npz file of mu and sigma; one that holds pictures too, where `n` says of how many images they are"
     import zipfile
     if not place.endswith('.npz') or not zipfile.is_zipfile(place): return False
     with zipfile.ZipFile(place) as f: names = f.namelist()
