@@ -291,3 +291,68 @@ def test_cache_travels_to_workers(tmp_path):
 def test_labels():
     assert (check_labels(3, 10).tolist() == 3
             and check_labels(torch.tensor([1,2], dtype=torch.int32), 3).dtype == torch.int64)
+
+
+# many files
+def test_a_training_on_many_files_begins_at_once(folder, monkeypatch):
+    "Nothing is hashed and only the first batch is read before the first step; later epochs read nothing"
+    import tokkit.data.image_folder as module
+    read, hashed = [], []
+    real = module.read_image
+    monkeypatch.setattr(module, 'read_image', lambda *a: read.append(a) or real(*a))
+    monkeypatch.setattr(module, 'file_sha256', lambda p: hashed.append(p) or 'sum')
+    monkeypatch.setattr(module, 'READ_UP_TO', 0)
+    monkeypatch.setattr('tokkit.data.sources.READ_AT_ONCE', 5)
+    ds = load_images(folder, size=8)
+    assert isinstance(ds, ImageFolder) and ds.hash and not hashed and not read
+    batches = iter(loader(ds, 2))
+    next(batches)
+    assert len(read) == 2
+    list(batches)
+    assert len(read) == len(ds)
+    list(loader(ds, 2))
+    assert len(read) == len(ds), "what was read stays in memory"
+    assert torch.equal(ds[:][0], ImageFolder(folder, size=8).load()[:][0])
+
+@pytest.mark.parametrize('how', ['', 'contents', 'times'])
+def test_what_tells_files_apart(folder, monkeypatch, how):
+    monkeypatch.setenv('TOKKIT_FINGERPRINT', how)
+    before = ImageFolder(folder, size=8).hash
+    p = ImageFolder(folder, size=8).files[0]
+    when = p.stat()
+    raw = bytearray(p.read_bytes())
+    raw[-20] ^= 1
+    p.write_bytes(raw)
+    os.utime(p, ns=(when.st_atime_ns, when.st_mtime_ns))
+    assert (ImageFolder(folder, size=8).hash == before) == (how == 'times')
+    os.utime(p, ns=(when.st_atime_ns, when.st_mtime_ns+1))
+    assert ImageFolder(folder, size=8).hash != before
+    monkeypatch.setenv('TOKKIT_FINGERPRINT', 'dates')
+    with pytest.raises(ValueError, match='must be contents or times'): ImageFolder(folder, size=8).hash
+
+def test_processes_read_ahead_and_change_nothing(folder):
+    from tokkit.data import Augmented
+    for ds in (ImageFolder(folder, size=8), Augmented(ImageFolder(folder, size=8))):
+        assert ds.on_disk
+        ahead, here = (loader(ds, 3, seed=1, workers=workers) for workers in (None, 0))
+        assert ahead.num_workers >= 1
+        for epoch in range(2):
+            for part in (ahead, here, ds):
+                if hasattr(part, 'set_epoch'): part.set_epoch(epoch)
+            for one, other in zip(ahead, here, strict=True): assert all(map(torch.equal, one, other))
+
+def test_labels_of_loose_images(folder, tmp_path):
+    "ImageNet's validation images lie in one folder, and a file names their classes"
+    home = tmp_path/'imagenet'
+    (home/'val').mkdir(parents=True)
+    folder.rename(home/'train')
+    files = ImageFolder(home/'train', size=8).files
+    for i,p in enumerate(files[::-1]): (home/'val'/f'ILSVRC2012_val_{i:08}.png').write_bytes(p.read_bytes())
+    rows = [f'ILSVRC2012_val_{i:08},{p.parent.name} 1 2 3 4' for i,p in enumerate(files[::-1])]
+    (home/'LOC_val_solution.csv').write_text('ImageId,PredictionString\n'+'\n'.join(rows))
+    train, val = (load_images(home, split, size=8) for split in ('train', 'test'))
+    assert val.classes == train.classes and len(val) == len(train)
+    assert sorted(val.labels.tolist()) == sorted(train.labels.tolist())
+    (home/'val'/'stranger.png').write_bytes(files[0].read_bytes())
+    with pytest.raises(ValueError, match='names no class for 1 images, first stranger.png'):
+        load_images(home, 'test', size=8)

@@ -145,6 +145,11 @@ class Augmented(Indexed):
 
 # %% ../../nbs/data/04_augment.ipynb #12ac6677
 @patch(as_prop=True)
+def on_disk(self:Augmented) -> bool:
+    "Whether images are read from their files each time"
+    return isinstance(self.ds, ImageFolder)
+
+@patch(as_prop=True)
 def epoch(self:Augmented) -> int:
     "The epoch whose crops are handed out"
     return int(self._epoch)

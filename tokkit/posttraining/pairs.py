@@ -40,6 +40,10 @@ class LatentPairs(Dataset):
         self.about = dict(about or {})
 
     @property
+    def on_disk(self) -> bool:
+        "Whether images are read from their files each time"
+        return getattr(self.images, 'on_disk', False)
+    @property
     def latents(self) -> Tensor: return _wide(torch.cat(self.parts))
     @property
     def hash(self) -> str:

@@ -55,8 +55,10 @@ def recipe_images(
     "The images that a recipe asks for; all of them where there are fewer"
     part = split or images.split
     how = dict(skip_broken=images.skip_broken, upscale=images.upscale)
+    # crops are cut from whole pictures, which stay on the disk
+    if images.augment and part == images.split and images.data != 'fashion_mnist': how['memory'] = 0.
     n = n or images.n
-    if n is not None: n = min(n, len(images_for(tok, images.data, part, memory=0., **how)))
+    if n is not None: n = min(n, len(images_for(tok, images.data, part, **how|dict(memory=0.))))
     return images_for(tok, images.data, part, n, **how)
 
 HELD_OUT = 500      # images whose loss is watched
