@@ -97,8 +97,8 @@ def _labels_by_file(root:Path, found:list[Path], file:Path) -> tuple[list[int], 
     nameless = [p.name for p in found if p.stem not in named]
     if nameless:
         many = f"{len(nameless)} images, first {nameless[0]}"
-        raise ValueError(f"{file} names no class for {many}; complete it, or rename it if it is about something "
-                         "else")
+        raise ValueError(f"{file} names no class for {many}; complete it, or rename it if it is about "
+                         "something else")
     told = [named[p.stem] for p in found]
     known = _train_classes(root)
     counted = known and all(t.isdigit() for t in told) and not set(told) <= set(known)
