@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core import data_home, default_device, device_of, make_rng
-from ..data import Augmented, has_parts, ImageFolder, ImageSet, load_images, TokenCache
+from ..data import Augmented, has_parts, ImageFolder, ImageSet, in_memory, load_images, TokenCache
 from ..generators import balanced_labels, Guidance, LatentGenerator, make_generator, save_generator
 from .files import write_recipe
 from .making import made_once
@@ -58,8 +58,10 @@ def recipe_images(
     # crops are cut from whole pictures, which stay on the disk
     if images.augment and part == images.split and images.data != 'fashion_mnist': how['memory'] = 0.
     n = n or images.n
-    if n is not None: n = min(n, len(images_for(tok, images.data, part, **how|dict(memory=0.))))
-    return images_for(tok, images.data, part, n, **how)
+    every = images_for(tok, images.data, part, **how|dict(memory=0.))
+    n = None if n is None or n >= len(every) else n
+    if not isinstance(every, ImageFolder): return images_for(tok, images.data, part, n, **how)
+    return in_memory(every if n is None else every.subset(n), how.get('memory', 1.))
 
 HELD_OUT = 500      # images whose loss is watched
 
