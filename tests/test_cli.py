@@ -67,6 +67,8 @@ def test_the_shell_finds_it():
      'workers must be a whole number in 1..1000, got 0'),
     (['metric', 'pfid', '--tokenizer', 'nowhere'], 'nowhere'),
     (['metric', 'rfid', '--tokenizer', 'nowhere', '--deltas', '3'], ''),
+    (['metric', 'gfid', '--tokenizer', 'nowhere'], 'gfid needs --generator'),
+    (['metric', 'rfid', '--tokenizer', 'nowhere', '--guidance', '2'], '--guidance belong to gfid'),
     (['posttrain', '--tokenizer', 'a', '--generator', 'b', '--out', str(TINY)],
      'is there already; choose another --out'),
     (['demo', '--preset', 'huge'], "preset must be one of"),
@@ -346,6 +348,13 @@ def test_every_way_of_posttrain(own, tmp_path, choice):
     moved = {k for k, _ in tok.named_parameters() if not before[k].equal(after[k])}
     assert moved and moved <= learn and len(moved) > .9*len(learn), moved ^ learn
 
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh'])
+def test_the_tab_key_knows_every_command(shell, capsys):
+    assert main(['completion', shell]) == 0
+    said = capsys.readouterr().out
+    for command in COMMANDS: assert command.__name__.rstrip('_') in said
+    assert '--preset' in said
 
 def test_short_names_stand_for_folders(own, tmp_path, capsys, monkeypatch):
     from tokkit.core import write_json

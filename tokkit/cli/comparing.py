@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .models import _report, _saved_tokenizer
+from .models import _report, _saved_generator, _saved_tokenizer
 from .options import Format, say, table_text, use_device
-from .posttraining import _saved_generator
 
 # %% ../../nbs/cli/05_comparing.ipynb #92a8f2d3
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,12 @@ def _saved_tokenizer(folder:str):
         raise FileNotFoundError(f"{folder} holds no tokenizer itself; below it are {', '.join(below)}: name "
                                 "one of them") from None
 
+def _saved_generator(name:str):
+    "A generator from its folder, or from a function of the user's"
+    from tokkit.generators import LatentGenerator, load_generator
+    if _is_function(name): return _made_by_function(name, load_generator, LatentGenerator)
+    return load_generator(named_model('generator', name))
+
 # %% ../../nbs/cli/01_models.ipynb #42526d4f
 def _images_for(tok, data, split, n=None, **how):
     "Images in a tokenizer's size and channels"
@@ -114,6 +120,11 @@ class MetricOptions:
     # ifid: other images, the neighbours; the other part of the data when left out
     train:str|None = None
     top_k:int|None = None                # ifid: nearest neighbours to draw among; 10 when left out
+    generator:str|None = None            # gfid: folder of a saved generator, or module:function
+    # gfid: guidance scale; when left out 1.5, and none where the generator's sampler takes none
+    guidance:float|None = None
+    power:float|None = None              # gfid: of the guidance's cosine curve; none when left out
+    temperature:float|None = None        # gfid: of the draws; the generator's own when left out
     # .npz file of statistics (mu, sigma) to compare with; the images themselves when left out
     reference:str|None = None
     reference_n:int|None = None          # images behind that file, where it does not say
@@ -133,11 +144,13 @@ def _check_options(metric:str, options:MetricOptions):
     from tokkit.metrics import check_bootstrap
     if options.json: file_to_write(options.json)       # a folder is refused now, and not after hours
     check_bootstrap(options.bootstrap)
-    owned = dict(pfid=('deltas','alphas','strengths','kind'), ifid=('train','top_k'))
+    owned = dict(pfid=('deltas','alphas','strengths','kind'), ifid=('train','top_k'),
+                 gfid=('generator','guidance','power','temperature'))
     for owner,own in owned.items():
         wrong = [name for name in own if getattr(options, name) is not None]
-        if wrong and metric not in (owner, 'all'):
+        if wrong and metric != owner and (owner == 'gfid' or metric != 'all'):
             raise ValueError(f"--{' and --'.join(wrong).replace('_','-')} belong to {owner}; got {metric}")
+    if metric == 'gfid' and not options.generator: raise ValueError("gfid needs --generator, which draws")
     if metric == 'all' and options.top_k is not None:
         raise ValueError("--top-k belongs to ifid; the whole table takes 10")
 
@@ -188,6 +201,19 @@ def _compared_with(reference:str|None, reference_n:int|None, others) -> dict[str
     return _given(train=others, reference=stats)
 
 # %% ../../nbs/cli/01_models.ipynb #d7cfa24a
+def _gfid(tok, images, options:MetricOptions) -> list:
+    "The distance of a generator's samples from real images"
+    from tokkit.core import device_of
+    from tokkit.metrics import draw_images, gfid, Sampler
+    from tokkit.posttraining import check_fit
+    from tokkit.recipes import sampling_of
+    gen = _saved_generator(options.generator).to(device_of(tok)).eval()
+    check_fit(gen, tok)
+    drawing = sampling_of(gen, options.guidance, options.power, temperature=options.temperature)
+    made = Sampler(gen, tok, asked=drawing, seed=options.seed)
+    return [gfid(made, draw_images(images, options.n, options.seed), options.extractor, n=options.n,
+                 bootstrap=options.bootstrap, seed=options.seed)]
+
 def _measure(metric:str, tok, images, **how) -> list:
     "The cards of a metric, one or the whole table"
     from tokkit.core import choose
@@ -213,8 +239,8 @@ def _report(metric:str, cards:list, json:str|None, format:str = 'table'):
 
 # %% ../../nbs/cli/01_models.ipynb #94dc7b18
 def metric(
-    # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; all: the whole table
-    metric:Annotated[str, ('rfid','pfid','ifid','all'), 'tokkit.metrics:METRICS'],
+    # rfid: clean tokens; pfid: perturbed tokens; ifid: between latents; gfid: of a generator; all but gfid
+    metric:Annotated[str, ('rfid','pfid','ifid','gfid','all'), 'tokkit.metrics:METRICS'],
     options:MetricOptions|None = None,   # what is measured, and how
     **how,                               # its fields
 ):
@@ -228,6 +254,8 @@ def metric(
     images = load(options.data, options.split)
     if options.n is None: options = replace(options, n=min(1000, len(images)))
     _check_metric(metric, options.reference, options.n)
+    if metric == 'gfid':
+        return _report(metric, _gfid(tok, images, options), options.json, options.format)
     images, others = _with_neighbours(load, images, metric, options)
     kind = options.kind or ('gaussian' if options.strengths else None)
     own = _given(deltas=options.deltas, alphas=options.alphas, top_k=options.top_k, kind=kind,

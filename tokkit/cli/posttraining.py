@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .models import (_given, _is_function, _made_by_function, _saved_tokenizer,
-                               named_model)
+from .models import _given, _saved_generator, _saved_tokenizer, named_model
 from .options import say, use_device
 
 # %% ../../nbs/cli/02_posttraining.ipynb #0d28cba1
@@ -129,12 +128,6 @@ def _recipe(options:PosttrainOptions, tok) -> Any:
     return recipe
 
 # %% ../../nbs/cli/02_posttraining.ipynb #44f13a13
-def _saved_generator(name:str):
-    "A generator from its folder, or from a function of the user's"
-    from tokkit.generators import LatentGenerator, load_generator
-    if _is_function(name): return _made_by_function(name, load_generator, LatentGenerator)
-    return load_generator(named_model('generator', name))
-
 def _check_result(tok):
     "Raise one line now, and not after the training, where the healed tokenizer could not be written"
     if not hasattr(tok, 'save'):

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .models import _images_for, _saved_tokenizer
+from .models import _images_for, _saved_generator, _saved_tokenizer
 from .options import say, use_device
-from .posttraining import _saved_generator
 
 # %% ../../nbs/cli/04_sampling.ipynb #95cf17a8
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +93,18 @@ def _check_out(out:str):
 
 def _write(out:str, tok, latents, labels):
     "Pictures in one file or in a folder, or the latents themselves"
+    import torch
     from PIL import Image
     from tokkit.core import atomic_dir, save_tensors
     from tokkit.data import to_uint8
     from tokkit.metrics import save_samples
     from tokkit.tokenizers import decode_all
     if out.endswith('.safetensors'): return save_tensors(dict(latents=latents, labels=labels), out)
-    x = decode_all(tok, latents).clamp(-1, 1)
+    # as bytes, part by part: thousands of large pictures as numbers would fill the memory
+    x = torch.cat([to_uint8(decode_all(tok, part).clamp(-1, 1)) for part in latents.split(500)])
     if out.endswith('.npz'): return save_samples(out, x, labels)
     with atomic_dir(Path(out).absolute()) as tmp:
-        pixels = to_uint8(x).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+        pixels = x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
         for i,(image,label) in enumerate(zip(pixels, labels.tolist())):
             folder = tmp/f'{label:04d}'
             folder.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from ..core import atomic_path
@@ -73,15 +73,17 @@ def load_stats(
 # %% ../../nbs/metrics/02_exchange.ipynb #867fa6f8
 def save_samples(
     path:str|Path,                       # file, e.g. 'samples.npz'
-    images:Float[Tensor, "n c h w"],     # in [-1,1]; grey ones are written in three equal channels
+    # in [-1,1], or bytes; grey ones are written in three equal channels
+    images:Float[Tensor, "n c h w"]|UInt8[Tensor, "n c h w"],
     labels:Integer[Tensor, "n"]|None = None, # their classes
 ):
     "Write images as the ADM evaluator reads them: `arr_0`, bytes (n h w 3)"
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError("save_samples: expected images (n c h w) with 1 or 3 channels, got "
                          f"{tuple(images.shape)}")
-    x = _clamped(images.detach().cpu(), 'save_samples: expected images')
-    arrays = dict(arr_0=to_uint8(x).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    x = images.detach().cpu()
+    if x.dtype != torch.uint8: x = to_uint8(_clamped(x, 'save_samples: expected images'))
+    arrays = dict(arr_0=x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
     if labels is not None: arrays['arr_1'] = np.asarray(labels, dtype=np.int64)
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
 
