@@ -67,8 +67,8 @@ def test_a_generator_is_measured_as_its_samples_are(story, photographs, tmp_path
     tokkit('evaluate', tmp_path/'s.npz', *how, '--json', tmp_path/'read.json')
     drawn, read = (json.loads((tmp_path/f'{name}.json').read_text())[0] for name in ('drawn', 'read'))
     assert drawn['metric'] == read['metric'] == 'gFID' and drawn['n'] == read['n'] == 20
-    tokkit('metric', 'gfid', *models, '--data', photographs, '-n', 20, '--bootstrap', 4, '--upscale', '--json',
-           tmp_path/'metric.json')
+    tokkit('metric', 'gfid', *models, '--data', photographs, '-n', 20, '--bootstrap', 4, '--upscale',
+           '--json', tmp_path/'metric.json')
     assert json.loads((tmp_path/'metric.json').read_text())['value'] == drawn['value']
     # bytes in the file, floats in passing
     assert drawn['value'] == pytest.approx(read['value'], rel=.02)
