@@ -238,7 +238,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--device', help='cpu, cuda, cuda:1 or mps, for commands that compute')
     subs = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command', required=True)
     for command in COMMANDS:
-        sub = subs.add_parser(command.__name__.rstrip('_'), help=command.__doc__, description=command.__doc__)
+        sub = subs.add_parser(command.__name__.rstrip('_'), help=command.__doc__, description=command.__doc__,
+                              allow_abbrev=False)      # a slip must not start a training
         sub.set_defaults(function=command)
         add_options(sub, command)
     return parser

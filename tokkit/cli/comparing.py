@@ -19,10 +19,11 @@ class EvaluateOptions:
     "What is measured, against what, and how"
     # real images: fashion_mnist, a folder, an .npz file of pictures, or one of statistics (mu, sigma)
     reference:str = 'fashion_mnist'
-    generator:str|None = None            # folder of a saved generator, or module:function; with --tokenizer
-    # folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE, a published one
+    generator:str|None = None            # folder or short name, or module:function; with --tokenizer
+    # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str|None = None
-    n:int|None = None                    # samples and real images; 1000, or all where there are fewer
+    # samples and real images; when left out as many as there are of both, or 1000 where a generator draws
+    n:int|None = None
     metrics:list[str]|None = None        # gFID, KID, precision, ...; all that are possible when left out
     # guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
@@ -113,7 +114,7 @@ def _compared_with(options:EvaluateOptions, shape:tuple, made:int|None) -> tuple
     else:
         real = _real(options.reference, shape)
         most = len(real) if made is None else min(len(real), made)
-    n = options.n or min(1000, most or 1000)
+    n = options.n or (min(1000, most or 1000) if made is None else most)
     if most is not None and n > most:
         raise ValueError(f"-n {n}: there are {most} samples and real images to compare; give fewer")
     return (real if statistics else draw_images(real, n, options.seed)), n

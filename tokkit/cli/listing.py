@@ -20,9 +20,14 @@ def _experiments() -> list[dict]:
 
 def _recipes() -> list[dict]:
     "Name of each recipe, and what it trains"
-    from tokkit.recipes import KINDS, RECIPES
-    def trains(recipe): return next(kind for kind,known in KINDS.items() if isinstance(recipe, known))
-    return [dict(kind='recipe', name=name, about=f'trains a {trains(RECIPES[name])}') for name in RECIPES]
+    from tokkit.recipes import about_recipe, RECIPES
+    return [dict(kind='recipe', name=name, about=about_recipe(name)) for name in RECIPES]
+
+def _settings(name:str) -> str:
+    "Every setting of a recipe, as YAML"
+    import yaml
+    from tokkit.recipes import plain_recipe, preset
+    return yaml.safe_dump(plain_recipe(preset(name)), sort_keys=False, allow_unicode=True).rstrip()
 
 def _of_demo(root:Path) -> list[dict]:
     "Short names of the demo's models"
@@ -45,13 +50,16 @@ def _of_runs(root:Path) -> list[dict]:
 def list_(
     # what is listed; everything when left out
     what:Literal['experiments','recipes','models']|None = None,
-    root:str|None = None,     # folder of all runs; $TOKKIT_RUNS or runs when left out
+    *,
+    recipe:str|None = None,   # every setting of this recipe instead
+    out:str|None = None,      # folder of all runs; $TOKKIT_RUNS or runs when left out
     format:Format = 'table',  # of what is printed
 ):
     "List experiments, recipes, and the tokenizers and generators that were made"
     import pandas as pd
     from tokkit.runs import runs_root
-    home = runs_root(root)
+    if recipe is not None: return print(_settings(recipe))
+    home = runs_root(out)
     kinds = dict(experiments=_experiments, recipes=_recipes, models=lambda: _of_demo(home)+_of_runs(home))
     rows = [row for name,find in kinds.items() if what in (None, name) for row in find()]
     if not rows: return say(f'no models below {home}; tokkit demo makes some')
@@ -61,3 +69,5 @@ def list_(
     for kind,some in table.groupby('kind', sort=False):
         print(f'{kind}s:')
         for row in some.itertuples(): print(f'  {row.name:{wide}}  {row.about}')
+    made = table.kind.isin(['tokenizer', 'generator']).any()
+    if what is None and not made: say(f'no models below {home} yet')

@@ -103,7 +103,7 @@ def _images_for(tok, data, split, n=None, **how):
 @dataclass(frozen=True, kw_only=True)
 class MetricOptions:
     "What is measured, and how"
-    # folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE, a published one
+    # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'test' # part of the data, where it has parts
@@ -120,7 +120,7 @@ class MetricOptions:
     # ifid: other images, the neighbours; the other part of the data when left out
     train:str|None = None
     top_k:int|None = None                # ifid: nearest neighbours to draw among; 10 when left out
-    generator:str|None = None            # gfid: folder of a saved generator, or module:function
+    generator:str|None = None            # gfid: folder or short name of a generator, or module:function
     # gfid: guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
     power:float|None = None              # gfid: of the guidance's cosine curve; none when left out

@@ -16,27 +16,27 @@ from .options import say, use_device
 # %% ../../nbs/cli/02_posttraining.ipynb #0d28cba1
 @dataclass(frozen=True, kw_only=True)
 class PosttrainOptions:
-    "What a decoder is trained on, and how"
-    # folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE, a published one
+    "What a decoder is trained on, and how; what is left out is as the recipe says"
+    # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str
-    # folder of a saved generator of its tokens, or module:function that makes one of your own
+    # folder or short name of a generator of its tokens, or module:function that makes yours
     generator:str
     # folder for the healed tokenizer, its control, and what they are worth; --estimate needs none
     out:str|None = None
-    # recipe to begin with; laptop-post under the loss of the tokenizer's own recipe when left out
+    # recipe to begin with (tokkit list recipes); laptop-post, under the tokenizer's own loss, when left out
     preset:str|None = None
     config:str|None = None               # YAML file of a recipe, such as the recipe.yaml beside a result
     data:str|None = None                 # fashion_mnist or a folder of images
-    n:int|None = None                    # images to train on; all when left out, of a laptop's preset 6000
+    n:int|None = None                    # how many images; as the recipe says when left out (laptop: 6000)
     # pairs of latents and images (the paper's), or free samples, which should look like images as a set
     mode:Literal['paired','unpaired']|None = None
-    # paired: fraction of real tokens kept, in (0,1]; several make a mixture; 0.9 when left out
+    # paired: fraction of real tokens kept, in (0,1]; several make a mixture; laptop-post: 0.9
     sigma:list[float]|None = None
-    # paired: re-encoded (default) or as drawn (default of --freeze official)
+    # paired: re-encoded (laptop-post), or as drawn (with --freeze official)
     source:Literal['reencode','tokens']|None = None
-    # paired: all but the decoder (when left out), or what the released code freezes
+    # paired: all but the decoder (laptop-post), or what the released code freezes
     freeze:Literal['all','official']|None = None
-    # paired: share of pairs that are the image's own tokens; none when left out
+    # paired: share of pairs that are the image's own tokens; laptop-post: none
     clean:float|None = None
     # weight of the distance of decoded from real images as sets; 1 (unpaired) where the loss has none
     distribution:float|None = None
@@ -45,9 +45,10 @@ class PosttrainOptions:
     # weight of staying near the untouched decoder; 0 (paired) or 0.1 (unpaired) when left out
     consistency:float|None = None
     lora:int|None = None                 # rank of the change of the decoder's matrices; 0: they learn whole
-    # guidance scale while the generator draws; when left out 1.5, and none where its sampler takes none
+    # guidance scale while the generator draws; laptop-post: 1.5, and none where its sampler takes none
     guidance:float|None = None
-    temperature:float|None = None        # of the draws; the generator's own when left out
+    power:float|None = None              # of the guidance's cosine curve; laptop-post: none
+    temperature:float|None = None        # of the draws; laptop-post: the generator's own
     lr:float|None = None                 # largest learning rate
     epochs:int|None = None               # passes over the images
     # any setting of the recipe: adversarial=.1, perceptual_kind=lpips, precision=bf16; may be repeated
@@ -56,7 +57,7 @@ class PosttrainOptions:
     seed:int|None = None                 # moves every random draw
     skip_broken:bool|None = None         # leave out images that cannot be read
     upscale:bool|None = None             # enlarge images that are smaller than the tokenizer's
-    track:Literal['trackio','wandb','tensorboard']|None = None # gets losses, pictures and cards, too
+    track:Literal['trackio','wandb','tensorboard']|None = None # also send losses, pictures and cards there
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -85,7 +86,7 @@ def _check_new(out:str):
 # %% ../../nbs/cli/02_posttraining.ipynb #456f5a6c
 # the group of the recipe that an option belongs to; those in no group stand by themselves
 _GROUPS = dict(images=('data', 'n', 'skip_broken', 'upscale'),
-               latents=('mode', 'sigma', 'source', 'clean', 'guidance', 'temperature'),
+               latents=('mode', 'sigma', 'source', 'clean', 'guidance', 'power', 'temperature'),
                training=('distribution', 'distribution_kind', 'lr', 'epochs'))
 _ALONE = 'freeze', 'consistency', 'lora', 'control', 'seed'
 
@@ -143,8 +144,11 @@ def _tell(folder:Path, again:bool, options:PosttrainOptions, recipe):
     healed = options.out
     say(f'tokkit: healed tokenizer {healed}: {made}; the loss: {recipe.training.terms}')
     data = recipe.images.data
-    say(f'next: tokkit metric all --tokenizer {healed} --data {data}')
-    say(f'      tokkit evaluate --tokenizer {healed} --generator {options.generator} --reference {data}')
+    small = ' --upscale' if recipe.images.upscale and data != 'fashion_mnist' else ''
+    drawn = {name: getattr(recipe.latents, name) for name in ('guidance', 'power', 'temperature')}
+    how = ''.join(f' --{name} {value:g}' for name,value in drawn.items() if value is not None)
+    say(f'next: tokkit metric all --tokenizer {healed} --data {data}{small}')
+    say(f'      tokkit evaluate --tokenizer {healed} --generator {options.generator}{how} --reference {data}')
     print(options.out, flush=True)
     say('tokkit: '+told_gains(gains(folder), 'the control' if recipe.control else 'the untouched decoder'))
 

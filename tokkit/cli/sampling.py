@@ -17,12 +17,12 @@ from .options import say, use_device
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
     "What is encoded, and where it is kept"
-    # folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE, a published one
+    # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str
     out:str                              # folder of the cache
     data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
     split:Literal['train','test'] = 'train' # part of the data, where it has parts
-    n:int|None = None                    # so many of the images; all when left out
+    n:int|None = None                    # how many images; all when left out
     # the image alone; with its mirror image; or corners and centre of a larger square, and these mirrored
     views:Literal['one','mirror','ten-crop'] = 'one'
     skip_broken:bool = False             # leave out images that cannot be read
@@ -35,7 +35,6 @@ def encode(
 ):
     "Keep the tokens or latents of images in a folder, for trainings of generators"
     from tokkit.core import bundle, writing
-    from tokkit.data import Views
     from tokkit.recipes import encoded_images
     options = bundle(EncodeOptions, options, **how)
     tok = _saved_tokenizer(options.tokenizer).to(use_device(options.device)).eval()
@@ -43,11 +42,12 @@ def encode(
     memory = 1. if options.views == 'one' else 0.
     images = _images_for(tok, options.data, options.split, options.n, skip_broken=options.skip_broken,
                          upscale=options.upscale, memory=memory)
-    if options.views != 'one': images = Views(images, options.views, options.upscale)
     folder = Path(options.out).expanduser().absolute()
     if folder.exists() and not (folder/'cache.json').is_file():
         raise FileExistsError(f"{options.out} is there already, and holds no tokens; choose another --out")
-    with writing(folder): cache = encoded_images(tok, images, folder)
+    is_folder = Path(options.data).expanduser().is_dir()
+    source = str(Path(options.data).expanduser().absolute()) if is_folder else options.data
+    with writing(folder): cache = encoded_images(tok, images, folder, options.views, source)
     say(f'tokkit: {cache}')
     say(f'next: tokkit train generator --tokenizer {options.tokenizer} --tokens {folder} --out GENERATOR')
     print(folder)
@@ -56,9 +56,9 @@ def encode(
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     "Who draws, what, and where it is kept"
-    # folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE, a published one
+    # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str
-    generator:str                        # folder of a saved generator of its tokens, or module:function
+    generator:str                        # folder or short name of its generator, or module:function
     # .npz file of pictures as ADM's evaluator reads them; .safetensors file of latents; or a new folder
     out:str
     n:int = 1000                         # pictures, the classes in turn

@@ -18,18 +18,18 @@ class TrainOptions:
     "What is trained, and how"
     # folder to make; the same command goes on, or finds it made; --estimate needs none
     out:str|None = None
-    # recipe to begin with: laptop-plain, -perturbed, -continuous; of a generator laptop-ar, -masked, -flow
+    # recipe to begin with, of those that tokkit list recipes shows; laptop-plain or laptop-ar when left out
     preset:str|None = None
     config:str|None = None               # YAML file of a recipe, such as the recipe.yaml beside a result
     data:str|None = None                 # fashion_mnist or a folder of images
     size:int|None = None                 # tokenizer: side of the images, pixels
-    n:int|None = None                    # images to train on; all when left out, of a laptop's preset 6000
-    # generator: folder of a saved tokenizer; module:function that makes one of your own; zoo:NAME=FILE
+    n:int|None = None                    # how many images; as the recipe says when left out (laptop: 6000)
+    # generator: folder or short name of a tokenizer; module:function that makes yours; zoo:NAME=FILE
     tokenizer:str|None = None
     tokens:str|None = None               # generator: folder of a token cache; encoded now when left out
     set:list[str] = ()                   # any setting of the recipe, such as lr=1e-4; may be repeated
     seed:int|None = None                 # moves every random draw
-    track:Literal['trackio','wandb','tensorboard']|None = None # gets losses and pictures, too
+    track:Literal['trackio','wandb','tensorboard']|None = None # also send losses and pictures there
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -68,7 +68,9 @@ def _of_tokens(recipe, tokens):
     "The recipe, its images those of a token cache"
     from tokkit.recipes import with_changes
     if tokens is None: return recipe
-    return with_changes(recipe, dict(images=dict(data=tokens.name, n=len(tokens))))
+    source = tokens.about.get('source') or tokens.name
+    views = tokens.about.get('kind', 'one')
+    return with_changes(recipe, dict(images=dict(data=source, n=len(tokens)), views=views))
 
 # %% ../../nbs/cli/03_training.ipynb #7153aadc
 def _tell(kind:str, recipe, folder, again:bool, data_is_known:bool):
@@ -89,7 +91,7 @@ def _tell(kind:str, recipe, folder, again:bool, data_is_known:bool):
     print(folder)
 
 def train(
-    what:Literal['tokenizer','generator'],  # is trained
+    what:Literal['tokenizer','generator'],  # what to train
     options:TrainOptions|None = None,       # on what, and how
     **how,                                  # its fields
 ):

@@ -61,7 +61,7 @@ def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
 # %% ../../nbs/data/05_token_cache.ipynb #5605aa05
 _DTYPES = (None, 'uint16', 'int32', 'float16', 'float32')
 
-def _write_cache(folder, ds, encode, dtype, key, codebook_size, batch_size):
+def _write_cache(folder, ds, encode, dtype, key, codebook_size, batch_size, source):
     "Encode all images and write the folder, whole or not at all"
     if dtype not in _DTYPES: raise ValueError(f"TokenCache: dtype must be one of {_DTYPES}, got {dtype!r}")
     def arrays():
@@ -72,7 +72,8 @@ def _write_cache(folder, ds, encode, dtype, key, codebook_size, batch_size):
         _write_npy(tmp/'tokens.npy', arrays(), len(ds))
         views = getattr(ds, 'views', 1)
         np.save(tmp/'labels.npy', ds.labels[::views].numpy())
-        about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes, views=views)
+        about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes, views=views,
+                     kind=getattr(ds, 'kind', 'one'), source=source)
         write_json(tmp/'cache.json', about|dict(sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
 
 # %% ../../nbs/data/05_token_cache.ipynb #7d27f0ea
@@ -85,6 +86,8 @@ class _About(TypedDict):
     images:NotRequired[str]       # their hash
     classes:list[str]             # class names
     views:NotRequired[int]        # of each image
+    kind:NotRequired[str]         # of `tokkit.data.augment.VIEWS`
+    source:NotRequired[str]       # where the images came from, as `load_images` takes it
     sha256:tuple[str, str]        # of the two files
 
 def _check_complete(folder:Path):
@@ -150,11 +153,12 @@ class TokenCache(Indexed):
         key:str = '',                   # what made the tokens, e.g. hashes of tokenizer and images
         codebook_size:int|None = None,  # K: ids are checked against it, and it chooses the type
         batch_size:int = 256,           # images encoded at once
+        source:str = '',                # where the images come from, as `load_images` takes it
     ) -> 'TokenCache':
         "Encode `ds` once into `folder`, whole or not at all"
         folder = Path(folder)
         _write_once(folder, ds, encode, dtype=dtype, key=key, codebook_size=codebook_size,
-                    batch_size=batch_size)
+                    batch_size=batch_size, source=source)
         cache = cls.open(folder, key)
         if cache.about.get('images') not in (None, getattr(ds, 'hash', '')):
             raise ValueError(f"{folder} holds tokens of other images than {ds.name}; use another folder")

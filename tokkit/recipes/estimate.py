@@ -16,7 +16,7 @@ import torch
 from ..core import default_device
 from ..data import ImageSet, to_uint8, TokenCache
 from ..generators import balanced_labels, LatentGenerator, make_generator, sample_batches
-from ..posttraining import check_fit, LatentPairs, posttrain_decoder, PostTraining
+from ..posttraining import check_fit, LatentPairs, match_distribution, posttrain_decoder, PostTraining
 from .following import check_batch, recipe_images, sampling_of
 from .recipe import DecoderRecipe, GeneratorRecipe, TokenizerRecipe
 from ..tokenizers import ImageTokenizer, make_tokenizer
@@ -159,12 +159,15 @@ def estimate_posttraining(
     drawn = recipe.latents
     how = sampling_of(gen, drawn.guidance, drawn.power, temperature=drawn.temperature, steps=drawn.steps)
     few = _repeated(images, STEPS*batch)
-    pairs = LatentPairs(_random_latents(tok, len(few)), few)
-    plan = PostTraining(lora=recipe.lora, consistency=recipe.consistency)
+    some = _random_latents(tok, len(few))
+    plan = PostTraining(recipe.freeze, recipe.lora, recipe.consistency)
     def train(passes):
         cfg = replace(recipe.training, epochs=passes)
+        how = dict(device=str(device), desc='steps, to time them')
         with _hushed():
-            posttrain_decoder(tok, pairs, cfg, plan, device=str(device), desc='steps, to time them')
+            if drawn.mode == 'paired': posttrain_decoder(tok, LatentPairs(some, few), cfg, plan, **how)
+            else: match_distribution(tok, some, few, cfg, plan, **how)
     steps = len(images)//batch*recipe.training.epochs*(2 if recipe.control else 1)
-    cost = _estimate(tok.decoder, train, steps, device)
+    learns = tok.decoder if recipe.freeze == 'all' else tok
+    cost = _estimate(learns, train, steps, device)
     return replace(cost, drawing=_drawing_seconds(gen, how, len(images)))

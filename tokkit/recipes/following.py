@@ -17,7 +17,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core import data_home, default_device, device_of, make_rng
-from ..data import Augmented, has_parts, ImageFolder, ImageSet, in_memory, load_images, TokenCache
+from ..data import (Augmented, has_parts, ImageFolder, ImageSet, in_memory, load_images, TokenCache,
+                         Views)
 from ..generators import balanced_labels, Guidance, LatentGenerator, make_generator, save_generator
 from .files import write_recipe
 from .making import made_once
@@ -51,17 +52,17 @@ def recipe_images(
     tok:ImageTokenizer,          # whose size they get
     split:str|None = None,       # another part than the recipe's
     n:int|None = None,           # another number than the recipe's
+    whole:bool = False,          # crops will be cut from them, so files of whole pictures stay on the disk
 ) -> ImageSet|ImageFolder:
     "The images that a recipe asks for; all of them where there are fewer"
     part = split or images.split
     how = dict(skip_broken=images.skip_broken, upscale=images.upscale)
-    # crops are cut from whole pictures, which stay on the disk
-    if images.augment and part == images.split and images.data != 'fashion_mnist': how['memory'] = 0.
     n = n or images.n
     every = images_for(tok, images.data, part, **how|dict(memory=0.))
     n = None if n is None or n >= len(every) else n
     if not isinstance(every, ImageFolder): return images_for(tok, images.data, part, n, **how)
-    return in_memory(every if n is None else every.subset(n), how.get('memory', 1.))
+    chosen = every if n is None else every.subset(n)
+    return chosen if whole else in_memory(chosen)
 
 HELD_OUT = 500      # images whose loss is watched
 
@@ -175,7 +176,7 @@ def follow_tokenizer(
     device = default_device(device)
     tok = begun_tokenizer(recipe)
     start = tok.fingerprint if recipe.init else None
-    train = training_images(recipe, recipe_images(recipe.images, tok))
+    train = training_images(recipe, recipe_images(recipe.images, tok, whole=recipe.images.augment))
     test = held_out_images(recipe.images, tok)
     check_batch(train, recipe.training.batch)
     check_memory(tok, device)
@@ -201,11 +202,14 @@ def encoded_images(
     tok:ImageTokenizer,         # that encodes
     images:ImageSet|ImageFolder, # of its size
     folder:Path,                # of the cache; one that is there is opened
+    views:str = 'one',          # of each image, of `tokkit.data.VIEWS`
+    source:str = '',            # where the images come from, as `load_images` takes it
 ) -> TokenCache:
     "Ids or latents of images, kept in a folder"
     where = device_of(tok)
-    return TokenCache.build(folder, images, lambda x: tok.to_latents(x.to(where)), key=tok.fingerprint,
-                            codebook_size=tok.spec.codebook_size)
+    seen = images if views == 'one' else Views(images, views, upscale=True)
+    return TokenCache.build(folder, seen, lambda x: tok.to_latents(x.to(where)), key=tok.fingerprint,
+                            codebook_size=tok.spec.codebook_size, source=source)
 
 def _check_tokens(tokens:TokenCache, tok:ImageTokenizer):
     "Raise one line unless a cache was made by this tokenizer"
@@ -226,13 +230,14 @@ def follow_generator(
     device = default_device(device)
     tok = tok.to(device).eval()
     if tokens is not None: _check_tokens(tokens, tok)
-    images = recipe_images(recipe.images, tok) if tokens is None else tokens
+    whole = recipe.views != 'one'
+    images = recipe_images(recipe.images, tok, whole=whole) if tokens is None else tokens
     check_batch(images, recipe.training.batch)
     shape = recipe.generator
     gen = make_generator(shape.preset, tok.spec, len(images.classes), recipe.seed, **shape.changes)
     check_memory(gen, device)
     def make(tmp, work):
-        cache = encoded_images(tok, images, work/'tokens') if tokens is None else tokens
+        cache = encoded_images(tok, images, work/'tokens', recipe.views) if tokens is None else tokens
         look = balanced_labels(8, gen.classes).to(device)
         def picture():
             return tok.from_latents(gen.eval().sample(look, rng=make_rng(recipe.seed, 'preview')))

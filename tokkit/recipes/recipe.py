@@ -16,6 +16,7 @@ from typing import Any, get_args
 from fastcore.basics import patch
 
 from ..core import check_count, choose, to_plain
+from ..data import VIEWS
 from ..generators import GENERATORS, Guidance, Sampling
 from ..perturbation import Annealing, LatentPerturbation
 from ..posttraining import PostTraining, row_sigmas, SOURCES
@@ -51,6 +52,10 @@ class TokenizerRecipe:
     seed:int = 0                                         # of weights, order and draws
 
 # %% ../../nbs/recipes/00_recipe.ipynb #32a7641b
+def _check_word(name:str, value:str, known:tuple[str,...]):
+    "Raise one line about a word that stands for nothing"
+    if value not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
 @dataclass(frozen=True)
 class GeneratorShape:
     "A kind of generator, and what its tokenizer does not decide"
@@ -76,14 +81,14 @@ class GeneratorRecipe:
     images:Images = Images()                             # whose latents it learns
     generator:GeneratorShape = GeneratorShape()          # its shape
     training:GeneratorTraining = GeneratorTraining()     # loop
+    # each image is encoded in so many views, of which an epoch hands out one: one, mirror or ten-crop
+    views:str = 'one'
     seed:int = 0                                         # of weights, order and draws
+
+    def __post_init__(self): _check_word('views', self.views, tuple(VIEWS))
 
 # %% ../../nbs/recipes/00_recipe.ipynb #cfd19536
 MODES = 'paired', 'unpaired'
-
-def _check_word(name:str, value:str, known:tuple[str,...]):
-    "Raise one line about a word that stands for nothing"
-    if value not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 @dataclass(frozen=True)
 class DrawnLatents:
@@ -108,7 +113,7 @@ class DrawnLatents:
 @dataclass(frozen=True)
 class DecoderRecipe:
     "Everything that decides the post-training of a decoder, but its tokenizer and generator"
-    images:Images = Images()                             # which pairs or samples shall look like
+    images:Images = Images()                             # that pairs or samples should look like
     latents:DrawnLatents = DrawnLatents()                # what the decoder learns from
     training:ImageTraining = ImageTraining(epochs=2, lr=1e-3)  # losses and loop
     freeze:str = 'all'                                   # all but the decoder, or 'official': as released
