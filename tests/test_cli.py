@@ -311,6 +311,26 @@ def test_posttrain_takes_the_loss_of_the_tokenizers_recipe(own, tmp_path, capsys
     weights = [(tmp_path/name/'model.safetensors').read_bytes() for name in ('healed', 'again')]
     assert weights[0] == weights[1]
 
+def test_a_healed_tokenizer_is_healed_again(own, tmp_path, capsys):
+    words = ['--device', 'cpu', 'posttrain', '--generator', str(own/'generator'), '--data', str(own/'images'),
+             '--epochs', '1']
+    first = [*words, '--tokenizer', str(own/'tokenizer'), '--out', str(tmp_path/'one'), '--no-control',
+             '--set', 'perceptual_size=48', '--set', 'perceptual=.2']
+    assert main(first) == 0
+    capsys.readouterr()
+    assert main([*words, '--tokenizer', str(tmp_path/'one'), '--out', str(tmp_path/'two')]) == 0
+    said = capsys.readouterr().err
+    assert 'efficientnet_lite2 0.2' in said and 'measured on images that the decoders learned from' in said
+    from tokkit.recipes import read_recipe
+    assert read_recipe(tmp_path/'two'/'recipe.yaml').training.perceptual_size == 48, "the loss is not changed"
+    for wrong, message in ((['begin_discriminator=nowhere'], 'no file nowhere'),
+                           (['images=/data'], 'images is a group of settings'),
+                           (['images.augment=true'], 'belongs to the training of a tokenizer')):
+        assert main([*words, '--tokenizer', str(own/'tokenizer'), '--out', str(tmp_path/'three'),
+                     '--set', *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob('*three*'))
+
 @pytest.mark.parametrize('words',
                          [['metric', 'rfid'],
                           ['posttrain', '--generator', '{own}/generator', '--out', '{out}/healed']])

@@ -352,7 +352,45 @@ def test_labels_of_loose_images(folder, tmp_path):
     (home/'LOC_val_solution.csv').write_text('ImageId,PredictionString\n'+'\n'.join(rows))
     train, val = (load_images(home, split, size=8) for split in ('train', 'test'))
     assert val.classes == train.classes and len(val) == len(train)
-    assert sorted(val.labels.tolist()) == sorted(train.labels.tolist())
+    by_name = ImageFolder(home/'val', size=8)
+    told = {p.stem: train.classes[y] for p,y in zip(by_name.files, by_name.labels.tolist())}
+    assert told == {f'ILSVRC2012_val_{i:08}': p.parent.name for i,p in enumerate(files[::-1])}
+    before = by_name.hash
+    swapped = [row.replace('ant', 'x').replace('bee', 'ant').replace('x', 'bee') for row in rows]
+    assert swapped != rows
+    (home/'LOC_val_solution.csv').write_text('ImageId,PredictionString\n'+'\n'.join(swapped))
+    assert ImageFolder(home/'val', size=8).hash != before, "other labels are other data"
     (home/'val'/'stranger.png').write_bytes(files[0].read_bytes())
     with pytest.raises(ValueError, match='names no class for 1 images, first stranger.png'):
         load_images(home, 'test', size=8)
+
+def test_class_names_may_hold_spaces(folder, tmp_path):
+    files = [p for p in ImageFolder(folder, size=8).files][:3]
+    (tmp_path/'dogs').mkdir()
+    names = 'golden retriever', 'golden eagle', 'cat'
+    for i,p in enumerate(files): (tmp_path/'dogs'/f'my pic {i}.png').write_bytes(p.read_bytes())
+    rows = [f'my pic {i}.png,{name}' for i,name in enumerate(names)]
+    (tmp_path/'dogs'/'labels.csv').write_text('\ufefffile,class\n'+'\n'.join(rows), encoding='utf-8')
+    ds = ImageFolder(tmp_path/'dogs', size=8)
+    assert [ds.classes[y] for y in ds.labels] == list(names)
+    # a file beside the folder that is about something else is let alone
+    (tmp_path/'dogs'/'labels.csv').unlink()
+    (tmp_path/'val.txt').write_text('000001\n000002\n')
+    assert ImageFolder(tmp_path/'dogs', size=8).classes == ['dogs']
+
+def test_a_broken_image_is_told_alike_from_a_process(folder, monkeypatch):
+    from torch import nn
+    from tokkit.data import Augmented
+    from tokkit.training import Learner, Phase
+    victim = ImageFolder(folder, size=8).files[0]
+    victim.write_bytes(victim.read_bytes()[:60])
+    told = []
+    for workers in ('0', '2'):
+        monkeypatch.setenv('TOKKIT_WORKERS', workers)
+        batches = loader(Augmented(ImageFolder(folder, size=8)), 2)
+        assert batches.num_workers == int(workers)
+        net = nn.Linear(1, 1)
+        phase = Phase(lambda learner, batch: dict(loss=net.weight.sum()), torch.optim.SGD(net.parameters(), .1))
+        with pytest.raises(OSError) as e: Learner(net, batches, phase, 1, device='cpu').fit()
+        told.append(str(e.value))
+    assert told[0] == told[1] and 'cannot be read' in told[0] and 'Traceback' not in told[0]

@@ -75,7 +75,7 @@ def test_learning_rates_of_every_epoch(fixtures, name, recipe):
 
 def test_the_text_differs_from_the_release_where_it_says_so():
     text = preset('paper-post')
-    assert text.freeze == 'all' and text.latents.source == 'reencode' and text.discriminator == 'kept'
+    assert text.freeze == 'all' and text.latents.source == 'reencode' and text.begin_discriminator == 'kept'
     assert text.training.lr == MAIN.training.lr/2 and text.latents.sigma == POST.latents.sigma == (.7,)
 
 def test_generators_are_those_of_the_paper():

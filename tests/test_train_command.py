@@ -118,9 +118,13 @@ def test_a_training_is_watched_by_a_tracker(photographs, tmp_path, monkeypatch, 
     assert train(*words, '--out', tmp_path/'alone') == 0
     weights = [(tmp_path/name/'model.safetensors').read_bytes() for name in ('watched', 'alone')]
     assert weights[0] == weights[1], "a tracker changes nothing"
-    seen = EventAccumulator(str(tmp_path/'runs'/'tracking'/'watched')).Reload()
+    seen = EventAccumulator(str(tmp_path/'runs'/'tracking'/f'{tmp_path.name}-watched')).Reload()
     assert len(seen.Scalars('epoch/recon')) == 2 and len(seen.Scalars('epoch/usage')) == 2
     assert seen.Tags()['images'] and 'lr/0' in seen.Tags()['scalars']
+    # one that takes no pictures, as trackio's takes none
+    from accelerate.tracking import TensorBoardTracker
+    monkeypatch.delattr(TensorBoardTracker, 'log_images')
+    assert train(*words, '--out', tmp_path/'without', '--track', 'tensorboard') == 0
     capsys.readouterr()
     assert train(*words, '--out', tmp_path/'other', '--track', 'wandb') == 2
     assert 'needs the package wandb, which is not installed; pip install wandb' in capsys.readouterr().err

@@ -74,11 +74,13 @@ def test_demo(tokkit):
 def test_lab_copies_the_explorers(installed, tokkit):
     code = ("from pathlib import Path; from tokkit.cli.commands import explorers_folder; "
             "print(explorers_folder(Path.cwd()))")
-    for _ in range(2):      # a second call leaves what was changed
+    def copy():
         done = subprocess.run([sys.executable, '-c', code], cwd=tokkit.here, capture_output=True, text=True,
                               env=os.environ|dict(PYTHONPATH=str(installed)))
         assert done.returncode == 0, done.stderr
-        (tokkit.here/'tokkit-explore'/'x1_dose_slider.ipynb').write_text('mine')
+    copy()
+    (tokkit.here/'tokkit-explore'/'x1_dose_slider.ipynb').write_text('mine')
+    copy()      # a second call leaves what was changed
     assert (tokkit.here/'tokkit-explore'/'x1_dose_slider.ipynb').read_text() == 'mine'
 
 def test_without_images_and_network_it_says_what_to_fetch(tokkit, tmp_path):

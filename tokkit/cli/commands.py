@@ -99,7 +99,8 @@ def demo(
     main_rows = table_rows([r for r in rows if r['card'].metric in ('rFID','pFID','gFID')])
     print(cards_table(main_rows, ('tokenizer','generated','stage')).to_string())
     print(finding(rows), *files, sep='\n')
-    say('its models have names, such as --tokenizer plain@demo; tokkit list models shows them')
+    elsewhere = '' if root == runs_root() else f' with TOKKIT_RUNS={out}'
+    say(f'its models have names, such as --tokenizer plain@demo{elsewhere}; tokkit list models shows them')
 
 # %% ../../nbs/cli/08_commands.ipynb #5197377c
 def zoo(

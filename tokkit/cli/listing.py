@@ -43,8 +43,9 @@ def _of_runs(root:Path) -> list[dict]:
     def short(folder):
         slug,_,digest = folder.name.rpartition('-')
         return f'{slug}@{digest[:6]}'
+    def models(kind): return (p for p in sorted((root/kind).glob('[!.]*-*')) if p.suffix != '.damaged')
     return [dict(kind=kind, name=short(folder), about=str(folder.relative_to(root)))
-            for kind in ('tokenizer', 'generator') for folder in sorted((root/kind).glob('[!.]*-*'))]
+            for kind in ('tokenizer', 'generator') for folder in models(kind)]
 
 # %% ../../nbs/cli/07_listing.ipynb #781b9e89
 def list_(

@@ -6,6 +6,7 @@
 __all__ = ['named_model', 'MetricOptions', 'metric']
 
 # %% ../../nbs/cli/01_models.ipynb #3415c805
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +43,7 @@ def named_model(
     from tokkit.core import read_json
     from tokkit.runs import runs_root
     slug,at,where = name.rpartition('@')
-    if not at or ':' in name or Path(name).exists(): return name
+    if not at or ':' in name or '/' in name or Path(name).exists(): return name
     root = runs_root()
     if where == 'demo':
         models = root/'demo'/'models.json'
@@ -52,7 +53,7 @@ def named_model(
         known = read_json(models, dict[str,dict[str,str]])[kind]
         if slug in known: return str(root/known[slug])
         raise ValueError(f"the demo has no {kind} {slug!r}; it has {', '.join(known)}")
-    found = sorted((root/kind).glob(f'{slug}-{where}*'))
+    found = sorted(p for p in (root/kind).glob(glob.escape(f'{slug}-{where}')+'*') if p.suffix != '.damaged')
     if len(found) == 1: return str(found[0])
     several = f"{len(found)} have that name" if found else "none has that name"
     raise ValueError(f"{name} names no {kind} below {root}: {several}; tokkit list shows the names")
@@ -211,8 +212,9 @@ def _gfid(tok, images, options:MetricOptions) -> list:
     check_fit(gen, tok)
     drawing = sampling_of(gen, options.guidance, options.power, temperature=options.temperature)
     made = Sampler(gen, tok, asked=drawing, seed=options.seed)
-    return [gfid(made, draw_images(images, options.n, options.seed), options.extractor, n=options.n,
-                 bootstrap=options.bootstrap, seed=options.seed)]
+    stats = _compared_with(options.reference, options.reference_n, None).get('reference')
+    real = draw_images(images, options.n, options.seed) if stats is None else stats
+    return [gfid(made, real, options.extractor, n=options.n, bootstrap=options.bootstrap, seed=options.seed)]
 
 def _measure(metric:str, tok, images, **how) -> list:
     "The cards of a metric, one or the whole table"

@@ -97,14 +97,20 @@ def _changes(options:PosttrainOptions) -> dict[str,Any]:
     if options.freeze == 'official': changes['latents'] = dict(source='tokens')|changes['latents']
     return changes
 
-def _begun(options:PosttrainOptions) -> Any:
+def _begun(options:PosttrainOptions, side:int) -> Any:
     "The recipe to begin with; without a word about it, under the loss of the tokenizer's own"
-    from tokkit.recipes import base_training, preset, read_recipe, same_loss
+    from tokkit.recipes import base_training, for_images, preset, read_recipe, same_loss
     if options.config: return read_recipe(options.config, 'decoder')
-    if options.preset: return preset(options.preset, 'decoder')
-    recipe = preset('laptop-post', 'decoder')
+    recipe = for_images(preset(options.preset or 'laptop-post', 'decoder'), 'fashion_mnist', side)
+    if options.preset: return recipe
     base = base_training(named_model('tokenizer', options.tokenizer))
     return recipe if base is None else replace(recipe, training=same_loss(recipe.training, base))
+
+def _of_group(group:str, changes:Any) -> dict:
+    "Changes of a group's settings, or one line where the whole group was set"
+    if isinstance(changes, dict): return changes
+    raise ValueError(f"{group} is a group of settings, got {changes!r}; set one of them, such as "
+                     f"{group}.{_GROUPS[group][0]}=...")
 
 def _kept(tokenizer:str) -> str:
     "The discriminator that main-training left beside a tokenizer"
@@ -112,21 +118,23 @@ def _kept(tokenizer:str) -> str:
     file = Path(named_model('tokenizer', tokenizer)).expanduser()/DISCRIMINATOR
     if file.is_file(): return str(file)
     raise FileNotFoundError(f"{tokenizer} holds no {DISCRIMINATOR}, which main-training leaves where its "
-                            "loss is adversarial; give --set discriminator=none for a fresh one")
+                            "loss is adversarial; give --set begin_discriminator=none for a "
+                            "fresh one")
 
 def _recipe(options:PosttrainOptions, tok) -> Any:
     "The recipe that the command line asks for"
-    from tokkit.recipes import changed_recipe, for_images, read_changes
-    recipe = _begun(options)
-    if options.config is None: recipe = for_images(recipe, 'fashion_mnist', max(tok.image_shape[1:]))
+    from tokkit.recipes import changed_recipe, read_changes
+    recipe = _begun(options, max(tok.image_shape[1:]))
     changes = _changes(options)
     if options.mode == 'unpaired' and not recipe.training.distribution: # the term that looks at samples
         changes['training'] = dict(distribution=1.)|changes['training']
     more = read_changes(recipe, options.set)
-    for group in _GROUPS: changes[group] |= more.pop(group, {})
+    for group in _GROUPS: changes[group] |= _of_group(group, more.pop(group, {}))
     recipe = changed_recipe(recipe, changes|more)
-    if recipe.discriminator == 'kept': recipe = replace(recipe, discriminator=_kept(options.tokenizer))
-    return recipe
+    asked = recipe.begin_discriminator
+    if asked is None: return recipe
+    file = _kept(options.tokenizer) if asked == 'kept' else str(Path(asked).expanduser())
+    return replace(recipe, begin_discriminator=file)
 
 # %% ../../nbs/cli/02_posttraining.ipynb #44f13a13
 def _check_result(tok):
@@ -139,7 +147,7 @@ def _check_result(tok):
 # %% ../../nbs/cli/02_posttraining.ipynb #5b644495
 def _tell(folder:Path, again:bool, options:PosttrainOptions, recipe):
     "What was made, where it lies, what to do next, and what it gained"
-    from tokkit.recipes import gains, told_gains
+    from tokkit.recipes import gains, has_test, told_gains
     made = 'was there already, made by the same recipe' if again else 'made'
     healed = options.out
     say(f'tokkit: healed tokenizer {healed}: {made}; the loss: {recipe.training.terms}')
@@ -150,6 +158,8 @@ def _tell(folder:Path, again:bool, options:PosttrainOptions, recipe):
     say(f'next: tokkit metric all --tokenizer {healed} --data {data}{small}')
     say(f'      tokkit evaluate --tokenizer {healed} --generator {options.generator}{how} --reference {data}')
     print(options.out, flush=True)
+    if not has_test(recipe.images):
+        say(f'tokkit: {data} has no part test, so this is measured on images that the decoders learned from')
     say('tokkit: '+told_gains(gains(folder), 'the control' if recipe.control else 'the untouched decoder'))
 
 def posttrain(

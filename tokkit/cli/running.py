@@ -21,13 +21,19 @@ def question(
             if line.startswith('> '): return line[2:]
     return ''
 
-def experiments_table() -> str:
+def experiments_table(
+    format:Format = 'table', # as in `table_text`
+) -> str:
     "The names of all experiments, with what they ask"
+    import pandas as pd
     from tokkit.runs import experiments
     found = experiments()
     if not found:
         raise FileNotFoundError("there are no experiments here: this tokkit was installed without its "
                                 "notebooks; clone it and pip install -e it, or give the path of a notebook")
+    if format != 'table':
+        rows = [dict(name=name, asks=question(path)) for name,path in found.items()]
+        return table_text(pd.DataFrame(rows), format)
     wide = max(map(len, found))
     return '\n'.join(f'{name:{wide}}  {question(path)}' for name,path in found.items())
 
@@ -64,11 +70,13 @@ def run(
     "Execute an experiment once; a finished run with the same parameters and data is reused"
     from tokkit.runs import Run, run_experiment
     if notebook is None:
-        print(experiments_table())
+        print(experiments_table(format))
         return say('tokkit run NAME --help lists the parameters of one')
     folder = run_experiment(notebook, read_params(params), out, device, threads)
     print(table_text(Run(folder, folder.parent.name).frame(), format))
-    print(folder)
+    # a program that reads the table gets nothing else
+    if format == 'table': print(folder)
+    else: say(folder)
 
 # %% ../../nbs/cli/06_running.ipynb #aee70a9f
 def sweep(
@@ -112,7 +120,9 @@ def results(
     if csv: file_to_write(csv)
     table = collect(_existing(root))
     for line in table.attrs['skipped']: say(f'left out: {line}')
-    if table.empty: return say(f"no finished runs below {runs_root(root)}")
+    if table.empty:
+        if format == 'json': print('[]')
+        return say(f"no finished runs below {runs_root(root)}")
     print(table_text(table, format))
     if csv:
         with atomic_path(csv) as p: table.to_csv(p, index=False)

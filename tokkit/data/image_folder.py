@@ -73,12 +73,18 @@ def _images_of(root:Path) -> list[Path]:
     return [p for p in every if p.suffix.lower() in SUFFIXES]
 
 # %% ../../nbs/data/02_image_folder.ipynb #99332b81
-LABEL_FILES = 'labels.csv', 'labels.txt', 'val.txt', 'LOC_val_solution.csv'
+_IMAGENET = 'LOC_val_solution.csv'
+LABEL_FILES = 'labels.csv', 'labels.txt', 'val.txt', _IMAGENET
 
-def _label_file(root:Path) -> Path|None:
-    "A file that may name the classes of loose images"
-    places = (folder/name for folder in (root, root.resolve().parent) for name in LABEL_FILES)
-    return next((p for p in places if p.is_file()), None)
+def _label_file(root:Path, found:list[Path]) -> Path|None:
+    "The file that names the classes of loose images: with them, or beside them where it knows one of them"
+    inside = next((root/name for name in LABEL_FILES if (root/name).is_file()), None)
+    if inside: return inside
+    # the folder may be a link: the file may lie beside the link, or beside what it points at
+    beside = dict.fromkeys(folder/name for folder in (root.absolute().parent, root.resolve().parent)
+                           for name in LABEL_FILES)
+    stems = {p.stem for p in found}
+    return next((p for p in beside if p.is_file() and stems & set(_read_labels(p))), None)
 
 def _train_classes(root:Path) -> list[str]:
     "Class folders of the part for training beside this one"
@@ -88,9 +94,13 @@ def _train_classes(root:Path) -> list[str]:
 
 def _read_labels(file:Path) -> dict[str,str]:
     "The class of each image by its name without suffix"
-    lines = file.read_text(encoding='utf-8').splitlines()
-    rows = [re.split(r'[,;\s]+', line.strip()) for line in lines if line.strip()]
-    return {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
+    lines = [line.strip() for line in file.read_text(encoding='utf-8-sig').splitlines()]
+    # names may hold spaces, so a line is cut at its comma, and only without one at its last space
+    rows = [re.split('[,;]', line, maxsplit=1) if re.search('[,;]', line) else line.rsplit(maxsplit=1)
+            for line in lines]
+    named = {Path(row[0].strip().strip('"')).stem: row[1].strip().strip('"') for row in rows if len(row) == 2}
+    if file.name != _IMAGENET: return named
+    return {name: label.split()[0] for name,label in named.items()}     # where boxes follow the class
 
 def _labels_by_file(root:Path, found:list[Path], file:Path) -> tuple[list[int], list[str]]:
     "Labels of loose images, and the class names"
@@ -102,8 +112,9 @@ def _labels_by_file(root:Path, found:list[Path], file:Path) -> tuple[list[int], 
                          "something else")
     told = [named[p.stem] for p in found]
     known = _train_classes(root)
-    counted = known and all(t.isdigit() for t in told) and not set(told) <= set(known)
-    if counted: told = [known[int(t)] if int(t) < len(known) else t for t in told]
+    # numbers count the classes from 0, unless the classes themselves are called by numbers
+    are_numbers = all(t.isdigit() for t in told) and not set(told) <= set(known)
+    if known and are_numbers: told = [known[int(t)] if int(t) < len(known) else t for t in told]
     classes = known or sorted(set(told))
     if unknown := sorted(set(told)-set(classes)):
         raise ValueError(f"{file} names the class {unknown[0]}, which the part for training does not have")
@@ -127,7 +138,7 @@ def _find_images(root:Path) -> tuple[list[Path], list[int], list[str]]:
     parts = [p.relative_to(root).parts for p in found]
     loose = [names[0] for names in parts if len(names) == 1]
     if len(loose) == len(found):
-        file = _label_file(root)
+        file = _label_file(root, found)
         if file is not None: return found, *_labels_by_file(root, found, file)
         return found, [0]*len(found), [root.resolve().name]
     if loose:
@@ -166,7 +177,7 @@ def _told_apart(files:Sequence[Path]) -> list:
 
 # %% ../../nbs/data/02_image_folder.ipynb #acfddcef
 class ImageFolder(Indexed):
-    "Images in a folder, one subfolder a class, cropped to a square and read when asked for"
+    "Images in a folder, one subfolder a class or named by a file, cut to squares and read when asked for"
     def __init__(self,
         path:str|Path,               # the folder
         size:int = 64,               # side of the central square, pixels
@@ -191,7 +202,8 @@ class ImageFolder(Indexed):
         "A short name for these files, cropped this way: by their contents, or many by their times"
         names = [p.relative_to(self.path).as_posix() for p in self.files]
         files = names, _told_apart(self.files)
-        return stable_hash([*files, self.classes, self.size, self.channels, self.upscale])
+        labels = self.labels.tolist(), self.classes
+        return stable_hash([*files, *labels, self.size, self.channels, self.upscale])
 
 # %% ../../nbs/data/02_image_folder.ipynb #e1e78dee
 @patch

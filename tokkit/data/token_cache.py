@@ -139,7 +139,7 @@ class TokenCache(Indexed):
         self.name = about['name']
         self.key = about['key']
         self.views = about.get('views', 1)
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         # which view of each image comes first
         self.first = torch.randint(self.views, (len(labels),), generator=make_rng(0, 'views')).numpy()
         self.kind = 'latents' if array.dtype.kind == 'f' else 'ids'
@@ -187,14 +187,14 @@ def hash(self:TokenCache) -> str: return stable_hash([self.about['sha256'], self
 def set_epoch(self:TokenCache,
     epoch:int, # 0 at the start of training
 ):
-    "From now on hand out the views of this epoch; in as many epochs as there are views each comes once"
-    self.epoch = epoch
+    "From now on hand out the views of this epoch, in worker processes too; each comes once in its turn"
+    self._epoch.fill_(epoch)
 
 @patch
 def _batch(self:TokenCache, positions):
     wide = 'f4' if self.kind == 'latents' else 'i8'
     at = positions.numpy()
-    if self.views > 1: at = at, (self.first[at]+self.epoch)%self.views
+    if self.views > 1: at = at, (self.first[at]+int(self._epoch))%self.views
     return torch.from_numpy(self.array[at].astype(wide)), self.labels[positions]
 
 @patch
@@ -215,10 +215,10 @@ def _only(self:TokenCache, kind:str) -> np.ndarray:
 
 @patch(as_prop=True)
 def ids(self:TokenCache) -> np.ndarray:
-    "All code ids, memory-mapped"
+    "All code ids, memory-mapped: (n, tokens), or (n, views, tokens) of several views"
     return self._only('ids')
 
 @patch(as_prop=True)
 def latents(self:TokenCache) -> np.ndarray:
-    "All latents, memory-mapped"
+    "All latents, memory-mapped: (n, ...), or (n, views, ...) of several views"
     return self._only('latents')

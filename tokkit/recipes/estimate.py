@@ -17,7 +17,7 @@ from ..core import default_device
 from ..data import ImageSet, to_uint8, TokenCache
 from ..generators import balanced_labels, LatentGenerator, make_generator, sample_batches
 from ..posttraining import check_fit, LatentPairs, match_distribution, posttrain_decoder, PostTraining
-from .following import check_batch, recipe_images, sampling_of
+from .following import check_batch, check_memory, recipe_images, sampling_of
 from .recipe import DecoderRecipe, GeneratorRecipe, TokenizerRecipe
 from ..tokenizers import ImageTokenizer, make_tokenizer
 from ..training import TensorPairs, train_generator, train_tokenizer
@@ -84,8 +84,9 @@ def _hushed():
 # %% ../../nbs/recipes/05_estimate.ipynb #7a9a7d65
 def _repeated(images, rows:int) -> ImageSet:
     "So many rows of images, from the start again where there are fewer"
-    x,labels = images[torch.arange(rows)%len(images)]
-    return ImageSet(to_uint8(x), labels, images.classes, images.name)
+    at = torch.arange(rows)%len(images)
+    x = torch.cat([to_uint8(images[part][0]) for part in at.split(64)])
+    return ImageSet(x, images.labels[at], images.classes, images.name)
 
 def estimate_tokenizer(
     recipe:TokenizerRecipe,      # what would be trained, and how
@@ -96,6 +97,7 @@ def estimate_tokenizer(
     tok = make_tokenizer(recipe.tokenizer, recipe.seed)
     images = recipe_images(recipe.images, tok)
     check_batch(images, recipe.training.batch)
+    check_memory(tok, device)
     few = _repeated(images, STEPS*recipe.training.batch)
     def train(passes):
         cfg = replace(recipe.training, epochs=passes)
@@ -125,6 +127,7 @@ def estimate_generator(
     classes = len(images.classes)
     shape = recipe.generator
     gen = make_generator(shape.preset, tok.spec, classes, recipe.seed, **shape.changes)
+    check_memory(gen, device)
     batch = recipe.training.batch
     rows = STEPS*batch
     latents = TensorPairs(_random_latents(tok, rows), torch.arange(rows)%classes)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import default_device, file_sha256, read_json, write_json
+from ..core import default_device, file_sha256, read_json, read_tensors, save_tensors, write_json
 from ..data import ImageFolder, ImageSet
 from ..features import spectrum_extractor
 from ..generators import balanced_labels, LatentGenerator, sample_batches
@@ -23,13 +23,13 @@ from ..posttraining import (check_fit, check_learns, clean_pairs, latent_pairs, 
                                  match_distribution, posttrain_decoder, PostTraining)
 from .files import read_recipe, write_recipe
 from .following import (check_batch, has_test, preview_after, recipe_images,
-                                     sampling_of, told_recipe)
+                                     run_name, sampling_of, told_recipe)
 from .making import made_once
-from .recipe import DecoderRecipe, DrawnLatents, Images
+from .recipe import DecoderRecipe, DrawnLatents, Images, TokenizerRecipe
 from ..runs import check_tracker, track_cards
 from ..show import to_pil_grid
 from ..tokenizers import decode_all, encode_all, ImageTokenizer
-from ..training import ImageTraining
+from ..training import encoder_end, ImageLoss, ImageTraining
 
 # %% ../../nbs/recipes/06_posttraining.ipynb #6b76288f
 _LOOP = ('epochs', 'batch', 'lr', 'weight_decay', 'schedule', 'ema', 'clip', 'precision', 'accumulate',
@@ -47,7 +47,9 @@ def base_training(
 ) -> ImageTraining|None:
     "How the tokenizer of a folder was trained, as the recipe beside it tells; None where there is none"
     told = Path(folder)/'recipe.yaml'
-    return read_recipe(told, 'tokenizer').training if told.is_file() else None
+    recipe = read_recipe(told) if told.is_file() else None
+    # a tokenizer that was healed before goes on under the loss of that
+    return recipe.training if isinstance(recipe, TokenizerRecipe|DecoderRecipe) else None
 
 # %% ../../nbs/recipes/06_posttraining.ipynb #1eb1459e
 class _Models(NamedTuple):
@@ -58,11 +60,17 @@ class _Models(NamedTuple):
     drawing:dict[str,Any]       # how the generator draws
     seed:int                    # of the draws
 
+def _free_samples(m:_Models, work:Path) -> Tensor:
+    "Samples with the labels of the images, kept for a call after a kill"
+    file = work/'samples.safetensors'
+    if not file.is_file():
+        samples,_ = sample_batches(m.gen, m.images.labels, seed=m.seed, **m.drawing)
+        save_tensors(dict(samples=samples.contiguous()), file)
+    return read_tensors(file)['samples']
+
 def _drawn_lessons(latents:DrawnLatents, m:_Models, work:Path) -> dict:
     "Pairs that are kept in the work folder, or free samples and the images beside them"
-    if latents.mode == 'unpaired':
-        samples,_ = sample_batches(m.gen, m.images.labels, seed=m.seed, **m.drawing)
-        return dict(samples=samples, images=m.images)
+    if latents.mode == 'unpaired': return dict(samples=_free_samples(m, work), images=m.images)
     sigma = list(latents.sigma) if len(latents.sigma) > 1 else latents.sigma[0]
     pairs = latent_pairs(m.gen, m.tok, m.images, sigma, source=latents.source, clean=latents.clean,
                          seed=m.seed, folder=work/'pairs', **m.drawing)
@@ -86,7 +94,7 @@ def _train(recipe:DecoderRecipe, tok:ImageTokenizer, lessons:dict, work:Path, wh
         now = _learner_tokenizer(learner).eval()
         preview_after(lambda: now.from_latents(look.to(where['device'])), work)(learner)
     train = posttrain_decoder if 'pairs' in lessons else match_distribution
-    plan = PostTraining(recipe.freeze, recipe.lora, recipe.consistency, recipe.discriminator)
+    plan = PostTraining(recipe.freeze, recipe.lora, recipe.consistency, recipe.begin_discriminator)
     return train(tok, *lessons.values(), recipe.training, plan, work=work, preview=preview, seed=recipe.seed,
                  **where)
 
@@ -125,12 +133,27 @@ def told_gains(
     return f"against {against}: "+'; '.join(told(*one) for one in found)
 
 # %% ../../nbs/recipes/06_posttraining.ipynb #7255d974
+def _check_discriminator(file:str|None):
+    "Raise one line about a file of a discriminator that is not there"
+    if file == 'kept':
+        raise ValueError("begin_discriminator='kept' is that beside the tokenizer, whose folder only tokkit "
+                         "posttrain knows; give the file")
+    if file is not None and not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}; begin_discriminator takes a discriminator that "
+                                "main-training kept, or none")
+
 def _check_models(recipe:DecoderRecipe, tok:ImageTokenizer, gen:LatentGenerator):
     "Raise one line unless the generator draws what the tokenizer decodes, and its decoder can learn as asked"
     check_fit(gen, tok)
     check_learns(tok)
     source = recipe.latents.source if recipe.latents.mode == 'paired' else None
     PostTraining(recipe.freeze, recipe.lora, recipe.consistency).check(tok, source)
+    _check_discriminator(recipe.begin_discriminator)
+    # weights that are missing, or a discriminator of another shape, are found before pairs are drawn
+    cfg = recipe.training if recipe.freeze == 'official' else replace(recipe.training, semantic=0.)
+    loss = ImageLoss(cfg, tok.image_shape[0], tok.last_layer, torch.device('cpu'), 0, tok.spec.shape[1],
+                     encoder_end(tok))
+    if recipe.begin_discriminator: loss.load_discriminator(recipe.begin_discriminator)
 
 def _check_classes(images:ImageSet|ImageFolder, gen:LatentGenerator, data:str):
     "Raise one line unless the generator knows the labels of all images"
@@ -161,8 +184,10 @@ def follow_posttraining(
     drawing = sampling_of(gen, drawn.guidance, drawn.power, temperature=drawn.temperature, steps=drawn.steps)
     given = _Models(tok, gen, images, drawing, recipe.seed)
     where = dict(device=str(device), track=track)
-    def make(tmp, work): _fill(tmp, work, recipe, given, real, where, Path(out).name)
-    opponent = dict(discriminator=file_sha256(recipe.discriminator)) if recipe.discriminator else {}
+    def make(tmp, work): _fill(tmp, work, recipe, given, real, where, run_name(out))
+    # by its contents instead of its place
+    file = recipe.begin_discriminator
+    opponent = dict(begin_discriminator=file_sha256(file)) if file else {}
     asked = told_recipe(recipe, images.hash, real.hash, tokenizer=tok.fingerprint, generator=gen.fingerprint,
                         **opponent)
     return made_once(out, asked, make, 'healed tokenizer', str(device))
@@ -182,10 +207,10 @@ def _fill(tmp:Path, work:Path, recipe:DecoderRecipe, given:_Models, real, where:
     labels = balanced_labels(len(real), given.gen.classes)
     samples,_ = sample_batches(given.gen, labels, seed=recipe.seed+1, **given.drawing)
     cards = _judged(arms, samples, real, dict(seed=recipe.seed, device=where['device']))
-    for name,found in cards.items(): track_cards(where['track'], f'{run}-{name}', found)
     (tmp/'cards').mkdir()
     for name,found in cards.items():
         write_json(tmp/'cards'/f'{name}.json', [card.to_dict() for card in found])
     shown = torch.cat([decode_all(arms[name], samples[:8]) for name in sorted(arms)])
     to_pil_grid(shown.clamp(-1, 1)).save(tmp/'samples.png')
     write_recipe(recipe, tmp/'recipe.yaml')
+    track_cards(where['track'], f'{run}-cards', cards)

@@ -68,7 +68,7 @@ for name in ('rar-b', 'rar-l'):
 _PAIRS = DrawnLatents(sigma=(.7,), guidance=6., power=1.15, temperature=1.02)
 _POST = replace(_MAIN, epochs=40, lr=1.2e-4, adversarial_start=0., discriminator_lr=4e-4, semantic=0.,
                 discriminator_training=replace(_OPPONENT, warmup=2, waits=False))
-RECIPES.register('paper-post', DecoderRecipe(Images(n=200_000), _PAIRS, _POST, discriminator='kept'))
+RECIPES.register('paper-post', DecoderRecipe(Images(n=200_000), _PAIRS, _POST, begin_discriminator='kept'))
 
 _OPPONENT_THEN = replace(_OPPONENT, warmup=2, first=.2, final=.2, waits=False)
 _POST_RELEASED = replace(_MAIN, epochs=100, lr=5e-5, first=.2, final=.2, adversarial_start=0.,

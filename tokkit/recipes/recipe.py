@@ -56,6 +56,11 @@ def _check_word(name:str, value:str, known:tuple[str,...]):
     "Raise one line about a word that stands for nothing"
     if value not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
+def _check_plain(images:Images):
+    "Raise one line where crops are asked for that no training would see"
+    if images.augment:
+        raise ValueError("images.augment belongs to the training of a tokenizer; generators take views")
+
 @dataclass(frozen=True)
 class GeneratorShape:
     "A kind of generator, and what its tokenizer does not decide"
@@ -85,7 +90,9 @@ class GeneratorRecipe:
     views:str = 'one'
     seed:int = 0                                         # of weights, order and draws
 
-    def __post_init__(self): _check_word('views', self.views, tuple(VIEWS))
+    def __post_init__(self):
+        _check_word('views', self.views, tuple(VIEWS))
+        _check_plain(self.images)
 
 # %% ../../nbs/recipes/00_recipe.ipynb #cfd19536
 MODES = 'paired', 'unpaired'
@@ -104,6 +111,8 @@ class DrawnLatents:
     steps:int|None = None            # of samplers that take several; None: the generator's own
 
     def __post_init__(self):
+        several = isinstance(self.sigma, (list, tuple))
+        object.__setattr__(self, 'sigma', tuple(self.sigma) if several else (self.sigma,))
         _check_word('mode', self.mode, MODES)
         _check_word('source', self.source, SOURCES)
         row_sigmas(1, self.sigma, self.clean)
@@ -121,12 +130,13 @@ class DecoderRecipe:
     # weight of staying near the untouched decoder; None: 0 with pairs, .1 with samples
     consistency:float|None = None
     # a discriminator to go on with: FILE, or 'kept', the one beside the tokenizer; None: a fresh one
-    discriminator:str|None = None
+    begin_discriminator:str|None = None
     control:bool = True                                  # train another decoder as long on clean latents
     seed:int = 0                                         # of draws, weights and order
 
     def __post_init__(self):
         PostTraining(self.freeze, self.lora, self.consistency)
+        _check_plain(self.images)
         if self.latents.mode == 'paired': return
         if self.freeze != 'all': raise ValueError("freeze='official' belongs to mode paired; got unpaired")
         if not (self.training.distribution or self.training.adversarial):
@@ -209,10 +219,14 @@ def setting_names(
         if is_dataclass(now): yield from setting_names(now, f'{before}{f.name}.')
         else: yield before+f.name
 
+_OF_OPPONENT = '.discriminator_training.'
+
 def _full_name(name:str, known:list[str]) -> str:
     "A setting's name with its group"
     if name in known: return name
-    fits = [full for full in known if full.endswith('.'+name)]
+    # a discriminator's settings have names that others have too: they are given with their group
+    fits = [full for full in known if full.endswith('.'+name)
+            and (_OF_OPPONENT not in full or _OF_OPPONENT in '.'+name)]
     if len(fits) == 1: return fits[0]
     if fits: raise ValueError(f"{name} may be {' or '.join(fits)}; write one of them in full")
     if any(full.startswith(name+'.') for full in known): return name         # a whole group

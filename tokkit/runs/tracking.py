@@ -42,26 +42,28 @@ def start_tracker(
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     check_tracker(name)
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ImportError(f"this version of accelerate knows no {name}; pip install -U accelerate")
     PartialState()                                  # trackers ask it which process they are in
     kind = LOGGER_TYPE_TO_CLASS[name]
     folder = runs_root()/'tracking'
     if kind.requires_logging_directory: tracker = kind(run, logging_dir=str(folder))
     else: tracker = kind('tokkit', name=run)
-    tracker.start()
+    if hasattr(tracker, 'start'): tracker.start()           # older ones begin when they are made
     if settings: tracker.store_init_configuration(_flat(settings))
     return tracker
 
 # %% ../../nbs/runs/07_tracking.ipynb #54846c41
 def track_cards(
-    name:str|None,  # of `TRACKERS`; None: nowhere
-    run:str,        # what it is called there
-    cards:Any,      # metric cards
-    step:int = 0,   # steps of training before them
+    name:str|None,          # of `TRACKERS`; None: nowhere
+    run:str,                # what it is called there
+    cards:dict[str,list],   # metric cards of each arm
 ):
     "Send metric cards to a tracker"
     if name is None: return
+    told = [(f'{arm}/{c.label}', c) for arm,found in cards.items() for c in found]
+    numbers = {label: c.value for label,c in told}
+    errors = {f'{label} standard error': c.se for label,c in told if c.se is not None}
     tracker = start_tracker(name, run)
-    numbers = {f'cards/{c.label}': c.value for c in cards}
-    errors = {f'cards/{c.label} standard error': c.se for c in cards if c.se is not None}
-    tracker.log(numbers|errors, step=step)
+    tracker.log(numbers|errors, step=0)
     tracker.finish()

@@ -23,6 +23,7 @@ from torch import nn, Tensor
 from tqdm.std import tqdm
 
 from ..core import bar, bundle, default_device, make_rng, process_mean, sort_settings
+from ..data import own_words
 from .schedules import constant
 
 # %% ../../nbs/training/01_learner.ipynb #73b94948
@@ -246,13 +247,23 @@ def _batch(self:Learner):
 
 # %% ../../nbs/training/01_learner.ipynb #b68c31d4
 @patch
+def _batches(self:Learner):
+    "The batches of an epoch; what cannot be read is said in its own words"
+    batches = iter(self.loader)
+    while True:
+        try: batch = next(batches)
+        except StopIteration: return
+        except Exception as e: raise own_words(e) from None
+        yield batch
+
+@patch
 def _one_epoch(self:Learner):
     "All batches once"
     for part in (self.loader, getattr(self.loader, 'dataset', None)):
         if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
     self.model.train()
     self._event('epoch_begin')
-    for self.batch in self.loader: self._batch()
+    for self.batch in self._batches(): self._batch()
     self._event('epoch_end')
 
 @patch

@@ -53,6 +53,9 @@ class DiscriminatorTraining:
     def __post_init__(self):
         check_range('weight_decay', self.weight_decay, 0, float('inf'))
         for name in ('first', 'final'): check_range(name, getattr(self, name))
+        check_range('warmup', self.warmup, 0, 1e6, 'it is a number of epochs')
+        if len(self.betas) != 2:
+            raise ValueError(f"the discriminator's betas are two numbers, got {self.betas}")
         if self.schedule not in ('constant', 'epoch'):
             raise ValueError(f"the discriminator's schedule must be constant or epoch, got {self.schedule!r}")
 

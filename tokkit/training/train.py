@@ -159,12 +159,16 @@ class Track(Callback):
         if self.tracker is None: return
         row = {f'epoch/{k}': float(v) for k,v in learner.history[-1].items() if k not in ('epoch', 'step')}
         self.tracker.log(row, step=learner.step)
-        if learner.preview is None or not learner.preview.is_file(): return
+        shown = learner.preview is not None and learner.preview.is_file()
+        if not shown or not hasattr(self.tracker, 'log_images'): return
         pixels = np.asarray(Image.open(learner.preview).convert('RGB'))[None]
         how = dict(dataformats='NHWC') if self.name == 'tensorboard' else {}
         self.tracker.log_images({'preview': pixels}, step=learner.step, **how)
-    def end(self, learner):
+    def end(self, learner): self.close()
+    def close(self):
+        "Also after a training that went wrong"
         if self.tracker is not None: self.tracker.finish()
+        self.tracker = None
 
 # %% ../../nbs/training/11_train.ipynb #fd8509a7
 def _callbacks(ema, loss, context, key, *more) -> list[Callback]:
@@ -173,8 +177,9 @@ def _callbacks(ema, loss, context, key, *more) -> list[Callback]:
     if loss: found.append(loss)
     if context.preview: found.append(EveryEpoch(context.preview))
     found += more
-    if context.track: found.append(Track(context.track, context.run or context.desc))
     if context.work: found.append(Checkpoint(Path(context.work)/'checkpoint.pt', key))
+    # after the checkpoint, which a tracker without network must not keep from being written
+    if context.track: found.append(Track(context.track, context.run or context.desc))
     return found
 
 def _key(model, data, cfg, context, asked) -> str:
@@ -228,7 +233,11 @@ def fit_model(
                       _callbacks(ema, loss, context, key, *more), context,
                       precision=cfg.precision, accumulate=cfg.accumulate)
     if loss: loss.to(learner.device)
-    with _alone(learner, context.work): learner.fit()
+    try:
+        with _alone(learner, context.work): learner.fit()
+    finally:
+        for c in learner.callbacks:
+            if isinstance(c, Track): c.close()
     model.load_state_dict(ema.average)
     model.eval()
     return history_frame(learner)
