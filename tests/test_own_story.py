@@ -1,10 +1,11 @@
 """From a folder of photographs to a comparison of plain, perturbed and post-trained, by the commands alone"""
-import json
+import contextlib, json, os, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from waiting import wait_for
 from tokkit.cli import main
 from tokkit.data import TokenCache
 from tokkit.metrics import Card, load_samples
@@ -159,3 +160,44 @@ def test_a_generator_learns_from_several_views(story, photographs, tmp_path):
     tokkit('train', 'generator', '--tokenizer', story/'plain', '--tokens', tmp_path/'ten', '--out',
            tmp_path/'g', *GEN)
     with pytest.raises(SystemExit): main(['encode', '--tokenizer', 'a', '--out', 'b', '--views', 'five'])
+
+
+@pytest.mark.slow
+def test_every_command_is_killed_once_and_finished(story, photographs, tmp_path):
+    "The same command again makes what an undisturbed one made, to the byte"
+    start = 'import sys; from tokkit.cli import main; sys.exit(main())'
+    shell = [sys.executable, '-c', start, *CPU]
+    def killed_and_finished(*words, at_work):
+        words = [*map(str, words)]
+        child = subprocess.Popen([*shell, *words], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 start_new_session=True)
+        wait_for(lambda: at_work() or child.poll() is not None)
+        with contextlib.suppress(ProcessLookupError): os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        subprocess.run([*shell, *words], check=True, capture_output=True, timeout=300)
+    def working(name): return lambda: any(tmp_path.glob(f'.work-{name}-*/*'))
+    def soon():
+        begun = time.monotonic()
+        return lambda: time.monotonic() > begun+2.
+    killed_and_finished('train', 'tokenizer', '--preset', 'laptop-plain', '--data', photographs, '--out',
+                        tmp_path/'plain', *TOK, at_work=working('plain'))
+    killed_and_finished('encode', '--tokenizer', tmp_path/'plain', '--data', photographs, '--out',
+                        tmp_path/'tokens', at_work=soon())
+    killed_and_finished('train', 'generator', '--tokenizer', tmp_path/'plain', '--tokens', tmp_path/'tokens',
+                        '--out', tmp_path/'gen', *GEN, at_work=working('gen'))
+    models = ['--tokenizer', tmp_path/'plain', '--generator', tmp_path/'gen']
+    killed_and_finished('posttrain', *models, '--data', photographs, '--epochs', 1, '--out',
+                        tmp_path/'healed', at_work=working('healed'))
+    killed_and_finished('sample', *models, '-n', 6, '--out', tmp_path/'s.npz', at_work=soon())
+    killed_and_finished('evaluate', tmp_path/'s.npz', '--reference', photographs, '-n', 6, '--metrics',
+                        'gFID', '--json', tmp_path/'cards.json', at_work=soon())
+    cards = tmp_path/'healed'/'cards'
+    killed_and_finished('compare', cards/'control.json', cards/'healed.json', '--figure', tmp_path/'c.png',
+                        at_work=soon())
+    for name in ('plain', 'gen', 'healed', 'healed/control'):
+        mine, theirs = (home/name/'model.safetensors' for home in (tmp_path, story))
+        assert load_file(mine).keys() == load_file(theirs).keys()
+        assert all(a.equal(b) for a,b in zip(load_file(mine).values(), load_file(theirs).values())), name
+    assert (tmp_path/'c.png').is_file() and json.loads((tmp_path/'cards.json').read_text())
+    left = [p.name for p in tmp_path.iterdir() if p.name.startswith('.') and p.suffix != '.lock']
+    assert not left, left
