@@ -296,12 +296,13 @@ def test_labels():
 # many files
 def test_a_training_on_many_files_begins_at_once(folder, monkeypatch):
     "Nothing is hashed and only the first batch is read before the first step; later epochs read nothing"
+    import tokkit.data.files as files
     import tokkit.data.image_folder as module
     read, hashed = [], []
     real = module.read_image
     monkeypatch.setattr(module, 'read_image', lambda *a: read.append(a) or real(*a))
-    monkeypatch.setattr(module, 'file_sha256', lambda p: hashed.append(p) or 'sum')
-    monkeypatch.setattr(module, 'READ_UP_TO', 0)
+    monkeypatch.setattr(files, 'file_sha256', lambda p: hashed.append(p) or 'sum')
+    monkeypatch.setattr(files, 'READ_UP_TO', 0)
     monkeypatch.setattr('tokkit.data.sources.READ_AT_ONCE', 5)
     ds = load_images(folder, size=8)
     assert isinstance(ds, ImageFolder) and ds.hash and not hashed and not read

@@ -58,7 +58,7 @@ def test_train_and_sweep(tokkit):
     short = [part for word in small for part in ('--set', word)]
     done = tokkit('train', 'tokenizer', '-n', 32, '--out', 'tok', *short)
     assert done.returncode == 0 and (tokkit.here/'tok'/'model.safetensors').is_file(), done.stderr
-    small = ['-p', 'preset', 'smoke', '-p', 'n', 200]
+    small = ['-p', 'preset', 'smoke']
     done = tokkit('sweep', 'e06_codebook_anatomy.yaml', '-g', 'seed=0', *small, '--minutes', 0)
     assert done.returncode == 0 and 'left' in done.stderr, done.stderr
     done = tokkit('run', 'e06_codebook_anatomy', *small)

@@ -251,8 +251,9 @@ def metric(
     options = bundle(MetricOptions, options, **how)
     _check_options(metric, options)
     tok = _saved_tokenizer(options.tokenizer).to(use_device(options.device)).eval()
-    load = partial(_images_for, tok, memory=0.,                              # read as needed
-                   skip_broken=options.skip_broken, upscale=options.upscale)
+    # read as needed; for gfid in the order in which tokkit evaluate has them, so that both draw the same
+    order = {} if metric == 'gfid' else dict(memory=0.)
+    load = partial(_images_for, tok, skip_broken=options.skip_broken, upscale=options.upscale, **order)
     images = load(options.data, options.split)
     if options.n is None: options = replace(options, n=min(1000, len(images)))
     _check_metric(metric, options.reference, options.n)
