@@ -26,7 +26,7 @@ from ..data import ImageSet, loader
 from ..generators import LatentGenerator, released_decay
 from ..perturbation import LatentPerturbation
 from ..runs import check_tracker, start_tracker
-from ..tokenizers import codebook_usage, revive, Tokenizer
+from ..tokenizers import codebook_usage, ImageTokenizer, revive, Tokenizer
 from .checkpoint import Checkpoint, EMA, ema_weights
 from .image_loss import ImageLoss
 from .learner import (Callback, EveryEpoch, history_frame, Learner, Log, Phase,
@@ -279,7 +279,7 @@ def _warn_if_falling(history):
                   "not converged: give it more epochs before it is compared", stacklevel=3)
 
 def encoder_end(
-    tok:Tokenizer, # or any other
+    tok:ImageTokenizer, # of any class
 ) -> nn.Linear|None:
     "The layer that brings an encoder's features to the latents, where there is one"
     end = getattr(getattr(tok, 'encoder', None), 'out', None)
