@@ -9,6 +9,7 @@ __all__ = ['list_']
 from pathlib import Path
 from typing import Literal
 
+from .models import demo_models
 from .options import Format, say, table_text
 from .running import question
 
@@ -23,18 +24,9 @@ def _recipes() -> list[dict]:
     from tokkit.recipes import about_recipe, RECIPES
     return [dict(kind='recipe', name=name, about=about_recipe(name)) for name in RECIPES]
 
-def _settings(name:str) -> str:
-    "Every setting of a recipe, as YAML"
-    import yaml
-    from tokkit.recipes import plain_recipe, preset
-    return yaml.safe_dump(plain_recipe(preset(name)), sort_keys=False, allow_unicode=True).rstrip()
-
 def _of_demo(root:Path) -> list[dict]:
     "Short names of the demo's models"
-    from tokkit.core import read_json
-    file = root/'demo'/'models.json'
-    if not file.is_file(): return []
-    models = read_json(file, dict[str,dict[str,str]])
+    models = demo_models(root) or {}
     return [dict(kind=kind, name=f'{name}@demo', about=folder)
             for kind,named in models.items() for name,folder in named.items()]
 
@@ -58,8 +50,9 @@ def list_(
 ):
     "List experiments, recipes, and the tokenizers and generators that were made"
     import pandas as pd
+    from tokkit.recipes import preset, recipe_text
     from tokkit.runs import runs_root
-    if recipe is not None: return print(_settings(recipe))
+    if recipe is not None: return print(recipe_text(preset(recipe)), end='')
     home = runs_root(out)
     kinds = dict(experiments=_experiments, recipes=_recipes, models=lambda: _of_demo(home)+_of_runs(home))
     rows = [row for name,find in kinds.items() if what in (None, name) for row in find()]

@@ -60,9 +60,9 @@ _RELEASED = perturbation('official', alpha=1., beta=.1, delta=100, annealing=Ann
 RECIPES.register('paper-main', TokenizerRecipe(_IMAGENET, TOKENIZERS['base'], _RELEASED, _MAIN, 'dinov2'));
 
 # %% ../../nbs/recipes/01_presets.ipynb #e3361af6
-for name in ('rar-b', 'rar-l'):
-    shape = GeneratorShape(name)
-    RECIPES.register(f'paper-{name}', GeneratorRecipe(Images(), shape, RELEASED_TRAINING, 'ten-crop'))
+_RAR = GeneratorRecipe(training=RELEASED_TRAINING, views='ten-crop')
+RECIPES.register('paper-rar-b', replace(_RAR, generator=GeneratorShape('rar-b')))
+RECIPES.register('paper-rar-l', replace(_RAR, generator=GeneratorShape('rar-l')));
 
 # %% ../../nbs/recipes/01_presets.ipynb #d8952edc
 _PAIRS = DrawnLatents(sigma=(.7,), guidance=6., power=1.15, temperature=1.02)
