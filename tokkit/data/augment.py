@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from fastcore.basics import patch
 
 from ..core import check_range, make_rng, stable_hash
+from .files import _threaded
 from .image_folder import ImageFolder, read_image
 from .images import center_crop, from_uint8, ImageSet, Indexed
 
@@ -234,7 +235,7 @@ def _of_image(self:Views, i:int) -> np.ndarray:
 @patch
 def _batch(self:Views, positions):
     images = sorted(set((positions//self.views).tolist()))
-    with ThreadPoolExecutor(4) as pool: made = dict(zip(images, pool.map(self._of_image, images)))
+    made = dict(zip(images, _threaded(self._of_image, images)))
     x = [made[p//self.views][p%self.views] for p in positions.tolist()]
     x = np.stack(x) if x else np.empty((0, self.size, self.size, self.channels), np.uint8)
     return from_uint8(torch.from_numpy(x).permute(0,3,1,2).contiguous()), self.labels[positions]
