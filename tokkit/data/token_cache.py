@@ -15,8 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import (atomic_dir, bar, damage, file_sha256, locked, make_rng, MARKER, read_json,
-                         stable_hash, write_json)
+from ..core import (atomic_dir, atomic_path, bar, clear_unfinished, damage, delete, file_sha256, is_ours,
+                         locked, make_rng, mark, MARKER, read_json, stable_hash, write_json)
 from .images import Indexed
 
 # %% ../../nbs/data/06_token_cache.ipynb #e2e31429
@@ -60,21 +60,52 @@ def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
 
 # %% ../../nbs/data/06_token_cache.ipynb #5605aa05
 _DTYPES = (None, 'uint16', 'int32', 'float16', 'float32')
+_PART = 8     # batches
 
-def _write_cache(folder, ds, encode, dtype, key, codebook_size, batch_size, source):
+def _part(ds:Indexed, encode:Callable, starts:range, narrow:Callable) -> np.ndarray:
+    "The rows of the images from the first of `starts` on, a batch at each of them"
+    rows = []
+    for start in starts:
+        x = ds[start:start+starts.step][0]
+        with torch.no_grad(): encoded = encode(x).detach().cpu()
+        rows.append(narrow((encoded.float() if encoded.is_floating_point() else encoded).numpy()))
+    return np.concatenate(rows)
+
+def _parts(
+    ds:Indexed, encode:Callable, batch_size:int, narrow:Callable, kept:Path|None) -> Iterator[np.ndarray]:
+    "The rows of all images part by part; those that lie in the folder `kept` are not encoded again"
+    size = _PART*batch_size
+    for first in bar(range(0, len(ds), size), f'encoding {ds.name}'):
+        file = kept and kept/f'{first}.npy'
+        if file and file.is_file():
+            yield np.load(file)
+            continue
+        starts = range(first, min(first+size, len(ds)), batch_size)
+        rows = _part(ds, encode, starts, narrow)
+        if file and first+size < len(ds):           # the last one is written at once
+            mark(kept)
+            with atomic_path(file) as temporary, open(temporary, 'wb') as f: np.save(f, rows)
+        yield rows
+
+# %% ../../nbs/data/06_token_cache.ipynb #2afa8148
+def _write_cache(
+    folder:Path, ds:Indexed, encode:Callable, *, dtype:str|None, key:str, codebook_size:int|None,
+    batch_size:int, source:str):
     "Encode all images and write the folder, whole or not at all"
     if dtype not in _DTYPES: raise ValueError(f"TokenCache: dtype must be one of {_DTYPES}, got {dtype!r}")
-    def arrays():
-        for i in bar(range(0, len(ds), batch_size), f'encoding {ds.name}'):
-            with torch.no_grad(): t = encode(ds[i:i+batch_size][0]).detach().cpu()
-            yield _narrow((t.float() if t.is_floating_point() else t).numpy(), dtype, codebook_size)
+    views = getattr(ds, 'views', 1)
+    images = getattr(ds, 'hash', '')
+    kind = getattr(ds, 'kind', 'one')
+    asked = stable_hash([key, images, kind, dtype, codebook_size, batch_size])
+    kept = folder.with_name(f'.work-{folder.name}-{asked}') if key else None
+    def narrow(rows): return _narrow(rows, dtype, codebook_size)
     with atomic_dir(folder) as tmp:
-        _write_npy(tmp/'tokens.npy', arrays(), len(ds))
-        views = getattr(ds, 'views', 1)
+        _write_npy(tmp/'tokens.npy', _parts(ds, encode, batch_size, narrow, kept), len(ds))
         np.save(tmp/'labels.npy', ds.labels[::views].numpy())
-        about = dict(key=key, name=ds.name, images=getattr(ds, 'hash', ''), classes=ds.classes, views=views,
-                     kind=getattr(ds, 'kind', 'one'), source=source)
+        about = dict(key=key, name=ds.name, images=images, classes=ds.classes, views=views, kind=kind,
+                     source=source)
         write_json(tmp/'cache.json', about|dict(sha256=[file_sha256(tmp/f) for f in _CACHE_FILES]))
+    if kept and is_ours(kept): delete(kept)
 
 # %% ../../nbs/data/06_token_cache.ipynb #7d27f0ea
 _CACHE_FILES = ('tokens.npy', 'labels.npy')
@@ -116,6 +147,7 @@ def _write_once(folder:Path, ds:Indexed, encode:Callable, **how):
     "Write the cache unless it is there; whoever comes second waits for the first"
     if folder.exists(): return
     with locked(folder, f'token cache {folder.name}', wait=True):
+        clear_unfinished(folder)
         if not folder.exists(): _write_cache(folder, ds, encode, **how)
 
 def _read_arrays(folder:Path, views:int = 1) -> tuple[np.ndarray,Tensor]:
