@@ -41,7 +41,7 @@ def tensors_hash(
     for k in sorted(tensors):
         t = tensors[k].detach().cpu().contiguous()
         h.update(f'{k}|{t.dtype}|{tuple(t.shape)}|'.encode())
-        h.update(t.flatten().view(torch.uint8).numpy().tobytes())
+        h.update(t.flatten().view(torch.uint8).numpy())      # no copy: a data set may fill half the memory
     return h.hexdigest()[:n]
 
 # %% ../../nbs/core/04_hashes.ipynb #4ed6275f
