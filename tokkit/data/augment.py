@@ -7,7 +7,6 @@ __all__ = ['LARGER', 'VIEWS', 'resize_shorter', 'crop_at', 'random_crop', 'mirro
 
 # %% ../../nbs/data/05_augment.ipynb #85028ee6
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -174,9 +173,8 @@ def _one(self:Augmented, i:int) -> np.ndarray:
 
 @patch
 def _batch(self:Augmented, positions):
-    if isinstance(self.ds, ImageSet): images = [self._one(i) for i in positions.tolist()]
-    else:
-        with ThreadPoolExecutor(4) as pool: images = [*pool.map(self._one, positions.tolist())]
+    through = map if isinstance(self.ds, ImageSet) else _threaded    # threads pay where files are read
+    images = [*through(self._one, positions.tolist())]
     x = np.stack(images) if images else np.empty((0, self.size, self.size, self.channels), np.uint8)
     return from_uint8(torch.from_numpy(x).permute(0,3,1,2).contiguous()), self.labels[positions]
 
@@ -218,6 +216,7 @@ class Views(Indexed):
         self.labels = ds.labels.repeat_interleave(self.views)
         self.classes = ds.classes
         self.name = ds.name
+        self.on_disk = isinstance(ds, ImageFolder)
 
     @cached_property
     def hash(self) -> str:

@@ -21,17 +21,20 @@ class EpochSampler(Sampler):
         n:int,                # number of items
         seed:int = 0,         # the run's seed
         shuffle:bool = True,  # False gives 0, 1, 2, ...
+        start:int = 0,        # so many at the beginning of an epoch are left out: they have been seen
     ):
         self.n = n
         self.seed = seed
         self.shuffle = shuffle
+        self.start = start
         self.epoch = 0
 
     def set_epoch(self, epoch:int): self.epoch = epoch
-    def __len__(self): return self.n
+    def __len__(self): return self.n-self.start
     def __iter__(self):
-        if not self.shuffle: return iter(range(self.n))
-        return iter(torch.randperm(self.n, generator=make_rng(self.seed, 'order', self.epoch)).tolist())
+        if not self.shuffle: return iter(range(self.start, self.n))
+        order = torch.randperm(self.n, generator=make_rng(self.seed, 'order', self.epoch))
+        return iter(order[self.start:].tolist())
 
 # %% ../../nbs/data/04_loader.ipynb #2cecdf3e
 class EpochLoader(DataLoader):
@@ -71,6 +74,7 @@ def loader(
     drop_last:bool = True,     # leave out an incomplete last batch
     # processes that read ahead; None: some for images that are read from their files each time, else none
     workers:int|None = None,
+    start:int = 0,             # so many items at the beginning are left out
 ) -> EpochLoader:
     "Batches of `ds` in the order of (seed, epoch); `set_epoch` before each epoch"
     if drop_last and batch_size > len(ds):
@@ -79,9 +83,10 @@ def loader(
     if workers is None: workers = reading_ahead(ds, batch_size)
     # a data set with `__getitems__` returns whole batches, so nothing is left to collate
     collate = _same if hasattr(ds, '__getitems__') else None
-    return EpochLoader(ds, batch_size, sampler=EpochSampler(len(ds), seed, shuffle), drop_last=drop_last,
-                       num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-                       persistent_workers=workers > 0, generator=make_rng(seed, 'workers'))
+    return EpochLoader(ds, batch_size, sampler=EpochSampler(len(ds), seed, shuffle, start),
+                       drop_last=drop_last, num_workers=workers, collate_fn=collate,
+                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                       generator=make_rng(seed, 'workers'))
 
 # %% ../../nbs/data/04_loader.ipynb #11b34697
 def own_words(

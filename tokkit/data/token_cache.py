@@ -6,6 +6,7 @@
 __all__ = ['TokenCache']
 
 # %% ../../nbs/data/06_token_cache.ipynb #26407f82
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..core import (atomic_dir, atomic_path, bar, clear_unfinished, damage, delete, file_sha256, is_ours,
                          locked, make_rng, mark, MARKER, read_json, stable_hash, write_json)
 from .images import Indexed
+from .loader import loader, own_words
 
 # %% ../../nbs/data/06_token_cache.ipynb #e2e31429
 def _stored_dtype(a:np.ndarray, dtype:str|None, codebook_size:int|None) -> np.dtype:
@@ -62,30 +64,32 @@ def _write_npy(path:Path, arrays:Iterator[np.ndarray], n:int):
 _DTYPES = (None, 'uint16', 'int32', 'float16', 'float32')
 _PART = 8     # batches
 
-def _part(ds:Indexed, encode:Callable, starts:range, narrow:Callable) -> np.ndarray:
-    "The rows of the images from the first of `starts` on, a batch at each of them"
-    rows = []
-    for start in starts:
-        x = ds[start:start+starts.step][0]
-        with torch.no_grad(): encoded = encode(x).detach().cpu()
-        rows.append(narrow((encoded.float() if encoded.is_floating_point() else encoded).numpy()))
-    return np.concatenate(rows)
+def _rows(ds:Indexed, encode:Callable, batch_size:int, first:int) -> Iterator[np.ndarray]:
+    "What becomes of the images from `first` on, batch by batch"
+    images = loader(ds, batch_size, shuffle=False, drop_last=False, start=first)
+    shown = bar(images, f'encoding {ds.name}', initial=first//batch_size, total=-(-len(ds)//batch_size))
+    try:
+        for x,_ in shown:
+            with torch.no_grad(): encoded = encode(x).detach().cpu()
+            yield (encoded.float() if encoded.is_floating_point() else encoded).numpy()
+    except Exception as e: raise own_words(e) from None
 
 def _parts(
     ds:Indexed, encode:Callable, batch_size:int, narrow:Callable, kept:Path|None) -> Iterator[np.ndarray]:
     "The rows of all images part by part; those that lie in the folder `kept` are not encoded again"
-    size = _PART*batch_size
-    for first in bar(range(0, len(ds), size), f'encoding {ds.name}'):
-        file = kept and kept/f'{first}.npy'
-        if file and file.is_file():
-            yield np.load(file)
-            continue
-        starts = range(first, min(first+size, len(ds)), batch_size)
-        rows = _part(ds, encode, starts, narrow)
-        if file and first+size < len(ds):           # the last one is written at once
+    first = 0
+    while kept and (kept/f'{first}.npy').is_file():
+        yield np.load(kept/f'{first}.npy')
+        first += _PART*batch_size
+    if first >= len(ds): return
+    rows = map(narrow, _rows(ds, encode, batch_size, first))
+    while part := [*itertools.islice(rows, _PART)]:
+        part = np.concatenate(part)
+        if kept and len(part) == _PART*batch_size:
             mark(kept)
-            with atomic_path(file) as temporary, open(temporary, 'wb') as f: np.save(f, rows)
-        yield rows
+            with atomic_path(kept/f'{first}.npy') as temporary, open(temporary, 'wb') as f: np.save(f, part)
+        yield part
+        first += len(part)
 
 # %% ../../nbs/data/06_token_cache.ipynb #2afa8148
 def _write_cache(
