@@ -119,19 +119,24 @@ def _existing(root:str|None) -> Path:
                             "run, tokkit demo")
 
 def results(
-    root:str|None = None,   # folder of all runs; $TOKKIT_RUNS or runs when left out
-    csv:str|None = None,    # also write every column to this file
-    format:Format = 'table', # of what is printed
+    root:str|None = None,       # folder of all runs; $TOKKIT_RUNS or runs when left out
+    csv:str|None = None,        # also write every column to this file
+    experiment:str|None = None, # of this one alone, such as e10_dose_of_error
+    format:Format = 'table',    # of what is printed
 ):
     "One table of all finished runs"
     from tokkit.core import atomic_path, file_to_write
-    from tokkit.runs import collect, runs_root
+    from tokkit.runs import collect
     if csv: file_to_write(csv)
-    table = collect(_existing(root))
+    folder = _existing(root)
+    if experiment and not (folder/experiment).is_dir():
+        there = ', '.join(sorted({p.parts[-3] for p in folder.glob('[!.]*/*/metrics.json')})) or 'none'
+        raise FileNotFoundError(f"no runs of {experiment!r} in {folder}; there are runs of {there}")
+    table = collect(folder, experiment)
     for line in table.attrs['skipped']: say(f'left out: {line}')
     if table.empty:
         if format == 'json': print('[]')
-        return say(f"no finished runs below {runs_root(root)}")
+        return say(f"no finished runs below {folder}")
     print(table_text(table, format))
     if csv:
         with atomic_path(csv) as p: table.to_csv(p, index=False)

@@ -78,12 +78,14 @@ def _in_order(table:pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/runs/05_collect.ipynb #81aaf76c
 def collect(
-    root:str|Path|None = None, # see `runs_root`
+    root:str|Path|None = None,  # see `runs_root`
+    experiment:str|None = None, # of this one; None: of all
 ) -> pd.DataFrame: # tidy: a value a row; `.attrs['skipped']` names what was left out and why
     "All finished runs below `root` in one table"
     rows = []
     skipped = []
-    for folder in sorted(p for p in runs_root(root).glob('*/*') if p.is_dir()):
+    folders = runs_root(root)/experiment if experiment else runs_root(root)
+    for folder in sorted(p for p in folders.glob('*' if experiment else '*/*') if p.is_dir()):
         name = f'{folder.parent.name}/{folder.name}'
         if folder.name.endswith('.failed'): skipped.append(f'{name[:-7]}: failed')
         elif folder.name.startswith('.') and (folder/'.log').exists(): skipped.append(f'{name}: not finished')
