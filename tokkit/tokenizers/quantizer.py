@@ -198,6 +198,7 @@ class VectorQuantizer(Quantizer):
         update:str = 'gradient',    # rows follow the codebook loss, or running means: 'ema'
         decay:float = .99,          # of the running means
         kmeans:bool = False,        # start from the centres of the first training batch
+        codebook_weight:float = 1., # weight of the codebook loss
     ):
         super().__init__(codebook_size, dim)
         check_range('decay', decay)
@@ -205,6 +206,7 @@ class VectorQuantizer(Quantizer):
             raise ValueError(f"update must be 'gradient' or 'ema', got {update!r}")
         self.l2_norm = l2_norm
         self.commitment = commitment
+        self.codebook_weight = codebook_weight
         self.decay = decay
         self.kmeans = kmeans
         self.ema = update == 'ema'
@@ -231,7 +233,7 @@ def snap(self:VectorQuantizer, z:Float[Tensor, "*b d"]) -> Quantized:
     ids = nearest_codes(zh.detach(), self.codebook.detach())[...,0]
     zq = self.codes(ids)
     if self.training and self.ema: self._follow(zh, ids)
-    codebook_loss = z.new_zeros(()) if self.ema else F.mse_loss(zq, zh.detach())
+    codebook_loss = z.new_zeros(()) if self.ema else self.codebook_weight*F.mse_loss(zq, zh.detach())
     return Quantized(straight_through(zh, zq), ids, codebook_loss,
                      self.commitment*F.mse_loss(zh, zq.detach()))
 
