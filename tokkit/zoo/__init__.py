@@ -4,6 +4,6 @@ from .published import *
 from .robustok import *
 from .llamagen import *
 from .taef2 import *
+from .hub import *
 from .vqgan import *
 from .maskgit_vqgan import *
-from .hub import *
