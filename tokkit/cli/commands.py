@@ -106,13 +106,13 @@ def demo(
 def zoo(
     format:Format = 'table', # of what is printed
 ):
-    "List the published tokenizers: what they are, their licences, and which file to fetch from where"
+    "List the published models: what they are, their licences, and which file to fetch from where"
     from tokkit.zoo import published_models
     table = published_models()
     table['published'] = table.home+'/'+table.file
-    columns = ['name','codes','latents','image_range','parameters','code','weights','published']
+    columns = ['name','kind','codes','latents','image_range','parameters','code','weights','published']
     print(table_text(table[columns], format))
-    say('load one: --tokenizer zoo:NAME=FILE, or tokkit.zoo.load(NAME, FILE)')
+    say('load one: --tokenizer or --generator zoo:NAME=FILE, or tokkit.zoo.load(NAME, FILE)')
 
 # %% ../../nbs/cli/08_commands.ipynb #d12206b4
 def explorers_folder(

@@ -20,9 +20,9 @@ def _given(**options) -> dict[str,Any]:
     "The options that are not left out"
     return {name:value for name,value in options.items() if value is not None}
 
-def _published(name:str):
-    "A published tokenizer: zoo:NAME=FILE, files with commas, @SIDE behind them for images of another size"
-    from tokkit.zoo import load
+def _published(name:str, kind:str):
+    "A published model: zoo:NAME=FILE, files with commas, @SIDE behind them for images of another size"
+    from tokkit.zoo import load, PUBLISHED
     entry,_,file = name.removeprefix('zoo:').partition('=')
     before,_,side = file.rpartition('@')
     if side.isdigit(): file = before        # a folder may have an @ in its name
@@ -30,10 +30,13 @@ def _published(name:str):
     if not file:
         raise ValueError(f"expected zoo:NAME=FILE, such as zoo:llamagen-vq16=vq_ds16_c2i.pt, got {name}; "
                          "tokkit zoo lists the names, and where the files are published")
+    known = PUBLISHED.get(entry)
+    found = 'generator' if known and known.tokenizer else 'tokenizer'
+    if known and found != kind: raise ValueError(f"{entry} is a {found}, and here a {kind} is asked for")
     files = file.split(',')
-    tok = load(entry, files if len(files) > 1 else file)
-    say(f'tokkit: {tok.loaded}')
-    return tok.sized(int(side), int(side)) if side else tok
+    model = load(entry, files if len(files) > 1 else file)
+    say(f'tokkit: {model.loaded}')
+    return model.sized(int(side), int(side)) if side else model
 
 def demo_models(
     root:Path, # folder of all runs
@@ -85,7 +88,7 @@ def _made_by_function(name:str, load:Callable, kind:type):
 def _saved_tokenizer(folder:str):
     "A tokenizer from its folder, or from a function of the user's; or which folders below hold one"
     from tokkit.tokenizers import ImageTokenizer, load_tokenizer
-    if folder.startswith('zoo:'): return _published(folder)
+    if folder.startswith('zoo:'): return _published(folder, 'tokenizer')
     folder = named_model('tokenizer', folder)
     if _is_function(folder): return _made_by_function(folder, load_tokenizer, ImageTokenizer)
     try: return load_tokenizer(folder)
@@ -96,8 +99,9 @@ def _saved_tokenizer(folder:str):
                                 "one of them") from None
 
 def _saved_generator(name:str):
-    "A generator from its folder, or from a function of the user's"
+    "A generator from its folder, from the zoo, or from a function of the user's"
     from tokkit.generators import LatentGenerator, load_generator
+    if name.startswith('zoo:'): return _published(name, 'generator')
     if _is_function(name): return _made_by_function(name, load_generator, LatentGenerator)
     return load_generator(named_model('generator', name))
 

@@ -8,3 +8,4 @@ from .masked import *
 from .flow import *
 from .registry import *
 from .inference import *
+from .gpt import *

@@ -71,7 +71,7 @@ class ARGenerator(LatentGenerator):
     kind = 'ar'
     Cfg = ARCfg
     in_order = True
-    def __init__(self, cfg:ARCfg): # sizes and switches
+    def __init__(self, cfg:GeneratorCfg): # an `ARCfg`, or what a subclass has in its place
         super().__init__()
         self.cfg = cfg
         self.classes = cfg.classes

@@ -2,3 +2,4 @@
 from .attention import *
 from .transformer import *
 from .convolution import *
+from .llama import *

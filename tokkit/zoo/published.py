@@ -17,15 +17,16 @@ import torch
 from torch import nn, Tensor
 
 from ..core import choose, Registry, require_extra, state_dict_mismatch
+from ..generators import LatentGenerator
 from ..tokenizers import ImageTokenizer
 from .checkpoints import read_checkpoint, WHOLE
 
 # %% ../../nbs/zoo/01_published.ipynb #a463a0b5
 @dataclass(frozen=True, eq=False)
 class Published:
-    "A published tokenizer"
-    build:Callable[[], ImageTokenizer]      # the network, its weights random
-    rename:Callable[[ImageTokenizer, dict[str,Tensor]], dict[str,Tensor]] # (network, theirs) -> ours
+    "A published tokenizer, or a generator of its latents"
+    build:Callable[[], nn.Module]           # the network, its weights random
+    rename:Callable[[nn.Module, dict[str,Tensor]], dict[str,Tensor]] # (network, theirs) -> ours
     title:str                               # what it is called
     source:str                              # the paper
     home:str                                # where it is published: a repository, or user/name of the hub
@@ -37,6 +38,7 @@ class Published:
     image_range:str = '[-1,1]'              # of the images it was trained on
     hub:str = ''                            # its repository on the Hugging Face hub; '': it is not there
     parts:dict[str,str] = field(default_factory=dict) # of several files: word of a file's name -> prefix
+    tokenizer:str = ''                      # of a generator: the entry whose latents it makes
 
     # an entry is the same when its page, which runs as a module of its own, defines it again
     def __eq__(self, other): return (self.title, self.file) == (other.title, other.file)
@@ -107,9 +109,9 @@ def renamed(
 # %% ../../nbs/zoo/01_published.ipynb #b0cfcfd9
 def _fits(entry:Published, state:dict[str,Tensor]) -> list[str]:
     "What keeps tensors from being an entry's; empty where they fit"
-    with torch.device('meta'): tok = entry.build()
+    with torch.device('meta'): model = entry.build()
     kept,_ = _sorted_out(entry, state)
-    try: return state_dict_mismatch(tok, entry.rename(tok, kept))
+    try: return state_dict_mismatch(model, entry.rename(model, kept))
     except (KeyError, ValueError, RuntimeError) as e: return [str(e).partition(';')[0]]
 
 def _others(name:str, state:dict[str,Tensor]) -> str:
@@ -154,8 +156,8 @@ def load(
     # a file, several files, 'hub' to fetch it, or tensors by the authors' names; None: random weights
     weights:str|Path|Sequence|dict|None = None,
     which:str|None = None,    # the set of weights in the file; None: the one the authors evaluate
-) -> ImageTokenizer: # in eval mode
-    "A published tokenizer with its weights; what was taken from the file is its `loaded`"
+) -> ImageTokenizer|LatentGenerator: # in eval mode
+    "A published model with its weights; what was taken from the file is its `loaded`"
     entry = choose(PUBLISHED, name)
     if weights is None: return entry.build().eval()
     try: where,found,state = _given(name, entry, weights, which)
@@ -165,22 +167,30 @@ def load(
     if not kept: raise ValueError(f"{where} holds no weights of a network; fetch it again")
     if wrong := _fits(entry, state):
         raise ValueError(f"{where}: not the weights of {name}: {', '.join(wrong)}{_others(name, state)}")
-    tok = entry.build()
-    tok.load_state_dict(entry.rename(tok, kept))
+    model = entry.build()
+    model.load_state_dict(entry.rename(model, kept))
     n = sum(t.numel() for t in kept.values())
-    tok.loaded = Loaded(name, where, found, len(kept), n, left)
-    return tok.eval()
+    model.loaded = Loaded(name, where, found, len(kept), n, left)
+    return model.eval()
 
 # %% ../../nbs/zoo/01_published.ipynb #c60f8a56
+def _about(model:nn.Module, entry:Published) -> dict[str,Any]:
+    "What a model makes, of what"
+    def sides(shape): return ' x '.join(map(str, shape))
+    if entry.tokenizer:
+        return dict(kind='generator', codes=model.codebook_size or 'continuous', latents=sides(model.shape),
+                    images=f'of {entry.tokenizer}', image_range='-')
+    spec = model.spec
+    return dict(kind='tokenizer', codes=spec.codebook_size or 'continuous', latents=sides(spec.shape),
+                images=sides(model.image_shape), image_range=entry.image_range)
+
 def _row(name:str, entry:Published) -> dict[str,Any]:
     "An entry as a row of the table"
-    with torch.device('meta'): tok = entry.build()
-    s = tok.spec
-    parameters = sum(p.numel() for p in tok.parameters())
-    return dict(name=name, title=entry.title, source=entry.source, codes=s.codebook_size or 'continuous',
-                latents=' x '.join(map(str, s.shape)), images=' x '.join(map(str, tok.image_shape)),
-                image_range=entry.image_range, parameters=f'{parameters/1e6:.1f} M', code=entry.code_licence,
-                weights=entry.weights_licence, home=entry.home, file=entry.file)
+    with torch.device('meta'): model = entry.build()
+    parameters = sum(p.numel() for p in model.parameters())
+    return dict(name=name, title=entry.title, source=entry.source, **_about(model, entry),
+                parameters=f'{parameters/1e6:.1f} M', code=entry.code_licence, weights=entry.weights_licence,
+                home=entry.home, file=entry.file)
 
 def published_models() -> pd.DataFrame:
     "All published models that can be loaded, a row each"
