@@ -7,3 +7,4 @@ from .taef2 import *
 from .hub import *
 from .vqgan import *
 from .maskgit_vqgan import *
+from .rar import *
