@@ -9,3 +9,4 @@ from .flow import *
 from .registry import *
 from .inference import *
 from .gpt import *
+from .sit import *

@@ -10,3 +10,4 @@ from .convolutional import *
 from .protocol import *
 from .tokenizer import *
 from .latents import *
+from .maetok import *

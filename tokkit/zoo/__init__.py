@@ -8,3 +8,4 @@ from .hub import *
 from .vqgan import *
 from .maskgit_vqgan import *
 from .rar import *
+from .maetok_sit import *

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 
-from ..core import choose, Registry, require_extra, state_dict_mismatch
+from ..core import choose, read_json, Registry, require_extra, state_dict_mismatch
 from ..generators import LatentGenerator
 from ..tokenizers import ImageTokenizer
 from .checkpoints import read_checkpoint, WHOLE
@@ -39,6 +39,8 @@ class Published:
     hub:str = ''                            # its repository on the Hugging Face hub; '': it is not there
     parts:dict[str,str] = field(default_factory=dict) # of several files: word of a file's name -> prefix
     tokenizer:str = ''                      # of a generator: the entry whose latents it makes
+    # (model, what config.json beside the file holds) -> None: what the weights do not say
+    configure:Callable[[nn.Module, dict], None]|None = None
 
     # an entry is the same when its page, which runs as a module of its own, defines it again
     def __eq__(self, other): return (self.title, self.file) == (other.title, other.file)
@@ -171,6 +173,8 @@ def load(
     model.load_state_dict(entry.rename(model, kept))
     n = sum(t.numel() for t in kept.values())
     model.loaded = Loaded(name, where, found, len(kept), n, left)
+    config = Path(where).with_name('config.json')
+    if entry.configure and config.is_file(): entry.configure(model, read_json(config, dict))
     return model.eval()
 
 # %% ../../nbs/zoo/01_published.ipynb #c60f8a56
