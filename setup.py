@@ -41,7 +41,9 @@ setup(
                     'pretrained': cfg['pretrained_requirements'].split(),
                     'track': cfg['track_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
-                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+                  # a saved tokenizer of this kind may be read before the zoo is imported
+                  'tokkit.backbones': ['titok=tokkit.zoo.titok:TiTokBackbone']},
     cmdclass={'build_py': BuildWithNotebooks},
     zip_safe=False,
 )

@@ -22,6 +22,10 @@ def _is_again(thing:Any, known:Any) -> bool:
     # a page runs as `__main__`
     return None not in names and len(set(names)) == 1 and ('__main__' in modules or len(set(modules)) == 1)
 
+def _is_entry(thing:Any, entry) -> bool:
+    "The thing stands where the entry point says: its module has been imported, and registered it"
+    return entry.value == f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', '')}"
+
 def _load(entry) -> Callable|None:
     "The thing of an entry point; None, with a warning, where its package is broken"
     try: return entry.load()
@@ -71,10 +75,12 @@ def _look(self:Registry):
     if self._looked: return
     self._looked = True
     for entry in entry_points(group=self.group):
-        if entry.name in self._things:
+        known = self._things.get(entry.name)
+        if known is None:
+            if (thing := _load(entry)) is not None: self._things[entry.name] = thing
+        elif not _is_entry(known, entry):
             warnings.warn(f"{entry.value} offers a {self.kind} {entry.name!r}; there is one already, "
                           "which is kept", stacklevel=4)
-        elif (thing := _load(entry)) is not None: self._things[entry.name] = thing
 
 # %% ../../nbs/core/09_registry.ipynb #547f6a15
 def choose(

@@ -9,3 +9,4 @@ from .vqgan import *
 from .maskgit_vqgan import *
 from .rar import *
 from .maetok_sit import *
+from .titok import *
