@@ -83,6 +83,8 @@ class Stage(nn.Module):
 
 def _middle(w): return nn.Sequential(ResBlock(w, w), MapAttention(w), ResBlock(w, w))
 
+def _square(i:int, o:int, side:int) -> nn.Conv2d: return nn.Conv2d(i, o, side, padding=side//2)
+
 # %% ../../nbs/tokenizers/07_convolutional.ipynb #6c5fe0a5
 class TamingEncoder(nn.Module):
     "Image to latents, as VQGAN has it"
@@ -90,6 +92,7 @@ class TamingEncoder(nn.Module):
         cfg:TokenizerCfg,                   # sizes
         dim:int,                            # channels of a latent
         attention:Sequence[int]|None = None, # levels that attend, finest first from 0; None: the coarsest
+        kernel:int = 1,                     # side of the convolution from the map to latents
     ):
         super().__init__()
         widths = [m*cfg.width for m in cfg.multipliers]
@@ -101,7 +104,8 @@ class TamingEncoder(nn.Module):
         self.mid = _middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
-        self.out = nn.Linear(cfg.z_channels, dim)
+        # of one place a linear layer, of several a convolution
+        self.out = nn.Linear(cfg.z_channels, dim) if kernel == 1 else _square(cfg.z_channels, dim, kernel)
 
     def features(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         "The map before its channels become those of a latent"
@@ -110,7 +114,9 @@ class TamingEncoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        return self.out(self.features(x).flatten(2).mT)
+        features = self.features(x)
+        if isinstance(self.out, nn.Linear): return self.out(features.flatten(2).mT)
+        return self.out(features).flatten(2).mT
 
 # %% ../../nbs/tokenizers/07_convolutional.ipynb #7d540f09
 class TamingDecoder(nn.Module):
@@ -119,13 +125,14 @@ class TamingDecoder(nn.Module):
         cfg:TokenizerCfg,                   # sizes
         dim:int,                            # channels of a latent
         attention:Sequence[int]|None = None, # levels that attend, finest first from 0; None: the coarsest
+        kernel:int = 1,                     # side of the convolution from latents to the map
     ):
         super().__init__()
         widths = [m*cfg.width for m in reversed(cfg.multipliers)]
         last = len(cfg.multipliers)-1
         attend = (0,) if attention is None else [last-level for level in attention]
         self.grid = cfg.grid
-        self.embed = nn.Linear(dim, cfg.z_channels)
+        self.embed = nn.Linear(dim, cfg.z_channels) if kernel == 1 else _square(dim, cfg.z_channels, kernel)
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0])
         self.stages = nn.ModuleList([Stage(i, o, cfg.depth+1, l in attend, Up(o, o) if l < last else None)
@@ -133,8 +140,13 @@ class TamingDecoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.channels, 3, padding=1)
 
+    def embedded(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b e h w"]:
+        "A map of `z_channels`"
+        def on_grid(t): return rearrange(t, 'b (h w) d -> b d h w', h=self.grid[0])
+        return on_grid(self.embed(zq)) if isinstance(self.embed, nn.Linear) else self.embed(on_grid(zq))
+
     def forward(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
-        return self.from_features(rearrange(self.embed(zq), 'b (h w) d -> b d h w', h=self.grid[0]))
+        return self.from_features(self.embedded(zq))
 
     @property
     def last_layer(self) -> nn.Parameter: return self.conv_out.weight
@@ -160,7 +172,7 @@ class TamingBackbone(Backbone):
     encoder = TamingEncoder
     decoder = TamingDecoder
     any_size = True
-    options = dict(attention=None)
+    options = dict(attention=None, kernel=1)
 
     @staticmethod
     def check(cfg):

@@ -148,6 +148,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         dim:int,                # channels of a code
         scales:tuple[int,...] = (1,2,4,7), # side of each grid; the last is that of the latents
         commitment:float = .25, # weight of the commitment loss
+        l2_norm:bool = True,    # what is left over is compared with codes by direction
         **how:Any,              # fields of `MultiScale`
     ):
         super().__init__(codebook_size, dim, rows=len(scales))
@@ -161,7 +162,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         self.commitment = commitment
         self.how = how
         self.lattice = (2,)*dim if how.signs else None
-        self.stack = codebooks(0 if how.signs else 1, codebook_size, dim=dim)
+        self.stack = codebooks(0 if how.signs else 1, codebook_size, dim=dim, l2_norm=l2_norm)
         count = how.phi or len(scales)
         self.phi = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
         self.which = nearest_ticks(len(scales), count)

@@ -10,3 +10,4 @@ from .maskgit_vqgan import *
 from .rar import *
 from .maetok_sit import *
 from .titok import *
+from .var import *
