@@ -42,8 +42,10 @@ setup(
                     'track': cfg['track_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
-                  # a saved tokenizer of this kind may be read before the zoo is imported
-                  'tokkit.backbones': ['titok=tokkit.zoo.titok:TiTokBackbone']},
+                  # saved tokenizers of these kinds may be read before the zoo is imported
+                  'tokkit.backbones': ['titok=tokkit.zoo.titok:TiTokBackbone'],
+                  'tokkit.quantizers': ['projected=tokkit.zoo.vqgan:ProjectedVectorQuantizer',
+                                        'ibq=tokkit.zoo.vqgan:IndexBackpropagation']},
     cmdclass={'build_py': BuildWithNotebooks},
     zip_safe=False,
 )

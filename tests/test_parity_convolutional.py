@@ -7,16 +7,20 @@ import torch
 import torch.nn.functional as F
 from test_parity_tokenizer import close, recorded, tokens
 
-from tokkit.zoo import (PUBLISHED, by_rules, maskgit_rules, maskgit_state, maskgit_tokenizer, var_rules,
-                        var_state, var_tokenizer, vqgan_rules, vqgan_state, vqgan_tokenizer)
+from tokkit.zoo import (PUBLISHED, by_rules, ibq_state, ibq_tokenizer, maskgit_rules, maskgit_state,
+                        maskgit_tokenizer, var_rules, var_state, var_tokenizer, vqgan_lc_state,
+                        vqgan_lc_tokenizer, vqgan_rules, vqgan_state, vqgan_tokenizer)
 
 
 def sizes(config):
     "Fields of `TokenizerCfg` from a configuration of taming-transformers"
     network = config['ddconfig']
+    attended = network['attn_resolutions']
+    levels = [l for l in range(len(network['ch_mult'])) if network['resolution']//2**l in attended]
     return dict(multipliers=tuple(network['ch_mult']), size=network['resolution'], width=network['ch'],
                 depth=network['num_res_blocks'], z_channels=network['z_channels'],
-                codebook_size=config['n_embed'], code_dim=config['embed_dim'])
+                codebook_size=config['n_embed'], code_dim=config['embed_dim'],
+                backbone_options=dict(attention=tuple(levels)))
 
 def activations(model, rules):
     "What every module gives while the block runs, by the authors' name"
@@ -207,7 +211,91 @@ def test_var_quantizer_in_training(var):
     vq.eval()
 
 
-FULL = [('var-vae', 'shapes_cnn_vq', 'var_vae_ch160v4096z32'),
+@pytest.fixture(scope='module')
+def lc(fixtures):
+    config, sd, *rest = recorded(fixtures, 'zoo/vqgan_lc', 'sd', 'in', 'out', 'train')
+    fields = sizes(config|dict(n_embed=config['n_vision_words']))
+    tok = vqgan_lc_tokenizer(**fields, source=config['codebook_dim'])
+    tok.load_state_dict(vqgan_lc_state(tok, {k: v.float() for k, v in sd.items()}))
+    return tok.eval(), *rest
+
+def test_vqgan_lc(lc):
+    tok, given, out, train = lc
+    with torch.no_grad():
+        x = given['images']
+        close(tok.encoder.features(x), out['encoder'])
+        close(tok.encode(x), tokens(out['prequant']))
+        close(tok.codebook, out['projected_codebook'])
+        assert torch.equal(tok.tokenize(x), out['indices'])
+        q = tok.quantize(tok.encode(x))
+        close(q.zq, tokens(out['quant']))
+        close(q.loss, out['loss'])
+        close(tok.decoder.embed(q.zq), tokens(out['post_quant']))
+        close(tok.reconstruct(x), out['image'])
+        close(tok.detokenize(given['indices']), out['detokenized'])
+    vq = tok.quantizer.train()
+    z = tokens(out['prequant']).requires_grad_()
+    q = vq(z)
+    close(q.loss, train['loss'])
+    wanted = [z, vq.projection.weight, vq.projection.bias]
+    slope, weight, bias = torch.autograd.grad(q.loss, wanted, retain_graph=True)
+    close(slope, tokens(train['grad_prequant']), 1e-4)
+    close(weight, train['grad_projection_weight'], 1e-4)
+    close(bias, train['grad_projection_bias'], 1e-4)
+    straight, = torch.autograd.grad((q.zq*tokens(given['w'])).sum(), z)
+    close(straight, tokens(train['grad_prequant_st']), 1e-4)
+    vq.eval()
+
+
+@pytest.fixture(scope='module')
+def ibq(fixtures):
+    config, sd, *rest = recorded(fixtures, 'zoo/ibq', 'sd', 'in', 'out', 'raw', 'train')
+    theirs = {k: v.float() for k, v in sd.items() if not re.search(r'model_ema\.(decay|num_updates)$', k)}
+    made = []
+    for state in (theirs, {k: v for k, v in theirs.items() if not k.startswith('model_ema.')}):
+        tok = ibq_tokenizer(**sizes(config))
+        tok.load_state_dict(ibq_state(tok, state))
+        made.append(tok.eval())
+    return *made, *rest
+
+@torch.no_grad()
+def test_ibq_images_and_ids(ibq):
+    "By the averaged weights, which its authors evaluate with, and by the others"
+    tok, plain, given, out, raw, _ = ibq
+    x = given['images']
+    close(tok.encoder.features(x), out['encoder'])
+    close(tok.encode(x), tokens(out['prequant']))
+    assert torch.equal(tok.tokenize(x), out['indices'])
+    close(tok.quantize(tok.encode(x)).zq, tokens(out['quant']))
+    close(tok.reconstruct(x), out['image'])
+    close(tok.codes(out['indices']), tokens(out['codes']))
+    close(tok.detokenize(out['indices']), out['image_from_indices'])
+    close(tok.detokenize(given['indices']), out['detokenized'])
+    close(plain.encode(x), tokens(raw['prequant']))
+    assert torch.equal(plain.tokenize(x), raw['indices'])
+    close(plain.reconstruct(x), raw['image'])
+
+def test_ibq_quantizer_in_training(ibq):
+    _, tok, given, _, raw, train = ibq
+    vq = tok.quantizer.train()
+    z = tokens(raw['prequant']).requires_grad_()
+    q = vq(z)
+    each, over_all, entropy = vq.entropies(z@vq.embedding.weight.T)
+    close(q.loss, train['quant_loss'])
+    close(each, train['sample_entropy'])
+    close(over_all, train['avg_entropy'])
+    close(entropy, train['entropy_loss'])
+    decoded = (q.zq*tokens(given['w'])).sum()
+    for total, ending in ((q.loss, ''), (decoded, '_st'), (entropy, '_entropy')):
+        slope, rows = torch.autograd.grad(total, [z, vq.embedding.weight], retain_graph=True)
+        close(slope, tokens(train[f'grad_prequant{ending}']), 1e-4)
+        close(rows, train[f'grad_embedding{ending}'], 1e-4)
+    vq.eval()
+
+
+FULL = [('vqgan-lc-f16', 'shapes_cnn_vq', 'vqgan_lc_f16_dim8'),
+        ('ibq-16384', 'shapes_cnn_vq', 'ibq_16384'),
+        ('var-vae', 'shapes_cnn_vq', 'var_vae_ch160v4096z32'),
         ('vqgan-f16-1024', 'shapes_cnn_vq', 'taming_vqgan_f16_1024'),
         ('vqgan-f16-16384', 'shapes_cnn_vq', 'taming_vqgan_f16_16384'),
         ('ldm-vq-f8', 'shapes_cnn_vq', 'latent_diffusion_vq_f8'),

@@ -65,6 +65,7 @@ def open_checkpoint(
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, ValueError,
             LookupError, AssertionError) as e:
         raise ValueError(f"{path} is damaged ({str(e)[:80]}); fetch it again") from None
+    if isinstance(whole, Tensor): return dict(weight=whole)         # a codebook by itself
     if not isinstance(whole, dict): raise ValueError(f"{path} holds no dictionary of tensors")
     return whole
 
