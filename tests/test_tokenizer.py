@@ -97,7 +97,7 @@ def test_files_of_earlier_versions_load(tmp_path):
 
 @pytest.mark.parametrize('fields,said', [
     (dict(size=30), 'patch must divide size, got patch 4 and size 30'),
-    (dict(kind='mamba'), 'kind must be one of vit, robustok, cnn, taming, maskgit, maetok, titok, got'),
+    (dict(kind='mamba'), 'kind must be one of vit, robustok, cnn, taming, maskgit, maetok'),
     (dict(quantizer='magic'), 'quantizer must be one of vq, pq'),
     (dict(heads=5), 'heads must divide width, got 5 heads and width 64'),
     (dict(kind='robustok', heads=5), 'heads must divide width, got 5 heads and width 64'),
