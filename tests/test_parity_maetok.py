@@ -33,6 +33,18 @@ def maetok(fixtures, tmp_path_factory):
     del PUBLISHED._things['maetok-small']
     return tok, config, given, out
 
+def test_a_configuration_that_lies_about_is_not_taken(fixtures, tmp_path, monkeypatch):
+    "Tensors have no folder: a config.json of the working directory is somebody else's"
+    config, sd = recorded(fixtures, NAME, 'sd')
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    build = partial(maetok_tokenizer, **sizes(config))
+    PUBLISHED.register('maetok-tensors', replace(PUBLISHED['maetok-b-128'], build=build, title='tensors'))
+    with pytest.warns(UserWarning, match='no config.json beside the weights'):
+        tok = load('maetok-tensors', sd)
+    del PUBLISHED._things['maetok-tensors']
+    assert (tok.spec.mean, tok.spec.std) == (0., 1.)
+
 def test_what_was_taken(maetok):
     tok, config, *_ = maetok
     assert sum(tok.loaded.ignored.values()) == 8

@@ -101,7 +101,8 @@ def _write_cache(
     images = getattr(ds, 'hash', '')
     kind = getattr(ds, 'kind', 'one')
     asked = stable_hash([key, images, kind, dtype, codebook_size, batch_size])
-    kept = folder.with_name(f'.work-{folder.name}-{asked}') if key else None
+    # whose images and whose encoder must be known, or parts of others could be taken
+    kept = folder.with_name(f'.work-{folder.name}-{asked}') if key and images else None
     def narrow(rows): return _narrow(rows, dtype, codebook_size)
     with atomic_dir(folder) as tmp:
         _write_npy(tmp/'tokens.npy', _parts(ds, encode, batch_size, narrow, kept), len(ds))

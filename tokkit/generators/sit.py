@@ -9,15 +9,14 @@ __all__ = ['LAST_TIME', 'sit_time_embedding', 'SiTCfg', 'SiTGenerator', 'sit_tim
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import check_count
 from .base import check_sampling, check_steps
-from .flow import convert, FlowCfg, FlowGenerator, path_at
+from .flow import _plan, convert, FlowCfg, FlowGenerator, path_at
 from .registry import GENERATORS
 from .sampling import guided, Guidance, row_noise, row_seeds, Sampling
 from ..layers import modulate, ModulatedBlock
@@ -124,22 +123,6 @@ def follow_sit(
     return x
 
 # %% ../../nbs/generators/10_sit.ipynb #c14c4c75
-class _Walk(NamedTuple):
-    "How far, by which method, from where"
-    steps:int
-    method:str
-    start:float     # their time
-
-def _walk(generator, sampling:Sampling, keep) -> _Walk:
-    "What was asked for, or this generator's own"
-    method = sampling.method or 'sde'
-    if method not in ('euler', 'heun', 'sde'):
-        raise ValueError(f"method must be one of euler, heun, sde, got {method!r}")
-    steps = sampling.steps or generator.default_steps
-    check_count('steps', steps)
-    start = 1. if keep is None else 1-float(keep[1])
-    return _Walk(max(1, math.ceil(round(steps*start, 6))), method, start)
-
 def _velocity_of(generator, labels) -> Callable:
     "The guided velocity; the network computes in its own precision"
     def velocity(x, time, scale):
@@ -174,21 +157,23 @@ def sample_sit(
     sampling = check_sampling(generator, labels, sampling, keep, **how)
     c = generator.cfg
     if keep is not None and float(keep[1]) == 1: return keep[0].to(labels.device, torch.float32, copy=True)
-    walk = _walk(generator, sampling, keep)
-    times = sit_times(walk.steps, walk.start, walk.method)
+    steps,method,_ = _plan(generator, sampling)
+    start = 1. if keep is None else 1-float(keep[1])                # their time
+    steps = max(1, math.ceil(round(steps*start, 6)))                # that remain
+    times = sit_times(steps, start, method)
     seeds = row_seeds(rng, len(labels))
     def drawn(shape, stream):
         numbers = row_noise(seeds, shape, stream, normal=True, device=labels.device)
         return sampling.temperature*numbers.double()
     x = drawn(generator.shape, 'noise')
-    if walk.start < 1:
-        point = path_at(torch.tensor(1-walk.start, dtype=torch.float64), c.path)
+    if start < 1:
+        point = path_at(torch.tensor(1-start, dtype=torch.float64), c.path)
         x = point.signal*(keep[0].to(x)-c.mean)/c.std+point.noise*x
     noise = None
-    if walk.method == 'sde': noise = drawn((walk.steps-1, *generator.shape), 'fresh noise').transpose(0, 1)
+    if method == 'sde': noise = drawn((steps-1, *generator.shape), 'fresh noise').transpose(0, 1)
     fine = []
     scales = Guidance.of(sampling.guidance).at(1-times[:-1])
-    x = follow_sit(_velocity_of(generator, labels), x, times, scales, walk.method, noise, c.path,
+    x = follow_sit(_velocity_of(generator, labels), x, times, scales, method, noise, c.path,
                    _told(generator, times, fine, callback))
     check_steps(fine)
     return (x*c.std+c.mean).float()

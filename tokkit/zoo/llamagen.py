@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..generators import GPTCfg, GPTGenerator
 from ..tokenizers import Tokenizer, TokenizerCfg
-from .published import by_rules, Published, PUBLISHED, renamed
+from .published import Published, PUBLISHED, renamed
 from .robustok import from_robustok
 
 # %% ../../nbs/zoo/03_llamagen.ipynb #1df3ee7d

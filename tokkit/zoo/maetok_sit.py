@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..generators import SiTCfg, SiTGenerator
 from ..tokenizers import Tokenizer, TokenizerCfg
-from .published import by_rules, Published, PUBLISHED, renamed
+from .published import Published, PUBLISHED, renamed
 
 # %% ../../nbs/zoo/09_maetok_sit.ipynb #717374f8
 def maetok_tokenizer(

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'COUNTERS', 'Published', 'Loaded', 'by_rules', 'renamed', 'load', 'published_models']
 
 # %% ../../nbs/zoo/01_published.ipynb #25676908
-import re
+import re, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,15 +121,15 @@ def _others(name:str, state:dict[str,Tensor]) -> str:
     others = [other for other,entry in PUBLISHED.items() if other != name and not _fits(entry, state)]
     return f"; they fit {' and '.join(others)}" if others else ''
 
-def _fetched(name:str, entry:Published) -> str:
-    "The published file, from the hub or where it was fetched to before"
+def _fetched(name:str, entry:Published, file:str) -> str:
+    "A published file, from the hub or where it was fetched to before"
     if not entry.hub:
-        raise ValueError(f"{name} is not on the hub; fetch {entry.file} from {entry.home} and give it: "
+        raise ValueError(f"{name} is not on the hub; fetch {file} from {entry.home} and give it: "
                          f"load({name!r}, FILE)")
     hub = require_extra('huggingface_hub', 'pretrained')
-    try: return hub.hf_hub_download(entry.hub, entry.file)
+    try: return hub.hf_hub_download(entry.hub, file)
     except Exception as e:      # of many kinds: no network, no such file, no permission
-        raise ValueError(f"{entry.file} of {entry.hub} could not be fetched ({type(e).__name__}); fetch it "
+        raise ValueError(f"{file} of {entry.hub} could not be fetched ({type(e).__name__}); fetch it "
                          f"elsewhere and give it: load({name!r}, FILE)") from e
 
 def _of_files(entry:Published, files:Sequence[str|Path], which) -> tuple[str,dict[str,Tensor]]:
@@ -149,10 +149,19 @@ def _given(name:str, entry:Published, weights, which) -> tuple[str,str,dict[str,
     if isinstance(weights, dict): return 'these tensors', WHOLE, weights
     if isinstance(weights, (list, tuple)):
         return ' and '.join(map(str, weights)), *_of_files(entry, weights, which)
-    file = _fetched(name, entry) if weights == 'hub' else weights
+    file = _fetched(name, entry, entry.file) if weights == 'hub' else weights
     return str(file), *read_checkpoint(file, which or entry.sets)
 
 # %% ../../nbs/zoo/01_published.ipynb #890592a9
+def _configure(name:str, entry:Published, model:nn.Module, weights):
+    "Take from the published configuration what the weights do not say, or warn that it is not there"
+    config = None
+    if weights == 'hub': config = Path(_fetched(name, entry, 'config.json'))
+    elif isinstance(weights, str|Path): config = Path(weights).with_name('config.json')
+    if config is not None and config.is_file(): return entry.configure(model, read_json(config, dict))
+    warnings.warn(f"{name}: no config.json beside the weights, which would say the scale of its latents; "
+                  "fetch it too, or measure the scale: tokkit.tokenizers.fit_spec", stacklevel=3)
+
 def load(
     name:str,                 # of `PUBLISHED`
     # a file, several files, 'hub' to fetch it, or tensors by the authors' names; None: random weights
@@ -173,8 +182,7 @@ def load(
     model.load_state_dict(entry.rename(model, kept))
     n = sum(t.numel() for t in kept.values())
     model.loaded = Loaded(name, where, found, len(kept), n, left)
-    config = Path(where).with_name('config.json')
-    if entry.configure and config.is_file(): entry.configure(model, read_json(config, dict))
+    if entry.configure: _configure(name, entry, model, weights)
     return model.eval()
 
 # %% ../../nbs/zoo/01_published.ipynb #c60f8a56

@@ -166,7 +166,7 @@ def titok_tokenizer(
     **sizes,                        # further fields of `TokenizerCfg`
 ) -> Tokenizer:
     "TiTok with random weights"
-    width,depth,heads = TITOK_SIZES.get(encoder, encoder) if isinstance(encoder, str) else encoder
+    width,depth,heads = TITOK_SIZES[encoder] if isinstance(encoder, str) else encoder
     decoder = TITOK_SIZES[decoder] if isinstance(decoder, str) else decoder
     options = dict(legacy=legacy, decoder=decoder, pixels=(pixels or _MASKGIT) if legacy else None)
     published = dict(patch=16, codebook_size=4096 if legacy else 8192, code_dim=12 if legacy else 64,

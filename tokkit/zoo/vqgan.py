@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from ..tokenizers import (nearest_codes, Quantized, Quantizer, QUANTIZERS, straight_through, Tokenizer,
                                TokenizerCfg)
-from .published import by_rules, Published, PUBLISHED, renamed
+from .published import Published, PUBLISHED, renamed
 
 # %% ../../nbs/zoo/06_vqgan.ipynb #303fd277
 _LEGACY = dict(codebook_weight=.25)         # and the commitment's is 1
