@@ -113,7 +113,7 @@ def _with_codes(z, q, codes, ids):
         through = z
         new = codes[ids]
     else:
-        through = codes.project(z)
+        through = codes.gradient_path(z, q.zq)
         new = codes.codes(ids)
     if through.shape != q.zq.shape: through = q.zq
     new = straight_through(through, new.detach()).to(q.zq.dtype)

@@ -141,6 +141,14 @@ def project(self:Quantizer, z:Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
     return z
 
 @patch
+def gradient_path(self:Quantizer,
+    z:Float[Tensor, "*b e"],    # latents
+    zq:Float[Tensor, "*b d"],   # what the quantizer made of them
+) -> Float[Tensor, "*b c"]:
+    "Where the gradient of a redrawn code goes: straight to the latents, unless a quantizer has its own way"
+    return self.project(z)
+
+@patch
 def codes(self:Quantizer, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*n d"]:
     "The code vectors named by `ids`, as the decoder takes them"
     raise ValueError(f"{type(self).__name__} has continuous latents, no codes and no neighbours; damage "

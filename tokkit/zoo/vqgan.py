@@ -136,6 +136,7 @@ class IndexBackpropagation(Quantizer):
     @property
     def codebook(self) -> Float[Tensor, "k d"]: return self.embedding.weight
     def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]: return self.embedding(ids)
+    def gradient_path(self, z, zq): return zq
 
 @patch
 def snap(self:IndexBackpropagation, z:Float[Tensor, "*b d"]) -> Quantized:
