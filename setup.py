@@ -41,11 +41,7 @@ setup(
                     'pretrained': cfg['pretrained_requirements'].split(),
                     'track': cfg['track_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
-                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
-                  # saved tokenizers of these kinds may be read before the zoo is imported
-                  'tokkit.backbones': ['titok=tokkit.zoo.titok:TiTokBackbone'],
-                  'tokkit.quantizers': ['projected=tokkit.zoo.vqgan:ProjectedVectorQuantizer',
-                                        'ibq=tokkit.zoo.vqgan:IndexBackpropagation']},
+                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     cmdclass={'build_py': BuildWithNotebooks},
     zip_safe=False,
 )

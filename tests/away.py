@@ -1,5 +1,5 @@
 "A quantizer that behaves as if it were on another device"
-from tokkit.tokenizers import VectorQuantizer
+from tokkit.quantizers import VectorQuantizer
 
 
 class Away(VectorQuantizer):

@@ -12,9 +12,9 @@ from tokkit.core import make_rng
 from tokkit.data import fashion_mnist
 from tokkit.metrics import Doses
 from tokkit.metrics import mmd2
-from tokkit.tokenizers import kmeans_centres, nearest_codes
+from tokkit.quantizers import kmeans_centres, nearest_codes
 from tokkit.perturbation import Level, perturb_codes
-from tokkit.tokenizers import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.quantizers import FiniteScalarQuantizer, MultiScaleResidualQuantizer, ProductQuantizer
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,10 @@ from tokkit.perturbation import LatentPerturbation
 from tokkit.posttraining import latent_pairs, posttrain_decoder
 from tokkit.tokenizers import Tokenizer, TokenizerCfg, load_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer
-from tokkit.zoo import (PUBLISHED, ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer, maskgit_tokenizer,
-                        taef2_tokenizer, titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer, vqgan_tokenizer)
+from tokkit.published import PUBLISHED
+from tokkit.zoo_tokenizers import (ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer, maskgit_tokenizer,
+                                   taef2_tokenizer, titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer,
+                                   vqgan_tokenizer)
 
 SIDE = 32
 NETWORK = dict(multipliers=(1, 1, 2), size=SIDE, width=32, depth=1, codebook_size=64)

@@ -8,7 +8,7 @@ import torch
 from tokkit.core import make_rng
 from tokkit.perturbation import (PERTURBATIONS, CodeKind, DropKind, LatentPerturbation, NoiseKind, Preset,
                                  perturb_codes, perturb_latents, perturbation)
-from tokkit.tokenizers import Quantized, make_quantizer
+from tokkit.quantizers import Quantized, make_quantizer
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = Path(__file__).parent/'notebooks'/'kind.ipynb'

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tokkit.core import registry
-from tokkit.tokenizers import (BACKBONES, QUANTIZERS, Backbone, Quantized, Quantizer, Tokenizer,
-                               TokenizerCfg, make_quantizer, make_tokenizer, quantizer_options,
+from tokkit.tokenizers import BACKBONES, Backbone, Tokenizer, TokenizerCfg, make_tokenizer
+from tokkit.quantizers import (QUANTIZERS, Quantized, Quantizer, make_quantizer, quantizer_options,
                                straight_through)
 
 

@@ -14,7 +14,7 @@ from tokkit.generators import FlowCfg, FlowGenerator
 from tokkit.metrics import mmd2
 from tokkit.generators import MaskedCfg, MaskedGenerator
 from tokkit.perturbation import perturb_codes
-from tokkit.tokenizers import MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.quantizers import MultiScaleResidualQuantizer, ProductQuantizer
 from tokkit.analysis import decoded_shift, error_profile, token_use, use_by, use_histogram
 from tokkit.tokenizers import fit_spec, make_tokenizer
 

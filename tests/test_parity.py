@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokkit.generators import Guidance
 from tokkit.training import ema_update
 from tokkit.perturbation import OFFICIAL, Annealing, LatentPerturbation, perturb_codes
-from tokkit.tokenizers import VectorQuantizer, codebook_usage
+from tokkit.quantizers import VectorQuantizer, codebook_usage
 
 GOLDEN = Path(__file__).parent/'golden'
 CASES = 'ABCDEFG'

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from test_parity_tokenizer import close, recorded, tokens
 
-from tokkit.zoo import (PUBLISHED, by_rules, ibq_state, ibq_tokenizer, maskgit_rules, maskgit_state,
-                        maskgit_tokenizer, var_rules, var_state, var_tokenizer, vqgan_lc_state,
-                        vqgan_lc_tokenizer, vqgan_rules, vqgan_state, vqgan_tokenizer)
+from tokkit.published import PUBLISHED, by_rules
+from tokkit.zoo_tokenizers import (ibq_state, ibq_tokenizer, maskgit_rules, maskgit_state, maskgit_tokenizer,
+                                   var_rules, var_state, var_tokenizer, vqgan_lc_state, vqgan_lc_tokenizer,
+                                   vqgan_rules, vqgan_state, vqgan_tokenizer)
 
 
 def sizes(config):

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from test_parity_tokenizer import close, recorded
 
 from tokkit.generators import Guidance, token_probabilities
-from tokkit.zoo import GPT_RULES, GPT_SIZES, PUBLISHED, by_rules, gpt_state, llamagen_generator
+from tokkit.zoo_generators import GPT_RULES, GPT_SIZES, gpt_state, llamagen_generator
+from tokkit.published import PUBLISHED, by_rules
 
 NAME = 'zoo/llamagen_gpt'
 

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 from test_parity_tokenizer import close, recorded
 
-from tokkit.zoo import MAETOK_UNUSED, PUBLISHED, load, maetok_tokenizer
+from tokkit.zoo_tokenizers import MAETOK_UNUSED, maetok_tokenizer
+from tokkit.published import PUBLISHED
+from tokkit.zoo import load
 
 NAME = 'zoo/maetok'
 

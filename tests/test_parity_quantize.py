@@ -5,7 +5,7 @@ import torch
 from einops import rearrange
 from safetensors import safe_open
 
-from tokkit.tokenizers import MultiScaleResidualQuantizer, ProductQuantizer
+from tokkit.quantizers import MultiScaleResidualQuantizer, ProductQuantizer
 
 
 def close(got, want, tolerance=1e-5):

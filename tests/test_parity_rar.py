@@ -7,7 +7,8 @@ from test_parity_tokenizer import close, recorded
 
 from tokkit.generators import Guidance, Sampling, autoregressive as ar, token_probabilities
 from tokkit.layers import to_timm
-from tokkit.zoo import PUBLISHED, RAR_SIZES, rar_generator, rar_state
+from tokkit.published import PUBLISHED
+from tokkit.zoo_generators import RAR_SIZES, rar_generator, rar_state
 
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,8 @@ from test_parity_tokenizer import close, recorded
 
 from tokkit.generators import (SiTCfg, SiTGenerator, flow, follow_sit, guided, path_at, sit_time_embedding,
                                sit_times)
-from tokkit.zoo import SIT_RULES, by_rules, sit_state
+from tokkit.zoo_generators import SIT_RULES, sit_state
+from tokkit.published import by_rules
 
 NAME = 'zoo/sit_1d'
 

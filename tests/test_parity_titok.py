@@ -7,7 +7,8 @@ from test_parity_tokenizer import close, recorded
 
 from tokkit.data import to_uint8
 from tokkit.tokenizers import load_tokenizer
-from tokkit.zoo import PUBLISHED, by_rules, titok_rules, titok_state, titok_tokenizer
+from tokkit.published import PUBLISHED, by_rules
+from tokkit.zoo_tokenizers import titok_rules, titok_state, titok_tokenizer
 
 LEVELS = 3      # of the recorded MaskGIT
 

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from tokkit.layers import ViT, load_vit, to_timm
 from tokkit.training import VitTeacher, contrastive_loss
-from tokkit.zoo import (init_from_dinov2, load_robustok, read_checkpoint, robustok_names, robustok_state,
-                        robustok_teacher)
+from tokkit.zoo_tokenizers import (init_from_dinov2, load_robustok, robustok_names, robustok_state,
+                                   robustok_teacher)
+from tokkit.published import read_checkpoint
 from tokkit.perturbation import OFFICIAL, LatentPerturbation
-from tokkit.tokenizers import codebook_usage
+from tokkit.quantizers import codebook_usage
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, make_tokenizer
 
 # the teacher's images

@@ -10,7 +10,9 @@ from test_parity_tokenizer import close, recorded, tokens
 
 from tokkit.data import to_uint8
 from tokkit.tokenizers import load_tokenizer
-from tokkit.zoo import PUBLISHED, load, llamagen_state, llamagen_tokenizer, published_models
+from tokkit.published import PUBLISHED
+from tokkit.zoo import load, published_models
+from tokkit.zoo_tokenizers import llamagen_state, llamagen_tokenizer
 
 
 @pytest.fixture(scope='module')

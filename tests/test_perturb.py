@@ -3,14 +3,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import tokkit.tokenizers.quantizer
+import tokkit.quantizers.quantizer
 from tokkit.core import make_rng, tensors_hash
-from tokkit.tokenizers import NeighbourTable, code_neighbours, nearest_codes
+from tokkit.quantizers import NeighbourTable, code_neighbours, nearest_codes
 from tokkit.perturbation import (ANNEALINGS, OFFICIAL, PERTURBATIONS, Annealing, LatentPerturbation,
                                  annealing, choose_blocks, choose_images, choose_tokens, drop_tokens,
                                  effective_rate, multi_scale, nth_nearest, perturb_codes, perturb_latents,
                                  perturbation, split_levels)
-from tokkit.tokenizers import Quantized, make_quantizer
+from tokkit.quantizers import Quantized, make_quantizer
 
 K = 40
 D = 5
@@ -272,7 +272,7 @@ def test_dropped_tokens(alpha, beta, where, seed):
 def quantizers():
     small = dict(vq={}, pq={}, rq=dict(levels=3), msrq=dict(scales=(1, 2, 4)), lfq={}, bsq={}, fsq={}, kl={},
                  none={})
-    return {name: small.get(name, {}) for name in tokkit.tokenizers.quantizer_registry.QUANTIZERS}
+    return {name: small.get(name, {}) for name in tokkit.quantizers.registry.QUANTIZERS}
 
 def quantized(name, seed=0):
     torch.manual_seed(seed)

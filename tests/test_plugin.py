@@ -8,7 +8,7 @@ from torch import nn
 from tokkit.core import make_rng
 from tokkit.perturbation import LatentPerturbation, perturbation
 from tokkit.perturbation import attach, find_quantizer, to_tokens
-from tokkit.tokenizers import make_quantizer
+from tokkit.quantizers import make_quantizer
 
 vqp = pytest.importorskip('vector_quantize_pytorch', reason="vector-quantize-pytorch is not installed: pip "
                                                             "install 'tokkit-lab[dev]'")

@@ -13,7 +13,7 @@ from tokkit.metrics import Card
 from tokkit.generators import FlowCfg, FlowGenerator
 from tokkit.generators import MaskedCfg, MaskedGenerator
 from tokkit.training import MomentLoss
-from tokkit.zoo import robustok_names
+from tokkit.zoo_tokenizers import robustok_names
 from tokkit.posttraining import (LatentPairs, check_fit, check_decodable, check_same, clean_pairs,
                                  latent_pairs, open_pairs, row_sigmas, write_pairs)
 from tokkit.tokenizers import decode_all, encode_all

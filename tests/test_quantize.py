@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from tokkit.core import make_rng
-from tokkit.tokenizers import (NeighbourTable, code_neighbours, codebook_usage, from_digits, kmeans_centres,
+from tokkit.quantizers import (NeighbourTable, code_neighbours, codebook_usage, from_digits, kmeans_centres,
                                lattice_levels, lattice_neighbours, nearest_codes, to_digits)
-from tokkit.tokenizers import (QUANTIZERS, DiagonalGaussian, FiniteScalarQuantizer, LookupFreeQuantizer,
-                               MultiScaleResidualQuantizer, NoQuantizer, ProductQuantizer,
-                               ResidualQuantizer, VectorQuantizer, make_quantizer, quantizer_options, revive)
+from tokkit.quantizers import (QUANTIZERS, DiagonalGaussian, FiniteScalarQuantizer, LookupFreeQuantizer,
+                               MultiScaleResidualQuantizer, NoQuantizer, ProductQuantizer, ResidualQuantizer,
+                               VectorQuantizer, make_quantizer, quantizer_options, revive)
 
 KINDS = dict(vq={}, plain=dict(l2_norm=False), ema=dict(update='ema'), pq={}, rq={}, shared=dict(shared=True),
              msrq={}, lfq={}, bsq={}, fsq={}, kl={}, none={})

@@ -10,7 +10,7 @@ def test_a_wrong_dtype_is_caught():
 
 
 def test_a_wrong_shape_is_caught():
-    from tokkit.tokenizers import nearest_codes
+    from tokkit.quantizers import nearest_codes
     v = torch.randn(5, 4)
     codes = torch.randn(8, 4)
     assert nearest_codes(v, codes).shape == (5, 1)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from tokkit.core import tensors_hash
 from tokkit.layers import ViT, to_timm
 from tokkit.tokenizers import TOKENIZERS, Tokenizer, TokenizerCfg, fit_spec, make_tokenizer
-from tokkit.zoo import init_from_dinov2, load_robustok, robustok_names, robustok_state, robustok_teacher
+from tokkit.zoo_tokenizers import (init_from_dinov2, load_robustok, robustok_names, robustok_state,
+                                   robustok_teacher)
 
 GOLDEN = {  # preset: hashes of the weights of seeds 0 and 1. Published results were made with these weights
     'tiny': ('a47ec38143', '4456bd5fe8'), 'tiny-16': ('e1d9605dc8', '00b9c15294'),

@@ -24,8 +24,10 @@ VENDORED = {  # npm package -> what the pages need of it
 # before it
 HOUSE = {
     'core': 'Core', 'data': 'Data', 'layers': 'Layers', 'show': 'Pictures', 'runs': 'Runs',
-    'tokenizers': 'Tokenizers', 'generators': 'Generators', 'adapters': 'Models of your own',
-    'zoo': 'Published models',
+    'quantizers': 'Quantizers', 'tokenizers': 'Tokenizers', 'generators': 'Generators',
+    'adapters': 'Models of your own', 'published': 'Published models',
+    'zoo_tokenizers': 'Published tokenizers',
+    'zoo_generators': 'Published generators', 'zoo': 'The zoo',
     'perturbation': 'Perturbation', 'features': 'Features', 'metrics': 'Metrics', 'training': 'Training',
     'posttraining': 'Post-training', 'recipes': 'Recipes', 'analysis': 'Analysis', 'demo': 'Demo',
     'ui': 'Figures and explorers', 'cli': 'Command line'}

@@ -19,6 +19,7 @@ from tokkit.generators import *
 from tokkit.posttraining import *
 from tokkit.perturbation import *
 from tokkit.runs import *
+from tokkit.quantizers import *
 from tokkit.tokenizers import *
 from tokkit.training import *
 warnings.simplefilter('ignore')

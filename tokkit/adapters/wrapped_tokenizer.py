@@ -21,7 +21,8 @@ from torch import nn, Tensor
 from .wrapping import Functions, GivenBook, GivenCodes, warn_of_range, Wrapping
 from ..core import (bundle, check_finite, check_named, device_of, evaluating, function_hash, LatentSpec,
                          save_model, stable_hash, tensors_hash, to_plain)
-from ..tokenizers import check_ids, ImageTokenizer, NoQuantizer, Quantizer
+from ..quantizers import check_ids, NoQuantizer, Quantizer
+from ..tokenizers import ImageTokenizer
 
 # %% ../../nbs/adapters/01_wrapped_tokenizer.ipynb #dddc59e1
 class WrappedTokenizer(ImageTokenizer):

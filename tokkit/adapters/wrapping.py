@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import nn, Tensor
 
 from ..core import calling, find_part, function_hash, tensors_hash
-from ..tokenizers import nearest_codes, Quantized, Quantizer, straight_through
+from ..quantizers import nearest_codes, Quantized, Quantizer, straight_through
 
 # %% ../../nbs/adapters/00_wrapping.ipynb #6e6f4ede
 @dataclass(frozen=True)

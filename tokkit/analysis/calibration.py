@@ -24,7 +24,7 @@ from .mmd_plane import _coefficients, _powers, _some, _sums, delta_nodes
 from .token_use import check_pair
 from ..core import bar, bundle, check_range, make_rng
 from ..perturbation import perturb_codes
-from ..tokenizers import Quantizer
+from ..quantizers import Quantizer
 
 # %% ../../nbs/analysis/04_calibration.ipynb #2eb0a7c5
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core import check_range, make_rng
 from ..perturbation import nth_nearest, split_levels
 from ..posttraining import check_same
-from ..tokenizers import decode_all, ImageTokenizer, Quantizer
+from ..tokenizers import decode_all, ImageTokenizer
+from ..quantizers import Quantizer
 
 # %% ../../nbs/analysis/06_decoder_sensitivity.ipynb #24689332
 def rank_bands(

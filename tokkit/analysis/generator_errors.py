@@ -23,7 +23,7 @@ from ..features import check_images
 from ..generators import (check_generator_latents, LatentGenerator, sample_categorical, Sampling,
                                token_probabilities)
 from ..perturbation import split_levels
-from ..tokenizers import Quantizer
+from ..quantizers import Quantizer
 
 # %% ../../nbs/analysis/00_generator_errors.ipynb #a5416188
 RECORDED = 'p', 'rank', 'wrong', 'distance', 'neighbour'

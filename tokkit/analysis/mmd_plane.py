@@ -21,7 +21,7 @@ from .generator_errors import as_codes, as_ids
 from ..core import bar, bundle, make_rng, own_settings
 from ..metrics import get_kernel, mmd2
 from ..perturbation import Level, perturb_codes, split_levels
-from ..tokenizers import NeighbourTable, Quantizer
+from ..quantizers import NeighbourTable, Quantizer
 
 # %% ../../nbs/analysis/03_mmd_plane.ipynb #fe671bf5
 def latents_of(

@@ -18,7 +18,7 @@ from torch import Tensor
 from .generator_errors import as_codes, as_ids
 from ..core import bundle, make_rng
 from ..perturbation import split_levels
-from ..tokenizers import Quantizer
+from ..quantizers import Quantizer
 
 # %% ../../nbs/analysis/01_token_use.ipynb #3153d20d
 def _count(t) -> sparse.csr_matrix:

@@ -22,7 +22,8 @@ def _given(**options) -> dict[str,Any]:
 
 def _published(name:str, kind:str):
     "A published model: zoo:NAME=FILE, files with commas, @SIDE behind them for images of another size"
-    from tokkit.zoo import load, PUBLISHED
+    from tokkit.zoo import load
+    from tokkit.published import PUBLISHED
     entry,_,file = name.removeprefix('zoo:').partition('=')
     before,_,side = file.rpartition('@')
     if side.isdigit(): file = before        # a folder may have an @ in its name

@@ -21,7 +21,8 @@ from ..generators import Guidance, make_generator
 from ..perturbation import Annealing, LatentPerturbation
 from ..posttraining import row_sigmas, SOURCES
 from ..runs import artifact, runs_root
-from ..tokenizers import check_delta, make_tokenizer
+from ..quantizers import check_delta
+from ..tokenizers import make_tokenizer
 from ..training import ImageTraining
 
 # %% ../../nbs/demo/01_demo.ipynb #065eb5dc

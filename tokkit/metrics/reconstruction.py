@@ -21,7 +21,8 @@ from ..features import FeatureExtractor
 from .card import Card
 from .evaluator import _se, _told, through, Evaluator, Measurement, METRICS
 from ..perturbation import effective_rate, perturb_codes, perturb_latents
-from ..tokenizers import check_offers, HasCodes, HasLatents, NeighbourTable, Quantizer, Reconstructs
+from ..tokenizers import check_offers, HasCodes, HasLatents, Reconstructs
+from ..quantizers import NeighbourTable, Quantizer
 
 # %% ../../nbs/metrics/08_reconstruction.ipynb #3c6f6951
 @METRICS.register('rfid')

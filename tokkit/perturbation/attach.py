@@ -18,7 +18,7 @@ from .foreign import (_is, _pair, _read_rows, find_quantizer, Foreign, from_toke
                                          Reading, swap, to_tokens)
 from .kinds import CodeKind
 from .module import LatentPerturbation, Perturbed
-from ..tokenizers import check_delta, NoQuantizer, Quantized
+from ..quantizers import check_delta, NoQuantizer, Quantized
 
 # %% ../../nbs/perturbation/08_attach.ipynb #ebbc9ad1
 class Attached:

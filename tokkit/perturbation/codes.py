@@ -20,7 +20,7 @@ from ..core import bundle, sort_settings
 from .kinds import choose_kind, CodeKind, LevelTokens, NoiseKind, PERTURBATIONS, Preset
 from .levels import _share, multi_scale, split_levels
 from .masks import choose_images, Draws, Selection
-from ..tokenizers import check_delta, check_ids, NeighbourTable, Quantizer
+from ..quantizers import check_delta, check_ids, NeighbourTable, Quantizer
 
 # %% ../../nbs/perturbation/03_codes.ipynb #5c82b5bc
 OFFICIAL = dict(rate='bernoulli', neighbours='latent', include_self=True, select='first')

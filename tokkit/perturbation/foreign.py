@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from ..tokenizers import nearest_codes, Quantizer
+from ..quantizers import nearest_codes, Quantizer
 
 # %% ../../nbs/perturbation/07_foreign.ipynb #ce6db2f5
 def to_tokens(

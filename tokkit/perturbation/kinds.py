@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import Registry
 from .levels import Level, nth_nearest
 from .masks import _uniform, Draws
-from ..tokenizers import nearest_codes, Quantizer
+from ..quantizers import nearest_codes, Quantizer
 
 # %% ../../nbs/perturbation/02_kinds.ipynb #f66557cb
 class Kind:

@@ -16,7 +16,7 @@ from ..core import bundle, check_range, sort_settings
 from .kinds import choose_kind, DropKind, Noise, NoiseKind, PERTURBATIONS, Preset
 from .levels import multi_scale
 from .masks import _uniform, choose_images, Draws, Selection
-from ..tokenizers import Quantizer, straight_through
+from ..quantizers import Quantizer, straight_through
 
 # %% ../../nbs/perturbation/04_latents.ipynb #7e88dced
 def drop_tokens(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..tokenizers import code_neighbours, lattice_neighbours, nearest_codes, Quantizer
+from ..quantizers import code_neighbours, lattice_neighbours, nearest_codes, Quantizer
 
 # %% ../../nbs/perturbation/01_levels.ipynb #b9162fe8
 class Level(NamedTuple):

@@ -22,7 +22,7 @@ from .kinds import (choose_kind, CodeKind, DropKind, Kind, kind_names, NoiseKind
                                        PERTURBATIONS, preset_settings)
 from .latents import drop_tokens, perturb_latents
 from .levels import multi_scale
-from ..tokenizers import Quantized, Quantizer, straight_through
+from ..quantizers import Quantized, Quantizer, straight_through
 
 # %% ../../nbs/perturbation/06_module.ipynb #d40f45f8
 class Perturbed(NamedTuple):

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..core import check_finite, check_range, device_of, make_rng
 from ..data import ImageSet
 from ..generators import LatentGenerator
-from ..tokenizers import check_ids, ImageTokenizer, Tokenizer
+from ..quantizers import check_ids
+from ..tokenizers import ImageTokenizer, Tokenizer
 
 # %% ../../nbs/posttraining/00_preservation.ipynb #e9371c9a
 def _in_words(shape, k) -> str:

@@ -27,7 +27,7 @@ from ..runs import check_tracker
 from ..show import text_preview, to_pil_grid
 from ..tokenizers import fit_spec, ImageTokenizer, make_tokenizer, Tokenizer
 from ..training import train_generator, train_tokenizer
-from ..zoo import init_from_dinov2
+from ..zoo_tokenizers import init_from_dinov2
 
 # %% ../../nbs/recipes/04_following.ipynb #274990a2
 def images_for(

@@ -1,9 +1,4 @@
-"Images to latents and back: codebooks, quantizers, networks and the tokenizer"
-from .codebook import *
-from .quantizer import *
-from .residual_quantizers import *
-from .scalar_quantizers import *
-from .quantizer_registry import *
+"Images to latents and back: networks and the tokenizer"
 from .config import *
 from .transformers import *
 from .convolutional import *
@@ -11,3 +6,4 @@ from .protocol import *
 from .tokenizer import *
 from .latents import *
 from .maetok import *
+from .titok import *

@@ -26,7 +26,8 @@ from ..data import ImageSet, loader
 from ..generators import LatentGenerator, released_decay
 from ..perturbation import LatentPerturbation
 from ..runs import check_tracker, start_tracker
-from ..tokenizers import codebook_usage, ImageTokenizer, revive, Tokenizer
+from ..quantizers import codebook_usage, revive
+from ..tokenizers import ImageTokenizer, Tokenizer
 from .checkpoint import Checkpoint, EMA, ema_weights
 from .image_loss import ImageLoss
 from .learner import (Callback, EveryEpoch, history_frame, Learner, Log, Phase,
@@ -344,6 +345,6 @@ def train_generator(
     _check_scale(generator, tokens)
     context = bundle(TrainingContext, context, **how).named('generator')
     groups = dict(matrices=matrices_decay, released=released_decay)[cfg.decay](generator, cfg.weight_decay)
-    schedule = WarmupCosine(cfg.warmup, cfg.final)
-    phase = Phase(generator_step(generator), adamw(groups, cfg.lr, cfg.betas), schedule, cfg.clip)
+    phase = Phase(generator_step(generator), adamw(groups, cfg.lr, cfg.betas),
+                  WarmupCosine(cfg.warmup, cfg.final), cfg.clip)
     return fit_model(model=generator, data=tokens, phases=[phase], cfg=cfg, context=context)

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 
 from ..core import device_of, evaluating, make_rng
 from ..perturbation import effective_rate, perturb_codes
-from ..tokenizers import NeighbourTable, Quantizer
+from ..quantizers import NeighbourTable, Quantizer
 from .explorer import _grey, _psnr, _version, _without_labels, Explorer, png_bytes
 from .tiles import code_colors, compose, difference_tiles, image_tiles, token_tiles
 

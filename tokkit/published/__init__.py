@@ -1,0 +1,3 @@
+"What a published model is: its file, its names, its licence"
+from .checkpoints import *
+from .entries import *

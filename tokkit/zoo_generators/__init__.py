@@ -1,0 +1,4 @@
+"Published generators, an entry or more a page"
+from .rar import *
+from .llamagen_gpt import *
+from .maetok_sit import *
