@@ -14,9 +14,9 @@ from tokkit.posttraining import latent_pairs, posttrain_decoder
 from tokkit.tokenizers import Tokenizer, TokenizerCfg, load_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer
 from tokkit.published import PUBLISHED
-from tokkit.zoo_tokenizers import (ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer, maskgit_tokenizer,
-                                   taef2_tokenizer, titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer,
-                                   vqgan_tokenizer)
+from tokkit.zoo_tokenizers import (gigatok_tokenizer, ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer,
+                                   maskgit_tokenizer, taef2_tokenizer, titok_tokenizer, var_tokenizer,
+                                   vqgan_lc_tokenizer, vqgan_tokenizer)
 
 SIDE = 32
 NETWORK = dict(multipliers=(1, 1, 2), size=SIDE, width=32, depth=1, codebook_size=64)
@@ -40,6 +40,8 @@ SMALL = {
     'titok-vq': partial(titok_tokenizer, **LINE, codebook_size=64),
     'titok-vae': partial(titok_tokenizer, **LINE, quantizer='kl', codebook_size=0, code_dim=4),
     'maetok': partial(maetok_tokenizer, SIDE, 6, width=32, depth=1, heads=4, code_dim=4),
+    'gigatok': partial(gigatok_tokenizer, (32, 1, 4), (32, 1, 4), SIDE, dict(width=16, depth=1), patch=4,
+                       latents=16, multipliers=(1, 1, 2), z_channels=16, codebook_size=64, entropy=.1),
     'taef2': partial(taef2_tokenizer, SIDE),
 }
 

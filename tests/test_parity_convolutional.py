@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_parity_tokenizer import close, recorded, tokens
 
+from tokkit.quantizers import choice_entropies
 from tokkit.published import PUBLISHED, by_rules
 from tokkit.zoo_tokenizers import (ibq_state, ibq_tokenizer, maskgit_rules, maskgit_state, maskgit_tokenizer,
                                    var_rules, var_state, var_tokenizer, vqgan_lc_state, vqgan_lc_tokenizer,
@@ -281,7 +282,7 @@ def test_ibq_quantizer_in_training(ibq):
     vq = tok.quantizer.train()
     z = tokens(raw['prequant']).requires_grad_()
     q = vq(z)
-    each, over_all, entropy = vq.entropies(z@vq.embedding.weight.T)
+    each, over_all, entropy = choice_entropies(z@vq.embedding.weight.T, vq.temperature)
     close(q.loss, train['quant_loss'])
     close(each, train['sample_entropy'])
     close(over_all, train['avg_entropy'])

@@ -5,3 +5,4 @@ from .residual_quantizers import *
 from .scalar_quantizers import *
 from .whole_codebook import *
 from .registry import *
+from .rotation import *
