@@ -1,8 +1,8 @@
 "Every page that is not an experiment runs from top to bottom: one notebook, one process, one case"
-import os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
+from play_page import play_page
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
@@ -23,19 +23,5 @@ def test_slow_pages_are_pages(): assert SLOW <= set(PAGES)
 @pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
                                   for name in PAGES])
 def test_runs(name, tmp_path):
-    env = dict(os.environ, OMP_NUM_THREADS='1', TOKKIT_RUNS=str(tmp_path/'runs'), PYTHONPATH=str(ROOT),
-               IPYTHONDIR=str(tmp_path/'ipython'))
-    code = f"from nbdev.test import nbdev_test; nbdev_test.__wrapped__({str(NBS/name)!r}, n_workers=0)"
-    # its own session, so that a notebook that hangs is ended together with whatever it started
-    with open(tmp_path/'log', 'w+') as log:
-        child = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=env, stdout=log,
-                                 stderr=subprocess.STDOUT,
-                                 stdin=subprocess.DEVNULL, start_new_session=True)
-        try: status = child.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            status = f"stopped after {SECONDS} s"
-        log.seek(0)
-        said = log.read()
+    status, said = play_page(NBS/name, tmp_path, SECONDS)
     assert status == 0 and 'Success' in said, f"{name}: {status}\n{said[-4000:]}"

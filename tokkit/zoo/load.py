@@ -20,8 +20,9 @@ from ..core import choose, read_json, require_extra, state_dict_mismatch
 from ..generators import LatentGenerator
 from ..published import Published, PUBLISHED, read_checkpoint, WHOLE
 from ..tokenizers import ImageTokenizer
-# each of their pages registers its entries
-from .. import zoo_generators, zoo_tokenizers  # noqa: F401
+# each of their pages registers its entries: tokenizers first
+from .. import zoo_tokenizers  # noqa: F401
+from .. import zoo_generators  # noqa: F401
 
 # %% ../../nbs/zoo/00_load.ipynb #7495c259
 @dataclass(frozen=True)
