@@ -20,8 +20,14 @@ def _given(**options) -> dict[str,Any]:
     "The options that are not left out"
     return {name:value for name,value in options.items() if value is not None}
 
+def _weights(file:str) -> str|list[str]|None:
+    "What `load` takes: a file, several, or None for random weights"
+    files = file.split(',')
+    if files == ['random']: return None
+    return files if len(files) > 1 else file
+
 def _published(name:str, kind:str):
-    "A published model: zoo:NAME=FILE, files with commas, @SIDE behind them for images of another size"
+    "A published model: zoo:NAME=FILE, files with commas; =random for random weights; @SIDE for another size"
     from tokkit.zoo import load
     from tokkit.published import PUBLISHED
     entry,_,file = name.removeprefix('zoo:').partition('=')
@@ -30,13 +36,13 @@ def _published(name:str, kind:str):
     else: side = ''
     if not file:
         raise ValueError(f"expected zoo:NAME=FILE, such as zoo:llamagen-vq16=vq_ds16_c2i.pt, got {name}; "
-                         "tokkit zoo lists the names, and where the files are published")
+                         "tokkit zoo lists the names, and where the files are published; =random gives random "
+                         "weights, to time things with")
     known = PUBLISHED.get(entry)
     found = 'generator' if known and known.tokenizer else 'tokenizer'
     if known and found != kind: raise ValueError(f"{entry} is a {found}, and here a {kind} is asked for")
-    files = file.split(',')
-    model = load(entry, files if len(files) > 1 else file)
-    say(f'tokkit: {model.loaded}')
+    model = load(entry, _weights(file))
+    say(f'tokkit: {entry} with random weights' if file == 'random' else f'tokkit: {model.loaded}')
     return model.sized(int(side), int(side)) if side else model
 
 def demo_models(

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core import check_finite, check_range, device_of, make_rng
 from ..data import ImageSet
 from ..generators import LatentGenerator
+from ..published import PUBLISHED
 from ..quantizers import check_ids
 from ..tokenizers import ImageTokenizer, Tokenizer
 
@@ -30,12 +31,23 @@ def _decodes(tok) -> str:
     if not s.codebook_size: return _in_words(s.shape, s.codebook_size)
     return _in_words(s.ids_shape or s.shape[:1], s.codebook_size)
 
+def _check_entries(generator, tok):
+    "Raise where both are published, and the one was not made for the other"
+    drawing,decoding = getattr(generator, 'loaded', None), getattr(tok, 'loaded', None)
+    if drawing is None or decoding is None or drawing.name not in PUBLISHED: return
+    asked = PUBLISHED[drawing.name].tokenizer
+    # a decoder that was post-trained decodes the same latents
+    if not asked or decoding.name in (asked, f'{asked}-post'): return
+    raise ValueError(f"{drawing.name} draws latents of {asked}, and the tokenizer is {decoding.name}: load "
+                     f"{asked}, or a generator of {decoding.name}")
+
 # %% ../../nbs/posttraining/00_preservation.ipynb #78aa9d6b
 def check_fit(
     generator:LatentGenerator,  # whose latents
     tok:ImageTokenizer,         # whose decoder
 ):
     "Raise unless the tokenizer decodes what the generator draws; else it would silently decode noise"
+    _check_entries(generator, tok)
     spec = tok.spec
     decodes = _decodes(tok)
     draws = _in_words(generator.shape, generator.codebook_size)

@@ -76,6 +76,14 @@ _POST_RELEASED = replace(_MAIN, epochs=100, lr=5e-5, first=.2, final=.2, adversa
 RECIPES.register('paper-post-released', DecoderRecipe(
     Images(n=200_000), replace(_PAIRS, source='tokens'), _POST_RELEASED, freeze='official'));
 
+# %% ../../nbs/recipes/01_presets.ipynb #1bfd9b2f
+_OTHERS = replace(_POST, epochs=10)
+_FRESH = DecoderRecipe(Images(n=200_000), training=_OTHERS)
+_OF_OTHERS = {'paper-post-llamagen': DrawnLatents(sigma=(.95,), guidance=2., temperature=1.),
+              'paper-post-gigatok': DrawnLatents(sigma=(.8,), guidance=1.75, temperature=1.),
+              'paper-post-maetok': DrawnLatents(sigma=(.9,), guidance=1.75, steps=250)}
+for _name,_latents in _OF_OTHERS.items(): RECIPES.register(_name, replace(_FRESH, latents=_latents))
+
 # %% ../../nbs/recipes/01_presets.ipynb #a312e842
 _ABOUT = {
     'laptop-plain': 'a small tokenizer of tokens, for two cores and minutes',
@@ -89,7 +97,10 @@ _ABOUT = {
     'paper-rar-b': 'RAR-B as released: 266 M parameters, 400 epochs, for GPUs',
     'paper-rar-l': 'RAR-L as released: 468 M parameters, 400 epochs, for GPUs',
     'paper-post': "post-training as the paper's text has it: 200,000 pairs, 40 epochs",
-    'paper-post-released': 'post-training as released: 100 epochs, more than the decoder learns'}
+    'paper-post-released': 'post-training as released: 100 epochs, more than the decoder learns',
+    'paper-post-llamagen': "post-training of LlamaGen's tokenizer: sigma .95, 10 epochs",
+    'paper-post-gigatok': "post-training of GigaTok's tokenizers: sigma .8, 10 epochs",
+    'paper-post-maetok': "post-training of MAETok: sigma .9, 10 epochs"}
 
 def about_recipe(
     name:str, # of `RECIPES`
