@@ -14,9 +14,9 @@ from tokkit.posttraining import latent_pairs, posttrain_decoder
 from tokkit.tokenizers import Tokenizer, TokenizerCfg, load_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer
 from tokkit.published import PUBLISHED
-from tokkit.zoo_tokenizers import (ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer, maskgit_tokenizer,
-                                   taef2_tokenizer, titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer,
-                                   vqgan_tokenizer)
+from tokkit.zoo_tokenizers import (ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer, magvit2_tokenizer,
+                                   maskgit_tokenizer, taef2_tokenizer, titok_tokenizer, var_tokenizer,
+                                   vqgan_lc_tokenizer, vqgan_tokenizer)
 
 SIDE = 32
 NETWORK = dict(multipliers=(1, 1, 2), size=SIDE, width=32, depth=1, codebook_size=64)
@@ -35,6 +35,7 @@ SMALL = {
     'vqgan-lc': partial(vqgan_lc_tokenizer, **NETWORK, z_channels=16, code_dim=8, source=16),
     'ibq': partial(ibq_tokenizer, **NETWORK, z_channels=16, code_dim=8),
     'maskgit': partial(maskgit_tokenizer, **NETWORK, code_dim=8),
+    'magvit2': partial(magvit2_tokenizer, **NETWORK),
     'var': partial(var_tokenizer, **NETWORK, z_channels=8, code_dim=8, scales=(1, 2, 4, 8)),
     'titok': partial(titok_tokenizer, **LINE, legacy=True, pixels=INNER, codebook_size=64),
     'titok-vq': partial(titok_tokenizer, **LINE, codebook_size=64),
