@@ -15,8 +15,8 @@ from tokkit.tokenizers import Tokenizer, TokenizerCfg, load_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer
 from tokkit.published import PUBLISHED
 from tokkit.zoo_tokenizers import (ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer, magvit2_tokenizer,
-                                   maskgit_tokenizer, taef2_tokenizer, titok_tokenizer, var_tokenizer,
-                                   vqgan_lc_tokenizer, vqgan_tokenizer)
+                                   maskgit_tokenizer, softvq_tokenizer, taef2_tokenizer, titok_tokenizer,
+                                   var_tokenizer, vqgan_lc_tokenizer, vqgan_tokenizer)
 
 SIDE = 32
 NETWORK = dict(multipliers=(1, 1, 2), size=SIDE, width=32, depth=1, codebook_size=64)
@@ -41,6 +41,7 @@ SMALL = {
     'titok-vq': partial(titok_tokenizer, **LINE, codebook_size=64),
     'titok-vae': partial(titok_tokenizer, **LINE, quantizer='kl', codebook_size=0, code_dim=4),
     'maetok': partial(maetok_tokenizer, SIDE, 6, width=32, depth=1, heads=4, code_dim=4),
+    'softvq': partial(softvq_tokenizer, **LINE, segments=2, codebook_size=64, code_dim=4),
     'taef2': partial(taef2_tokenizer, SIDE),
 }
 

@@ -8,3 +8,4 @@ from .maetok import *
 from .titok import *
 from .var import *
 from .magvit2 import *
+from .softvq import *
