@@ -290,7 +290,7 @@ def nothing_as_zero(gradient, like):
 @pytest.mark.parametrize('name', quantizers())
 def test_every_kind_with_every_quantizer(name, kind):
     """It works, or says why not in one line; z gets the gradient of the clean path, and so does what
-    the quantizer learns, which is nothing but for IBQ and for mixtures; two halves draw what the whole does"""
+    the quantizer learns, which is nothing but for IBQ and mixtures; two halves draw what the whole does"""
     quantizer,z,q = quantized(name)
     damage = perturbation(kind, alpha=.5, beta=.5, delta=6, strength=.7, std=1., select='random')
     weight = torch.randn(q.zq.shape, generator=make_rng(1))

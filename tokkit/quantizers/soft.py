@@ -53,8 +53,8 @@ def cosines(self:SoftVectorQuantizer, z:Float[Tensor, "*b n d"]) -> Float[Tensor
     "Of the latents of each run and the rows of its codebook; rows get no gradient from them"
     n = z.shape[-2]
     if n%self.segments:
-        raise ValueError(f"soft shares an image's latents out among {self.segments} codebooks, got {n} latents; "
-                         "their number must be a multiple")
+        raise ValueError(f"soft shares an image's latents out among {self.segments} codebooks, got {n} "
+                         "latents; their number must be a multiple")
     runs = self.project(z).unflatten(-2, (self.segments, -1))
     return runs@self.rows.detach().mT
 
