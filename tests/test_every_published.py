@@ -15,8 +15,8 @@ from tokkit.tokenizers import Tokenizer, TokenizerCfg, load_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer
 from tokkit.published import PUBLISHED
 from tokkit.zoo_tokenizers import (gigatok_tokenizer, ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer,
-                                   maskgit_tokenizer, taef2_tokenizer, titok_tokenizer, var_tokenizer,
-                                   vqgan_lc_tokenizer, vqgan_tokenizer)
+                                   magvit2_tokenizer, maskgit_tokenizer, softvq_tokenizer, taef2_tokenizer,
+                                   titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer, vqgan_tokenizer)
 
 SIDE = 32
 NETWORK = dict(multipliers=(1, 1, 2), size=SIDE, width=32, depth=1, codebook_size=64)
@@ -35,6 +35,7 @@ SMALL = {
     'vqgan-lc': partial(vqgan_lc_tokenizer, **NETWORK, z_channels=16, code_dim=8, source=16),
     'ibq': partial(ibq_tokenizer, **NETWORK, z_channels=16, code_dim=8),
     'maskgit': partial(maskgit_tokenizer, **NETWORK, code_dim=8),
+    'magvit2': partial(magvit2_tokenizer, **NETWORK),
     'var': partial(var_tokenizer, **NETWORK, z_channels=8, code_dim=8, scales=(1, 2, 4, 8)),
     'titok': partial(titok_tokenizer, **LINE, legacy=True, pixels=INNER, codebook_size=64),
     'titok-vq': partial(titok_tokenizer, **LINE, codebook_size=64),
@@ -42,6 +43,7 @@ SMALL = {
     'maetok': partial(maetok_tokenizer, SIDE, 6, width=32, depth=1, heads=4, code_dim=4),
     'gigatok': partial(gigatok_tokenizer, (32, 1, 4), (32, 1, 4), SIDE, dict(width=16, depth=1), patch=4,
                        latents=16, multipliers=(1, 1, 2), z_channels=16, codebook_size=64, entropy=.1),
+    'softvq': partial(softvq_tokenizer, **LINE, segments=2, codebook_size=64, code_dim=4),
     'taef2': partial(taef2_tokenizer, SIDE),
 }
 

@@ -15,8 +15,8 @@ from tokkit.quantizers import (QUANTIZERS, DiagonalGaussian, FiniteScalarQuantiz
                                VectorQuantizer, make_quantizer, quantizer_options, revive)
 
 KINDS = dict(vq={}, plain=dict(l2_norm=False), ema=dict(update='ema'), pq={}, rq={}, shared=dict(shared=True),
-             msrq={}, lfq={}, bsq={}, fsq={}, kl={}, none={})
-DISCRETE = [k for k in KINDS if k not in ('kl', 'none')]
+             msrq={}, lfq={}, bsq={}, fsq={}, kl={}, none={}, soft=dict(segments=7))
+DISCRETE = [k for k in KINDS if k not in ('kl', 'none', 'soft')]
 KIND = dict(plain='vq', ema='vq', shared='rq')
 
 

@@ -11,17 +11,22 @@ from jaxtyping import Float
 from torch import nn, Tensor
 
 # %% ../../nbs/layers/02_convolution.ipynb #eefea89a
-def group_norm(channels:int) -> nn.GroupNorm:
+def group_norm(
+    channels:int,           # of the map
+    affine:bool = True,     # a learned scale and shift for each channel
+) -> nn.GroupNorm:
     "GroupNorm with at most 32 groups"
-    return nn.GroupNorm(max(g for g in (32, 16, 8, 4, 2, 1) if channels%g == 0), channels, eps=1e-6)
+    groups = max(g for g in (32, 16, 8, 4, 2, 1) if channels%g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
 
 class ResBlock(nn.Module):
     "Two 3x3 convolutions around a skip"
-    def __init__(self, i:int, o:int): # channels in, channels out
+    def __init__(self, i:int, o:int, bias:bool = True): # channels in, channels out, of the convolutions
         super().__init__()
-        self.body = nn.Sequential(group_norm(i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1),
-                                  group_norm(o), nn.SiLU(), nn.Conv2d(o, o, 3, padding=1))
-        self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+        def conv(i, o, side): return nn.Conv2d(i, o, side, padding=side//2, bias=bias)
+        self.body = nn.Sequential(group_norm(i), nn.SiLU(), conv(i, o, 3),
+                                  group_norm(o), nn.SiLU(), conv(o, o, 3))
+        self.skip = conv(i, o, 1) if i != o else nn.Identity()
     def forward(self, x:Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         return self.skip(x)+self.body(x)
 

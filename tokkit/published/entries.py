@@ -20,7 +20,7 @@ from ..core import Registry, state_dict_mismatch
 @dataclass(frozen=True, eq=False)
 class Published:
     "A published tokenizer, or a generator of its latents"
-    build:Callable[[], nn.Module]           # the network, its weights random
+    build:Callable[..., nn.Module]          # the network, its weights random
     rename:Callable[[nn.Module, dict[str,Tensor]], dict[str,Tensor]] # (network, theirs) -> ours
     title:str                               # what it is called
     source:str                              # the paper
@@ -36,6 +36,11 @@ class Published:
     tokenizer:str = ''                      # of a generator: the entry whose latents it makes
     # (model, what config.json beside the file holds) -> None: what the weights do not say
     configure:Callable[[nn.Module, dict], None]|None = None
+    detect:Callable[[dict[str,Tensor]], dict]|None = None # theirs -> what `build` is told of the file
+
+    def built(self, theirs:dict[str,Tensor]) -> nn.Module:
+        "The network that a file's tensors ask for"
+        return self.build(**(self.detect(theirs) if self.detect else {}))
 
     # an entry is the same when its page, which runs as a module of its own, defines it again
     def __eq__(self, other): return (self.title, self.file) == (other.title, other.file)

@@ -4,5 +4,6 @@ from .quantizer import *
 from .residual_quantizers import *
 from .scalar_quantizers import *
 from .whole_codebook import *
+from .soft import *
 from .registry import *
 from .rotation import *

@@ -65,6 +65,7 @@ class IdLayout:
 class QuantizerKind:
     "What has to be known of a kind of quantizer before one is made"
     continuous = False            # there are no codes
+    mixes_rows = False            # continuous, and yet made of a codebook's rows, so it needs their number
     chooses_dim = False           # the number of codes decides the number of channels
     chooses_size = False          # its options may decide the number of codes
     cfg_fields = ('commitment',)  # fields of a tokenizer's configuration that are options of it

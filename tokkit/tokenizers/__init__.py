@@ -7,4 +7,5 @@ from .tokenizer import *
 from .latents import *
 from .maetok import *
 from .titok import *
+from .magvit2 import *
 from .gigatok import *

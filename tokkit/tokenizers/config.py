@@ -93,8 +93,9 @@ def _check_names(cfg):
     if odd:
         known = ', '.join(backbone.options) or 'none'
         raise ValueError(f"{cfg.kind} has no option {odd[0]!r}; it has {known}")
-    if cfg.codebook_size or cfg.quantizer == 'vq' or quantizer.continuous: return
-    continuous = ['vq', *(name for name,kind in QUANTIZERS.items() if kind.continuous)]
+    def plain(kind): return kind.continuous and not kind.mixes_rows
+    if cfg.codebook_size or cfg.quantizer == 'vq' or plain(quantizer): return
+    continuous = ['vq', *(name for name,kind in QUANTIZERS.items() if plain(kind))]
     raise ValueError(f"codebook_size 0 means continuous latents ({', '.join(continuous)}); {cfg.quantizer} "
                      "needs a codebook_size")
 

@@ -7,7 +7,7 @@ __all__ = ['CNNEncoder', 'CNNDecoder', 'CNNBackbone', 'Stage', 'TamingEncoder', 
            'MaskGITEncoder', 'MaskGITDecoder', 'MaskGITBackbone']
 
 # %% ../../nbs/tokenizers/02_convolutional.ipynb #051d6eaf
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -70,7 +70,7 @@ class Stage(nn.Module):
         blocks:int,              # residual blocks
         attend:bool,             # attention after each of them
         resample:nn.Module|None, # last step: to another size
-        block:type[nn.Module] = ResBlock, # of (channels in, out)
+        block:Callable[[int,int], nn.Module] = ResBlock, # of (channels in, out)
     ):
         super().__init__()
         self.res = nn.ModuleList([block(o if r else i, o) for r in range(blocks)])

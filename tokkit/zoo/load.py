@@ -55,9 +55,10 @@ def _sorted_out(entry:Published, state:dict[str,Tensor]) -> tuple[dict[str,Tenso
 # %% ../../nbs/zoo/00_load.ipynb #b0cfcfd9
 def _fits(entry:Published, state:dict[str,Tensor]) -> list[str]:
     "What keeps tensors from being an entry's; empty where they fit"
-    with torch.device('meta'): model = entry.build()
     kept,_ = _sorted_out(entry, state)
-    try: return state_dict_mismatch(model, entry.rename(model, kept))
+    try:
+        with torch.device('meta'): model = entry.built(kept)
+        return state_dict_mismatch(model, entry.rename(model, kept))
     except (KeyError, ValueError, RuntimeError) as e: return [str(e).partition(';')[0]]
 
 def _others(name:str, state:dict[str,Tensor]) -> str:
@@ -122,7 +123,7 @@ def load(
     if not kept: raise ValueError(f"{where} holds no weights of a network; fetch it again")
     if wrong := _fits(entry, state):
         raise ValueError(f"{where}: not the weights of {name}: {', '.join(wrong)}{_others(name, state)}")
-    model = entry.build()
+    model = entry.built(kept)
     model.load_state_dict(entry.rename(model, kept))
     n = sum(t.numel() for t in kept.values())
     model.loaded = Loaded(name, where, found, len(kept), n, left)

@@ -8,3 +8,5 @@ from .maetok import *
 from .titok import *
 from .var import *
 from .gigatok import *
+from .magvit2 import *
+from .softvq import *

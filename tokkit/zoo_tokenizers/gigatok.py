@@ -36,7 +36,7 @@ def gigatok_tokenizer(
 GIGATOK_RULES = ((r'\.body\.0\.', '.norm1.'), (r'\.body\.2\.', '.conv1.'),     # of a residual block
                  (r'\.body\.3\.', '.norm2.'), (r'\.body\.5\.', '.conv2.'), (r'\.skip\.', '.nin_shortcut.'),
                  (r'^(encoder\.cnn\..*)\.resample\.', r'\1.downsample.conv.'),
-                 (r'^(decoder\.cnn\..*)\.resample\.', r'\1.upsample.'),
+                 (r'^(decoder\.cnn\..*)\.resample\.conv\.', r'\1.upsample.conv1.'),
                  (r'^(\w+)\.cnn\.stages\.', r'\1.cnn.conv_blocks.'),
                  (r'^encoder\.out\.', 'quant_conv.'),
                  (r'^decoder\.embed\.', 'post_quant_conv.'),
