@@ -14,9 +14,9 @@ from tokkit.posttraining import latent_pairs, posttrain_decoder
 from tokkit.tokenizers import Tokenizer, TokenizerCfg, load_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer
 from tokkit.published import PUBLISHED
-from tokkit.zoo_tokenizers import (ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer, maskgit_tokenizer,
-                                   taef2_tokenizer, titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer,
-                                   vqgan_tokenizer)
+from tokkit.zoo_tokenizers import (detok_tokenizer, ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer,
+                                   maskgit_tokenizer, taef2_tokenizer, titok_tokenizer, var_tokenizer,
+                                   vqgan_lc_tokenizer, vqgan_tokenizer)
 
 SIDE = 32
 NETWORK = dict(multipliers=(1, 1, 2), size=SIDE, width=32, depth=1, codebook_size=64)
@@ -41,6 +41,7 @@ SMALL = {
     'titok-vae': partial(titok_tokenizer, **LINE, quantizer='kl', codebook_size=0, code_dim=4),
     'maetok': partial(maetok_tokenizer, SIDE, 6, width=32, depth=1, heads=4, code_dim=4),
     'taef2': partial(taef2_tokenizer, SIDE),
+    'detok': partial(detok_tokenizer, SIDE, (32, 1, 4), (32, 1, 4), patch=8, code_dim=4),
 }
 
 def function_of(build): return getattr(build, 'func', build)

@@ -7,3 +7,4 @@ from .tokenizer import *
 from .latents import *
 from .maetok import *
 from .titok import *
+from .detok import *

@@ -7,3 +7,4 @@ from .maskgit_vqgan import *
 from .maetok import *
 from .titok import *
 from .var import *
+from .detok import *
