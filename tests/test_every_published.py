@@ -14,9 +14,10 @@ from tokkit.posttraining import latent_pairs, posttrain_decoder
 from tokkit.tokenizers import Tokenizer, TokenizerCfg, load_tokenizer
 from tokkit.training import ImageTraining, train_tokenizer
 from tokkit.published import PUBLISHED
-from tokkit.zoo_tokenizers import (gigatok_tokenizer, ibq_tokenizer, llamagen_tokenizer, maetok_tokenizer,
-                                   magvit2_tokenizer, maskgit_tokenizer, softvq_tokenizer, taef2_tokenizer,
-                                   titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer, vqgan_tokenizer)
+from tokkit.zoo_tokenizers import (detok_tokenizer, gigatok_tokenizer, ibq_tokenizer, llamagen_tokenizer,
+                                   maetok_tokenizer, magvit2_tokenizer, maskgit_tokenizer, softvq_tokenizer,
+                                   taef2_tokenizer, titok_tokenizer, var_tokenizer, vqgan_lc_tokenizer,
+                                   vqgan_tokenizer)
 
 SIDE = 32
 NETWORK = dict(multipliers=(1, 1, 2), size=SIDE, width=32, depth=1, codebook_size=64)
@@ -45,6 +46,7 @@ SMALL = {
                        latents=16, multipliers=(1, 1, 2), z_channels=16, codebook_size=64, entropy=.1),
     'softvq': partial(softvq_tokenizer, **LINE, segments=2, codebook_size=64, code_dim=4),
     'taef2': partial(taef2_tokenizer, SIDE),
+    'detok': partial(detok_tokenizer, SIDE, (32, 1, 4), (32, 1, 4), patch=8, code_dim=4),
 }
 
 def function_of(build): return getattr(build, 'func', build)

@@ -17,11 +17,12 @@ from torch import nn, Tensor
 def sincos_pos(
     grid:tuple[int,int],  # (rows, columns)
     dim:int,              # channels, divisible by 4
+    frequency:Float[Tensor, "f"]|None = None, # f = dim/4 angles from a place to the next; None: 1 to 1/100
 ) -> Float[Tensor, "n d"]:
     "Sine-cosine positions of a grid, row-major"
     if dim%4: raise ValueError(f"sincos_pos needs dim divisible by 4, got {dim}")
     rows, columns = grid
-    frequency = 100.**-torch.linspace(0, 1, dim//4)
+    if frequency is None: frequency = 100.**-torch.linspace(0, 1, dim//4)
     def axis(n):
         angle = torch.arange(n)[:,None]*frequency                               # (n d/4)
         return torch.cat([angle.sin(), angle.cos()], 1)                         # (n d/2)

@@ -33,7 +33,8 @@ class Published:
     image_range:str = '[-1,1]'              # of the images it was trained on
     hub:str = ''                            # its repository on the Hugging Face hub; '': it is not there
     parts:dict[str,str] = field(default_factory=dict) # of several files: word of a file's name -> prefix
-    tokenizer:str = ''                      # of a generator: the entry whose latents it makes
+    # of a generator: the entry whose latents it makes, or what else they are of where that is no entry
+    tokenizer:str = ''
     # (model, what config.json beside the file holds) -> None: what the weights do not say
     configure:Callable[[nn.Module, dict], None]|None = None
     detect:Callable[[dict[str,Tensor]], dict]|None = None # theirs -> what `build` is told of the file

@@ -7,5 +7,6 @@ from .tokenizer import *
 from .latents import *
 from .maetok import *
 from .titok import *
+from .detok import *
 from .magvit2 import *
 from .gigatok import *

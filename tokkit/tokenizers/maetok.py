@@ -53,12 +53,14 @@ class MixedRotations(nn.Module):
 # %% ../../nbs/tokenizers/06_maetok.ipynb #d0c78181
 class TurnedAttention(Attention):
     "Attention whose queries and keys are turned"
+    turned = staticmethod(rotate)   # (queries or keys, turns) -> turned ones
+
     def forward(self, x:Float[Tensor, "b n d"],
-                turns:Float[Tensor, "h n c2 two"]|None) -> Float[Tensor, "b n d"]:
+                turns:Float[Tensor, "*p n c2 two"]|None) -> Float[Tensor, "b n d"]:
         q,k,v = rearrange(self.qkv(x), 'b n (three h c) -> three b h n c', three=3, h=self.heads)
         if turns is not None:
-            q = rotate(q, turns)
-            k = rotate(k, turns)
+            q = self.turned(q, turns)
+            k = self.turned(k, turns)
         seen = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(seen, 'b h n c -> b n (h c)'))
 
@@ -69,7 +71,7 @@ class TurnedBlock(ViTBlock):
         self.attn = TurnedAttention(dim, heads)
 
     def forward(self, x:Float[Tensor, "b n d"],
-                turns:Float[Tensor, "h n c2 two"]|None) -> Float[Tensor, "b n d"]:
+                turns:Float[Tensor, "*p n c2 two"]|None) -> Float[Tensor, "b n d"]:
         x = x+self._branch(self.attn(self.norm1(x), turns), 0)
         return x+self._branch(self.mlp(self.norm2(x)), 1)
 

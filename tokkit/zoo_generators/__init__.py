@@ -3,3 +3,4 @@ from .rar import *
 from .llamagen_gpt import *
 from .maetok_sit import *
 from .gigatok_gpt import *
+from .sit_2d import *

@@ -10,3 +10,4 @@ from .var import *
 from .gigatok import *
 from .magvit2 import *
 from .softvq import *
+from .detok import *
