@@ -9,7 +9,7 @@ from torch import nn
 
 from tokkit.generators import ARCfg, ARGenerator
 from tokkit.core import make_rng
-from tokkit.generators import FullLinear, Int8Linear, KeptSteps, inference_copy, input_ranges
+from tokkit.inference import FullLinear, Int8Linear, KeptSteps, inference_copy, input_ranges
 from tokkit.generators import FlowCfg, FlowGenerator
 from tokkit.generators import LatentGenerator, row_seeds
 from tokkit.generators import MaskedCfg, MaskedGenerator
@@ -179,7 +179,7 @@ def test_refusals_are_one_line():
 
 @needs_int8
 def test_int8_goes_with_its_layers():
-    from tokkit.generators.inference import _Packed
+    from tokkit.inference import _Packed
     whole = Int8Linear(nn.Linear(8, 8), -1., 1.)
     key = whole.packed.key
     other = copy.deepcopy(whole)

@@ -25,6 +25,7 @@ VENDORED = {  # npm package -> what the pages need of it
 HOUSE = {
     'core': 'Core', 'data': 'Data', 'layers': 'Layers', 'show': 'Pictures', 'runs': 'Runs',
     'quantizers': 'Quantizers', 'tokenizers': 'Tokenizers', 'generators': 'Generators',
+    'inference': 'Faster sampling',
     'adapters': 'Models of your own', 'published': 'Published models',
     'zoo_tokenizers': 'Published tokenizers',
     'zoo_generators': 'Published generators', 'zoo': 'The zoo',

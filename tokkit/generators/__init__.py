@@ -7,7 +7,6 @@ from .autoregressive import *
 from .masked import *
 from .flow import *
 from .registry import *
-from .inference import *
 from .gpt import *
 from .sit import *
 from .sit_2d import *
