@@ -10,3 +10,4 @@ from .registry import *
 from .inference import *
 from .gpt import *
 from .sit import *
+from .titok_maskgit import *

@@ -2,3 +2,4 @@
 from .rar import *
 from .llamagen_gpt import *
 from .maetok_sit import *
+from .titok_maskgit import *
