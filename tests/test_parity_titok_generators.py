@@ -15,6 +15,7 @@ from tokkit.posttraining import latent_pairs
 from tokkit.published import PUBLISHED, by_rules
 from tokkit.tokenizers import encode_all
 from tokkit.training import GeneratorTraining, TensorPairs, train_generator
+from tokkit.zoo.load import _sorted_out
 from tokkit.zoo_generators import (IMAGEBERT_RULES, TITOK_SAMPLING, titok_generator, titok_generator_state,
                                    uvit_rules)
 from tokkit.zoo_tokenizers import titok_tokenizer
@@ -133,6 +134,13 @@ def test_names_and_shapes_at_full_size(fixtures, name):
     assert TITOK_SAMPLING[size].steps == (64 if size == 's' else 8)
 
 
+def test_numbers_of_places_are_left_out():
+    theirs = {f'model.embeddings.{name}': torch.ones(2)
+              for name in ('position_ids', 'position_embeddings.weight')}
+    kept, left = _sorted_out(PUBLISHED['titok-generator-b-64'], theirs)
+    assert list(kept) == ['model.embeddings.position_embeddings.weight'] and sum(left.values()) == 1
+
+
 def test_plan_never_ends_early():
     for steps in (1, 2, 5, 40):
         hidden = torch.arange(30)
@@ -192,7 +200,8 @@ def test_pairs(pair):
     pixels = torch.randint(256, (6, 3, 32, 32), generator=make_rng(0)).to(torch.uint8)
     images = ImageSet(pixels, torch.arange(6)%2, ['a', 'b'], 'noise')
     real = encode_all(tok, images)
-    whole, half = (latent_pairs(generator, tok, images, sigma, known=real, seed=0) for sigma in (1., .5))
+    whole, half = (latent_pairs(generator, tok, images, sigma, known=real, source='tokens', seed=0)
+                   for sigma in (1., .5))
     assert torch.equal(whole.latents, real)
     assert .1 < (half.latents != real).float().mean() < .9
 
