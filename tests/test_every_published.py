@@ -28,6 +28,12 @@ def robustok():
     return Tokenizer(TokenizerCfg(SIDE, 3, 8, 'robustok', latents=16, width=32, depth=1, heads=4,
                                   codebook_size=64, code_dim=8, refine=0))
 
+def tatitok():
+    "Its text is read once, as somebody who has only images would do it"
+    tok = titok_tokenizer(**LINE, codebook_size=64, text=(7, 20))
+    tok.decoder.read(torch.randn(7, 20))
+    return tok
+
 # what builds each, as it is registered -> the same network, small
 SMALL = {
     'robustok': robustok,
@@ -41,6 +47,7 @@ SMALL = {
     'titok': partial(titok_tokenizer, **LINE, legacy=True, pixels=INNER, codebook_size=64),
     'titok-vq': partial(titok_tokenizer, **LINE, codebook_size=64),
     'titok-vae': partial(titok_tokenizer, **LINE, quantizer='kl', codebook_size=0, code_dim=4),
+    'tatitok': tatitok,
     'maetok': partial(maetok_tokenizer, SIDE, 6, width=32, depth=1, heads=4, code_dim=4),
     'gigatok': partial(gigatok_tokenizer, (32, 1, 4), (32, 1, 4), SIDE, dict(width=16, depth=1), patch=4,
                        latents=16, multipliers=(1, 1, 2), z_channels=16, codebook_size=64, entropy=.1),

@@ -9,4 +9,5 @@ from .flow import *
 from .registry import *
 from .gpt import *
 from .sit import *
+from .titok_maskgit import *
 from .sit_2d import *

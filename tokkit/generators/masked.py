@@ -78,7 +78,7 @@ class MaskedGenerator(LatentGenerator):
     kind = 'masked'
     Cfg = MaskedCfg
     sampling_fields = (*LatentGenerator.sampling_fields, 'steps', 'choice_temperature')
-    def __init__(self, cfg:MaskedCfg): # sizes
+    def __init__(self, cfg:GeneratorCfg): # a `MaskedCfg`, or what a subclass has in its place
         super().__init__()
         self.cfg = cfg
         self.classes = cfg.classes
@@ -99,6 +99,12 @@ class MaskedGenerator(LatentGenerator):
         return sizes|(dict(grid=spec.grid) if sizes['n'] == spec.shape[0] else {})
 
 # %% ../../nbs/generators/05_masked.ipynb #959f469b
+def _small_weights(module):
+    "Tables and matrices small, biases zero"
+    for name,w in module.named_parameters():
+        if w.ndim > 1: nn.init.trunc_normal_(w, std=.02)
+        elif name.endswith('bias'): nn.init.zeros_(w)
+
 @patch
 def _make_layers(self:MaskedGenerator):
     "Embeddings, neighbourhood, blocks and head"
@@ -111,9 +117,7 @@ def _make_layers(self:MaskedGenerator):
     self.blocks = transformer(cfg.depth, cfg.width, cfg.heads, ratio=cfg.ratio, dropout=cfg.dropout)
     self.norm = nn.LayerNorm(cfg.width)
     self.head = nn.Linear(cfg.width, cfg.levels*cfg.codebook_size)
-    for name,w in self.named_parameters():
-        if w.ndim > 1: nn.init.trunc_normal_(w, std=.02)
-        elif name.endswith('bias'): nn.init.zeros_(w)
+    _small_weights(self)
     self.register_buffer('tables', torch.arange(cfg.levels)*(cfg.codebook_size+1), persistent=False)
 
 # %% ../../nbs/generators/05_masked.ipynb #ab7fc04f
@@ -193,17 +197,16 @@ def _ranks(sure, known) -> Int[Tensor, "b *shape"]:
     return order.argsort(1).reshape(sure.shape)
 
 # %% ../../nbs/generators/05_masked.ipynb #e41be86a
-def _unmask(generator, ids, known, plan, predict, draws, callback) -> Int[Tensor, "b *shape"]:
-    "Step after step: draw every hidden entry, set those that are surest; `draws` gives codes and noise"
-    codes,noise = draws
+def _unmask(generator, ids, known, plan, predict, draw, callback) -> Int[Tensor, "b *shape"]:
+    "Step after step: draw every hidden entry, set those that are surest"
     steps = plan.shape[1]
     fine = []
     for i in range(steps):
         logits = predict(i, ids)                                               # (b *shape k)
         fine.append(logits.isfinite().all())
-        drawn = torch.where(known, ids, codes(i, logits).clamp(max=generator.codebook_size-1))
-        chosen = logits.float().log_softmax(-1).gather(-1, drawn[...,None])[...,0]
-        rank = _ranks(chosen+noise(i), known)
+        codes,sure = draw(i, logits)
+        drawn = torch.where(known, ids, codes)
+        rank = _ranks(sure, known)
         new = ~known & (rank >= plan[:,i].view(len(ids), *[1]*(ids.ndim-1)))
         known = known | new
         ids = torch.where(new, drawn, ids)
@@ -212,15 +215,29 @@ def _unmask(generator, ids, known, plan, predict, draws, callback) -> Int[Tensor
     return ids
 
 # %% ../../nbs/generators/05_masked.ipynb #224b0553
-def _draws(generator, seeds, steps, sampling:Sampling, device) -> tuple[Callable, Callable]:
-    "What is drawn in step `i`: codes from their scores, and the noise of the choice"
+@patch
+def plan(self:MaskedGenerator, hidden:Int[Tensor, "b"], steps:int) -> Int[Tensor, "b steps"]:
+    "Entries still hidden after each step"
+    check_count('steps', steps, math.prod(self.shape), 'a step sets at least one entry')
+    return unmask_plan(hidden, steps, self.cfg.schedule)
+
+@patch
+def draws(self:MaskedGenerator,
+    seeds:Int[Tensor, "b"],     # one a row
+    steps:int,                  # of the sampler
+    sampling:Sampling,          # how
+    device:torch.device,        # where the scores are
+) -> Callable: # (step, guided scores) -> a code of every entry, and how sure it is
+    "What is drawn in every step"
     tau = 4.5 if sampling.choice_temperature is None else sampling.choice_temperature
-    u = row_noise(seeds, (steps, *generator.shape), 'draw', device=device)
-    g = _gumbel(row_noise(seeds, (steps, *generator.shape), 'choice', device=device))
+    u = row_noise(seeds, (steps, *self.shape), 'draw', device=device)
+    g = _gumbel(row_noise(seeds, (steps, *self.shape), 'choice', device=device))
     choose = partial(sample_categorical, **sampling.of_codes)
-    def codes(i, logits): return choose(logits, u[:,i])
-    def noise(i): return tau*(1-(i+1)/steps)*g[:,i]
-    return codes, noise
+    def draw(i, logits):
+        codes = choose(logits, u[:,i]).clamp(max=self.codebook_size-1)
+        chosen = logits.float().log_softmax(-1).gather(-1, codes[...,None])[...,0]
+        return codes, chosen+tau*(1-(i+1)/steps)*g[:,i]
+    return draw
 
 def _begin(generator, keep, known) -> Int[Tensor, "b *shape"]:
     "The ids before the first step: what is kept of real ones, all others hidden"
@@ -243,13 +260,12 @@ def sample_masked(
     # in a callback's `latents` hidden entries hold the code just drawn
     sampling = check_sampling(generator, labels, sampling, keep, **how)
     steps = generator.default_steps if sampling.steps is None else sampling.steps
-    check_count('steps', steps, math.prod(generator.shape), 'a step sets at least one entry')
     seeds = row_seeds(rng, len(labels))
     known = _kept(keep, seeds, generator.shape)
-    plan = unmask_plan((~known).flatten(1).sum(1), steps, generator.cfg.schedule).to(labels.device)
+    plan = generator.plan((~known).flatten(1).sum(1), steps).to(labels.device)
     known = known.to(labels.device)
     scales = Guidance.of(sampling.guidance).scales(steps).tolist()
     def predict(i, ids): return guided(generator.logits, ids, labels, generator.classes, scales[i])
-    draws = _draws(generator, seeds, steps, sampling, labels.device)
+    draw = generator.draws(seeds, steps, sampling, labels.device)
     ids = _begin(generator, keep, known)
-    return _unmask(generator, ids, known, plan, predict, draws, callback)
+    return _unmask(generator, ids, known, plan, predict, draw, callback)

@@ -9,6 +9,7 @@ __all__ = ['TiTokBody', 'TiTokEncoder', 'CodeMixture', 'SmoothPixels', 'TiTokDec
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
@@ -112,6 +113,7 @@ class TiTokDecoder(nn.Module):
         legacy:bool,                    # of the first generation
         decoder:tuple[int,int,int],     # its channels, blocks and heads
         pixels:dict[str,Any]|None = None, # of MaskGIT's tokenizer: fields of its configuration
+        text:tuple[int,int]|None = None,  # states of a text, and their channels; None: it reads none
     ):
         super().__init__()
         w,depth,heads = decoder
@@ -121,28 +123,65 @@ class TiTokDecoder(nn.Module):
         self.mask_token = nn.Parameter(_tokens(1, w)[None])
         self.pos = _tokens(1+self.patches, w)
         self.latent_pos = _tokens(cfg.latents, w)
+        self.text_embed = nn.Linear(text[1], w) if text else None
+        self.text_pos = _tokens(text[0], w) if text else None
+        # unknown until `read`
+        self.register_buffer('text', torch.full((1, *text), torch.nan) if text else None)
         self.body = TiTokBody(w, depth, heads)
         self.pixels = CodeMixture(cfg, w, pixels) if legacy else SmoothPixels(cfg, w)
 
-    def sequence(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b m w"]:
-        "All tokens as they enter the first norm"
+    def sequence(self, zq:Float[Tensor, "b n d"],
+                 text:Float[Tensor, "_ t e"]|None = None) -> Float[Tensor, "b m w"]:
+        "All tokens as they enter the first norm; no text is the one that was read"
         b = len(zq)
         masks = self.mask_token.expand(b, self.patches, -1)
         asked = torch.cat([self.class_token.expand(b, -1, -1), masks], 1)+self.pos
-        return torch.cat([asked, self.embed(zq)+self.latent_pos], 1)
+        told = self.told(text)
+        said = [self.text_embed(t).expand(b, -1, -1)+self.text_pos for t in told]
+        return torch.cat([asked, self.embed(zq)+self.latent_pos, *said], 1)
 
-    def forward(self, zq:Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
-        return self.pixels(self.body(self.sequence(zq), slice(1, 1+self.patches)))
+    def forward(self, zq:Float[Tensor, "b n d"],
+                text:Float[Tensor, "_ t e"]|None = None) -> Float[Tensor, "b c h w"]:
+        return self.pixels(self.body(self.sequence(zq, text), slice(1, 1+self.patches)))
 
     @property
     def last_layer(self) -> nn.Parameter: return self.pixels.last_layer
 
+
+# %% ../../nbs/tokenizers/07_titok.ipynb #c06d14bf
+@patch
+def _check_text(self:TiTokDecoder, text:Tensor):
+    "Raise one line unless these are states that the decoder reads"
+    if self.text is None: raise ValueError("this decoder reads no text; leave it out")
+    want = tuple(self.text.shape[1:])
+    if text.ndim == 3 and tuple(text.shape[1:]) == want and text.isfinite().all(): return
+    raise ValueError(f"a text is {want[0]} states of {want[1]} channels, finite, (b, {want[0]}, {want[1]}); "
+                     f"got {tuple(text.shape)}"+('' if text.isfinite().all() else ', not finite'))
+
+@patch
+def told(self:TiTokDecoder, text:Float[Tensor, "_ t e"]|None) -> list[Tensor]:
+    "The text to decode with in a list, which is empty where the decoder reads none"
+    if text is not None: self._check_text(text)
+    elif self.text is None: return []
+    elif self.text.isnan().any():
+        raise ValueError("this decoder reads a text and was given none; set the states of one, usually those "
+                         "of the empty text: tok.decoder.read(states)")
+    return [self.text if text is None else text]
+
+@patch
+def read(self:TiTokDecoder, text:Float[Tensor, "t e"]):
+    "Keep a text, with which everything is decoded that comes without one"
+    self._check_text(text[None])
+    self.text.copy_(text[None])
+
+
+# %% ../../nbs/tokenizers/07_titok.ipynb #5209588f
 @BACKBONES.register('titok')
 class TiTokBackbone(Backbone):
     "The transformers of TiTok"
     encoder = TiTokEncoder
     decoder = TiTokDecoder
-    options = dict(legacy=False, decoder=(768, 12, 12), pixels=None)
+    options = dict(legacy=False, decoder=(768, 12, 12), pixels=None, text=None)
 
     @staticmethod
     def check(cfg):

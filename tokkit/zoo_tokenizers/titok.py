@@ -24,12 +24,14 @@ def titok_tokenizer(
     legacy:bool = False,            # of the first generation
     size:int = 256,                 # side of the images, pixels
     pixels:dict|None = None,        # of MaskGIT's tokenizer; None: as published
+    text:tuple[int,int]|None = None, # states that the decoder reads, and their channels; None: it reads none
     **sizes,                        # further fields of `TokenizerCfg`
 ) -> Tokenizer:
     "TiTok with random weights"
     width,depth,heads = TITOK_SIZES[encoder] if isinstance(encoder, str) else encoder
     decoder = TITOK_SIZES[decoder] if isinstance(decoder, str) else decoder
     options = dict(legacy=legacy, decoder=decoder, pixels=(pixels or _MASKGIT) if legacy else None)
+    if text: options['text'] = text
     published = dict(patch=16, codebook_size=4096 if legacy else 8192, code_dim=12 if legacy else 64,
                      l2_norm=legacy)
     return Tokenizer(TokenizerCfg(size, 3, kind='titok', latents=latents, width=width, depth=depth,
@@ -61,6 +63,8 @@ def titok_rules(
             (r'^encoder\.embed\.proj\.', 'encoder.patch_embed.'),
             (r'^encoder\.out\.', 'encoder.conv_out.'),
             (r'^decoder\.embed\.', 'decoder.decoder_embed.'),
+            (r'^decoder\.text_embed\.', 'decoder.text_guidance_proj.'),
+            (r'^decoder\.text_pos$', 'decoder.text_guidance_positional_embedding'),
             (r'^quantizer\.', 'quantize.')]
 
 def titok_state(
@@ -72,16 +76,21 @@ def titok_state(
     levels = len(pixels['multipliers']) if pixels else 5
     if pixels and not any(name.startswith('pixel_decoder.') for name in theirs):
         raise ValueError("they are of the first stage, which has no pixel_decoder and makes no images")
-    return renamed(tok, theirs, titok_rules(levels))
+    # no file holds a text: a decoder that reads one keeps its own
+    kept = {} if tok.decoder.text is None else {'decoder.text': tok.decoder.text}
+    return renamed(tok, theirs|kept, titok_rules(levels))
 
 # %% ../../nbs/zoo_tokenizers/06_titok.ipynb #9df7d4eb
 _TOLD = dict(rename=titok_state, source='arXiv 2406.07550', code_licence='Apache-2.0',
              weights_licence='Apache-2.0 (hub tag)', image_range='[0,1]')
+_OF_TEXT = dict(source='arXiv 2501.07730', weights_licence='not stated',
+                ignored={r'^quantize\.embed_prob$': 'how often codes were used, of its training'})
 
 def _register(name:str, title:str, file:str, hub:str, **shape):
     "An entry of one combination"
+    told = _TOLD|_OF_TEXT if 'text' in shape else _TOLD
     PUBLISHED.register(name, Published(partial(titok_tokenizer, **shape), title=title, file=file, hub=hub,
-                                       home=f'hub {hub}', **_TOLD))
+                                       home=f'hub {hub}', **told))
 
 for _size,_latents in (('s', 128), ('b', 64), ('l', 32)):
     _register(f'titok-{_size}-{_latents}', f'TiTok-{_size.upper()}, {_latents} tokens',
@@ -96,3 +105,12 @@ for _sides,_latents in (('ll', 32), ('bl', 64), ('bl', 128)):
               'model.safetensors', f'yucornetto/tokenizer_titok_{_sides}{_latents}_vae_c16_imagenet',
               encoder=_sides[0], decoder=_sides[1], latents=_latents, quantizer='kl', codebook_size=0,
               code_dim=16)
+
+# %% ../../nbs/zoo_tokenizers/06_titok.ipynb #684fe355
+for _sides,_latents,_kind in (('bl', 32, 'vq'), ('bl', 64, 'vq'), ('bl', 128, 'vq'), ('bl', 32, 'vae'),
+                              ('bl', 64, 'vae'), ('sl', 128, 'vae')):
+    _gaussian = dict(quantizer='kl', codebook_size=0, code_dim=16) if _kind == 'vae' else {}
+    _what = 'Gaussian latents' if _gaussian else 'tokens of 8,192 codes'
+    _register(f'tatitok-{_sides}-{_latents}-{_kind}', f'TA-TiTok-{_sides.upper()}, {_latents} {_what}',
+              'model.safetensors', f'turkeyju/tokenizer_tatitok_{_sides}{_latents}_{_kind}',
+              encoder=_sides[0], decoder=_sides[1], latents=_latents, text=(77, 768), **_gaussian)
