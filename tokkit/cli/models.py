@@ -27,7 +27,7 @@ def _weights(file:str) -> str|list[str]|None:
     return files if len(files) > 1 else file
 
 def _published(name:str, kind:str):
-    "A published model: zoo:NAME=FILE, files with commas; =random for random weights; @SIDE for another size"
+    "A published model: zoo:NAME=FILE, files with commas; =random: random weights; @SIDE: another size"
     from tokkit.zoo import load
     from tokkit.published import PUBLISHED
     entry,_,file = name.removeprefix('zoo:').partition('=')
@@ -36,8 +36,8 @@ def _published(name:str, kind:str):
     else: side = ''
     if not file:
         raise ValueError(f"expected zoo:NAME=FILE, such as zoo:llamagen-vq16=vq_ds16_c2i.pt, got {name}; "
-                         "tokkit zoo lists the names, and where the files are published; =random gives random "
-                         "weights, to time things with")
+                         "tokkit zoo lists the names, and where the files are published; zoo:NAME=random "
+                         "has random weights, to time things with")
     known = PUBLISHED.get(entry)
     found = 'generator' if known and known.tokenizer else 'tokenizer'
     if known and found != kind: raise ValueError(f"{entry} is a {found}, and here a {kind} is asked for")
