@@ -29,3 +29,16 @@ def test_links_lead_somewhere():
 def test_says_the_two_commands():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     assert './run demo' in text and './run test' in text
+
+
+def test_counts_the_published_models():
+    from tokkit.zoo import published_models
+    published = published_models()
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    generators = sum(published.kind == 'generator')
+    tokenizers = sum(published.kind == 'tokenizer')
+    assert f'{tokenizers} tokenizers and {generators} generators of others' in text
+    rows = text.partition('| family |')[2].partition('\n\n')[0].splitlines()[2:]
+    counted = [sum(int(number) for number in re.findall(r'^\d+', row.split('|')[column].strip()))
+               for column in (3, 4) for row in rows]
+    assert sum(counted[:len(rows)]) == tokenizers and sum(counted[len(rows):]) == generators
