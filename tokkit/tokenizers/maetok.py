@@ -89,7 +89,8 @@ class LatentModulatedBlock(TurnedBlock):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(latent, 4*dim))
         nn.init.zeros_(self.adaLN_modulation[1].weight)
-        self.adaLN_modulation[1].bias.data = torch.tensor([0., 1, 0, 1]).repeat_interleave(dim)
+        with torch.no_grad():       # shifts 0, scales 1
+            self.adaLN_modulation[1].bias.view(4, dim).copy_(torch.tensor([[0.],[1],[0],[1]]).expand(4, dim))
 
     def forward(self,
         x:Float[Tensor, "b m d"],               # all tokens, those of the latents at the end

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import init_empty_weights
 from torch import nn, Tensor
 
 from ..core import choose, read_json, require_extra, state_dict_mismatch
@@ -97,6 +98,20 @@ def _given(name:str, entry:Published, weights, which) -> tuple[str,str,dict[str,
     file = _fetched(name, entry, entry.file) if weights == 'hub' else weights
     return str(file), *read_checkpoint(file, which or entry.sets)
 
+# %% ../../nbs/zoo/00_load.ipynb #cff1b902
+def _empty(entry:Published, theirs:dict[str,Tensor]) -> nn.Module:
+    "The network, its parameters without memory and its buffers as they are"
+    with init_empty_weights(include_buffers=False): return entry.built(theirs)
+
+def _fill(model:nn.Module, ours:dict[str,Tensor], shared:bool):
+    "Let the tensors be the model's own, in its precision; copies of them where they belong to somebody else"
+    mine = model.state_dict()
+    for name,tensor in ours.items():
+        fitting = tensor.to(mine[name].dtype)
+        same = fitting.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        ours[name] = fitting if shared or not same else fitting.clone()
+    model.load_state_dict(ours, assign=True)
+
 # %% ../../nbs/zoo/00_load.ipynb #890592a9
 def _configure(name:str, entry:Published, model:nn.Module, weights):
     "Take from the published configuration what the weights do not say, or warn that it is not there"
@@ -123,8 +138,8 @@ def load(
     if not kept: raise ValueError(f"{where} holds no weights of a network; fetch it again")
     if wrong := _fits(entry, state):
         raise ValueError(f"{where}: not the weights of {name}: {', '.join(wrong)}{_others(name, state)}")
-    model = entry.built(kept)
-    model.load_state_dict(entry.rename(model, kept))
+    model = _empty(entry, kept)
+    _fill(model, entry.rename(model, kept), shared=not isinstance(weights, dict))
     n = sum(t.numel() for t in kept.values())
     model.loaded = Loaded(name, where, found, len(kept), n, left)
     if entry.configure: _configure(name, entry, model, weights)
