@@ -109,8 +109,7 @@ def zoo(
     "List the published models: what they are, their licences, and which file to fetch from where"
     from tokkit.zoo import published_models
     table = published_models()
-    table['published'] = table.home+'/'+table.file
-    columns = ['name','kind','codes','latents','image_range','parameters','code','weights','published']
+    columns = ['name','kind','codes','latents','image_range','parameters','code','weights','home','file']
     print(table_text(table[columns], format))
     say('load one: --tokenizer or --generator zoo:NAME=FILE, or tokkit.zoo.load(NAME, FILE)')
 

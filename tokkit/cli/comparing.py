@@ -19,7 +19,8 @@ class EvaluateOptions:
     "What is measured, against what, and how"
     # real images: fashion_mnist, a folder, an .npz file of pictures, or one of statistics (mu, sigma)
     reference:str = 'fashion_mnist'
-    generator:str|None = None            # folder or short name, or module:function; with --tokenizer
+    # with --tokenizer: folder or short name of a generator; module:function; zoo:NAME=FILE, published
+    generator:str|None = None
     # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str|None = None
     # samples and real images; when left out as many as there are of both, or 1000 where a generator draws
@@ -27,9 +28,11 @@ class EvaluateOptions:
     metrics:list[str]|None = None        # gFID, KID, precision, ...; all that are possible when left out
     # guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
-    power:float|None = None              # of the guidance's cosine curve; the same throughout when left out
+    # exponent of the cosine curve along which guidance grows while a picture is drawn; constant when left out
+    power:float|None = None
     temperature:float|None = None        # of the draws; the generator's own when left out
-    # images behind a file's statistics, where it does not say; of a file that holds pictures too, take those
+    steps:int|None = None                # of samplers that take several; the generator's own when left out
+    # images behind a file's statistics; given, they are used even where the file holds pictures too
     reference_n:int|None = None
     extractor:str|None = None            # whose features; efficientnet_lite0 when left out
     bootstrap:int = 50                   # replicates for the error; 0 for none
@@ -46,7 +49,7 @@ def _check_what(samples:str|None, options:EvaluateOptions):
     if drawn == (samples is not None):
         raise ValueError("tokkit evaluate measures a file or a folder of pictures, or --generator with "
                          f"--tokenizer; got {'both' if drawn else 'neither'}")
-    own = 'tokenizer', 'guidance', 'power', 'temperature'
+    own = 'tokenizer', 'guidance', 'power', 'temperature', 'steps'
     beside = [name for name in own if getattr(options, name) is not None]
     if not drawn and beside:
         raise ValueError(f"--{beside[0]} belongs to --generator, which draws; {samples} is drawn already")
@@ -102,7 +105,8 @@ def _sampler(options:EvaluateOptions):
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
-    drawing = sampling_of(gen, options.guidance, options.power, temperature=options.temperature)
+    drawing = sampling_of(gen, options.guidance, options.power, temperature=options.temperature,
+                          steps=options.steps)
     return Sampler(gen, tok, asked=drawing, seed=options.seed), tok.image_shape
 
 def _compared_with(options:EvaluateOptions, shape:tuple, made:int|None) -> tuple:

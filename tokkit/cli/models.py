@@ -139,11 +139,14 @@ class MetricOptions:
     # ifid: other images, the neighbours; the other part of the data when left out
     train:str|None = None
     top_k:int|None = None                # ifid: nearest neighbours to draw among; 10 when left out
-    generator:str|None = None            # gfid: folder or short name of a generator, or module:function
+    # gfid: folder or short name of a generator; module:function; zoo:NAME=FILE, published
+    generator:str|None = None
     # gfid: guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
-    power:float|None = None              # gfid: of the guidance's cosine curve; none when left out
+    # gfid: exponent of the cosine curve along which guidance grows; constant when left out
+    power:float|None = None
     temperature:float|None = None        # gfid: of the draws; the generator's own when left out
+    steps:int|None = None                # gfid: of samplers that take several; else the generator's own
     # .npz file of statistics (mu, sigma) to compare with; the images themselves when left out
     reference:str|None = None
     reference_n:int|None = None          # images behind that file, where it does not say
@@ -164,7 +167,7 @@ def _check_options(metric:str, options:MetricOptions):
     if options.json: file_to_write(options.json)       # a folder is refused now, and not after hours
     check_bootstrap(options.bootstrap)
     owned = dict(pfid=('deltas','alphas','strengths','kind'), ifid=('train','top_k'),
-                 gfid=('generator','guidance','power','temperature'))
+                 gfid=('generator','guidance','power','temperature','steps'))
     for owner,own in owned.items():
         wrong = [name for name in own if getattr(options, name) is not None]
         if wrong and metric != owner and (owner == 'gfid' or metric != 'all'):
@@ -228,7 +231,8 @@ def _gfid(tok, images, options:MetricOptions) -> list:
     from tokkit.recipes import sampling_of
     gen = _saved_generator(options.generator).to(device_of(tok)).eval()
     check_fit(gen, tok)
-    drawing = sampling_of(gen, options.guidance, options.power, temperature=options.temperature)
+    drawing = sampling_of(gen, options.guidance, options.power, temperature=options.temperature,
+                          steps=options.steps)
     made = Sampler(gen, tok, asked=drawing, seed=options.seed)
     stats = _compared_with(options.reference, options.reference_n, None).get('reference')
     real = draw_images(images, options.n, options.seed) if stats is None else stats

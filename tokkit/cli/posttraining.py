@@ -150,13 +150,16 @@ def _tell(folder:Path, again:bool, options:PosttrainOptions, recipe):
     from tokkit.recipes import gains, has_test, told_gains
     made = 'was there already, made by the same recipe' if again else 'made'
     healed = options.out
+    function,_,_ = options.tokenizer.partition('=')
+    # a file alone may not import a function of the user's, who names it again
+    named = f'{function}={healed}' if _is_function(options.tokenizer) else healed
     say(f'tokkit: healed tokenizer {healed}: {made}; the loss: {recipe.training.terms}')
     data = recipe.images.data
     small = ' --upscale' if recipe.images.upscale and data != 'fashion_mnist' else ''
-    drawn = {name: getattr(recipe.latents, name) for name in ('guidance', 'power', 'temperature')}
+    drawn = {name: getattr(recipe.latents, name) for name in ('guidance', 'power', 'temperature', 'steps')}
     how = ''.join(f' --{name} {value:g}' for name,value in drawn.items() if value is not None)
-    say(f'next: tokkit metric all --tokenizer {healed} --data {data}{small}')
-    say(f'      tokkit evaluate --tokenizer {healed} --generator {options.generator}{how} --reference {data}')
+    say(f'next: tokkit metric all --tokenizer {named} --data {data}{small}')
+    say(f'      tokkit evaluate --tokenizer {named} --generator {options.generator}{how} --reference {data}')
     print(options.out, flush=True)
     if not has_test(recipe.images):
         say(f'tokkit: {data} has no part test, so this is measured on images that the decoders learned from')

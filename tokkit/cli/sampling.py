@@ -58,14 +58,16 @@ class SampleOptions:
     "Who draws, what, and where it is kept"
     # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str
-    generator:str                        # folder or short name of its generator, or module:function
+    # folder or short name of its generator; module:function; zoo:NAME=FILE, published
+    generator:str
     # .npz file of pictures as ADM's evaluator reads them; .safetensors file of latents; or a new folder
     out:str
     n:int = 1000                         # pictures, the classes in turn
     classes:list[int]|None = None        # numbers of the classes to draw, in turn; all when left out
     # guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
-    power:float|None = None              # of the guidance's cosine curve; the same throughout when left out
+    # exponent of the cosine curve along which guidance grows while a picture is drawn; constant when left out
+    power:float|None = None
     temperature:float|None = None        # of the draws; the generator's own when left out
     steps:int|None = None                # of samplers that take several; the generator's own when left out
     seed:int = 0                         # moves every random draw
