@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .models import _given, _saved_generator, _saved_tokenizer, named_model
+from .models import _given, _is_function, _saved_generator, _saved_tokenizer, named_model
 from .options import say, use_device
 
 # %% ../../nbs/cli/02_posttraining.ipynb #0d28cba1
