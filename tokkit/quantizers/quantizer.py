@@ -230,6 +230,7 @@ class VectorQuantizer(Quantizer):
     def shown(self, z) -> list: return [self.project(z)]        # what each learned codebook has to name
     def project(self, z:Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return F.normalize(z, dim=-1) if self.l2_norm else z
+    passed = staticmethod(straight_through)     # (latents, codes) -> codes, with a gradient for the latents
     @property
     def codebook(self) -> Float[Tensor, "k d"]: return self.project(self.embedding.weight)
     def codes(self, ids:Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]: return self.project(self.embedding(ids))
@@ -243,8 +244,7 @@ def snap(self:VectorQuantizer, z:Float[Tensor, "*b d"]) -> Quantized:
     zq = self.codes(ids)
     if self.training and self.ema: self._follow(zh, ids)
     codebook_loss = z.new_zeros(()) if self.ema else self.codebook_weight*F.mse_loss(zq, zh.detach())
-    return Quantized(straight_through(zh, zq), ids, codebook_loss,
-                     self.commitment*F.mse_loss(zh, zq.detach()))
+    return Quantized(self.passed(zh, zq), ids, codebook_loss, self.commitment*F.mse_loss(zh, zq.detach()))
 
 # %% ../../nbs/quantizers/01_quantizer.ipynb #14216baf
 @patch

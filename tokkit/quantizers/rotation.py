@@ -44,14 +44,13 @@ class RotationVectorQuantizer(VectorQuantizer):
         self.entropy = entropy
         self.temperature = temperature
 
+    passed = staticmethod(turned_into)
     def gradient_path(self, z, zq): return zq
 
     def snap(self, z:Float[Tensor, "*b d"]) -> Quantized:
         q = super().snap(z)
-        zh = self.project(z)
-        turned = turned_into(zh, self.codes(q.ids).detach())
-        prior = self.entropy*self.entropies(zh)[2] if self.entropy else z.new_zeros(())
-        return q._replace(zq=turned, prior_loss=prior)
+        if not (self.training and self.entropy): return q
+        return q._replace(prior_loss=self.entropy*self.entropies(self.project(z))[2])
 
     def entropies(self, zh:Float[Tensor, "*b d"]) -> tuple[Tensor,Tensor,Tensor]:
         "Of the choices of latents as they are compared; codes learn from them too"

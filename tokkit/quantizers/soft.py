@@ -12,8 +12,9 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import check_range, process_mean
-from .quantizer import Quantized, Quantizer, straight_through
+from ..core import check_range
+from .quantizer import Quantized, Quantizer
+from .whole_codebook import choice_entropies
 
 # %% ../../nbs/quantizers/06_soft.ipynb #3d0b37bd
 class SoftVectorQuantizer(Quantizer):
@@ -78,14 +79,7 @@ def entropies(self:SoftVectorQuantizer,
     cosines:Float[Tensor, "*b k"], # of latents and rows
 ) -> tuple[Tensor,Tensor,Tensor]:
     "Mean entropy of a latent's weights, entropy of the mean weights, and their difference, the loss"
-    scaled = cosines.flatten(0, -2)/self.sharpness
-    p = scaled.softmax(-1)
-    each = -(p*scaled.log_softmax(-1)).sum(-1).mean()
-    mean = p.mean(0)
-    # values of all processes' latents, gradients as one would have
-    mean = straight_through(mean, process_mean(mean))
-    over_all = -(mean*(mean+1e-6).log()).sum()
-    return each, over_all, each-over_all
+    return choice_entropies(cosines, self.sharpness, floor=1e-6)
 
 @patch
 def likeliest(self:SoftVectorQuantizer, z:Float[Tensor, "*b n d"]) -> Int[Tensor, "*b n"]:

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
+from ..core import process_mean
 from .codebook import nearest_codes
 from .quantizer import Quantized, Quantizer, straight_through
 
@@ -53,8 +54,10 @@ def choice_entropies(
     "Mean entropy of a choice, entropy of the mean choice, and their difference, the loss"
     scaled = scores.flatten(0, -2)/temperature
     p = scaled.softmax(-1)
-    each = -(p*(scaled+1e-5).log_softmax(-1)).sum(-1).mean()
+    each = -(p*scaled.log_softmax(-1)).sum(-1).mean()
     mean = p.mean(0)
+    # values of all processes' latents, gradients as one would have
+    mean = straight_through(mean, process_mean(mean))
     over_all = -(mean*(mean+floor).log()).sum()
     return each, over_all, each-over_all
 

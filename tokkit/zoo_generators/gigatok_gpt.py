@@ -46,6 +46,10 @@ class ScheduledGuidance(Guidance):
         scales[0] = self.scale
         return scales.float()
 
+    def at(self, t:Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+        "Raise: a schedule counts tokens, and a flow has none"
+        raise ValueError("a schedule of guidance counts tokens, which a flow does not have; give Guidance")
+
     def _window(self, r):
         "The whole scale in a part of the tokens"
         first,last = self.window

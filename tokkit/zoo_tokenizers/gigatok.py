@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..published import Published, PUBLISHED, renamed
 from ..tokenizers import Tokenizer, TokenizerCfg
+from .vqgan import CONVOLUTIONS
 
 # %% ../../nbs/zoo_tokenizers/08_gigatok.ipynb #557af1ca
 GIGATOK_SIZES = dict(s=(512, 6, 8), b=(768, 12, 12), l=(1024, 24, 16), xl=(1280, 36, 20), xxl=(1536, 48, 24))
@@ -33,8 +34,7 @@ def gigatok_tokenizer(
                                   **published|sizes))
 
 # %% ../../nbs/zoo_tokenizers/08_gigatok.ipynb #02d14684
-GIGATOK_RULES = ((r'\.body\.0\.', '.norm1.'), (r'\.body\.2\.', '.conv1.'),     # of a residual block
-                 (r'\.body\.3\.', '.norm2.'), (r'\.body\.5\.', '.conv2.'), (r'\.skip\.', '.nin_shortcut.'),
+GIGATOK_RULES = (*CONVOLUTIONS,
                  (r'^(encoder\.cnn\..*)\.resample\.', r'\1.downsample.conv.'),
                  (r'^(decoder\.cnn\..*)\.resample\.conv\.', r'\1.upsample.conv1.'),
                  (r'^(\w+)\.cnn\.stages\.', r'\1.cnn.conv_blocks.'),
