@@ -1,11 +1,12 @@
 """DeTok against values recorded from the authors' code, under their tensor names"""
-import json, math
+import math
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from einops import rearrange
+from recordings import check_full_size, outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.core import make_rng
@@ -46,20 +47,15 @@ def test_turns(detok):
 @torch.no_grad()
 def test_activations_and_images(detok):
     tok, _, given, out, *_ = detok
-    found = {}
-    def keep(name):
-        def hook(_, __, result): found[name] = result
-        return hook
     encoder, decoder = tok.encoder.body, tok.decoder.body
     parts = dict(enc_sequence=encoder.ln_pre, enc_block0=encoder.blocks[0], dec_sequence=decoder.ln_pre,
                  dec_block_last=decoder.blocks[-1])
-    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
-    x = given['images']
-    close(torch.cat(tok.encode(x).chunk(2, -1)), torch.cat([out['mean'], out['logvar']]))
-    z = tok.to_latents(x)
-    close(z, out['mean'])
-    image = tok.from_latents(z)
-    for hook in hooks: hook.remove()
+    with outputs(**parts) as found:
+        x = given['images']
+        close(torch.cat(tok.encode(x).chunk(2, -1)), torch.cat([out['mean'], out['logvar']]))
+        z = tok.to_latents(x)
+        close(z, out['mean'])
+        image = tok.from_latents(z)
     assert set(found) == set(parts)
     for name, got in found.items(): close(got, out[name])
     close(image, out['decoded'])
@@ -141,11 +137,6 @@ def test_what_goes_wrong():
 
 @pytest.mark.parametrize('name', ['detok-bb', 'detok-bb-tuned'])
 def test_names_and_shapes_at_full_size(fixtures, name):
-    shapes = json.loads((fixtures/'zoo'/'shapes_gpt_maetok_sit.json').read_text())['detok_BB']
-    entry = PUBLISHED[name]
-    with torch.device('meta'):
-        theirs = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in shapes.items()}
-        model = entry.build()
-    ours = entry.rename(model, theirs)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert len(ours) == len(shapes)
+    shapes, theirs, model = check_full_size(fixtures, 'shapes_gpt_maetok_sit.json', 'detok_BB',
+                                            PUBLISHED[name])
+    assert len(model.state_dict()) == len(theirs) == len(shapes)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from recordings import check_full_size, outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.generators import Guidance, token_probabilities
@@ -93,14 +94,8 @@ def test_losses_and_gradients(gigatok):
 
 @pytest.mark.parametrize('name', ['ss', 'sb', 'bl', 'xlxxl'])
 def test_names_and_shapes_at_full_size(fixtures, name):
-    tables = json.loads((fixtures/'zoo'/'shapes_gpt_maetok_sit.json').read_text())
-    shapes = tables[f'gigatok_VQ_{name.upper()}256']
-    with torch.device('meta'):
-        theirs = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in shapes.items()
-                  if 'distill_mlp' not in k and not k.endswith('codebook_used')}
-        tok = PUBLISHED[f'gigatok-{name}'].build()
-    ours = gigatok_state(tok, theirs)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in tok.state_dict().items()}
+    check_full_size(fixtures, 'shapes_gpt_maetok_sit.json', f'gigatok_VQ_{name.upper()}256',
+                    PUBLISHED[f'gigatok-{name}'])
 
 
 @pytest.fixture(scope='module')
@@ -115,15 +110,10 @@ def gpt(fixtures):
 @torch.no_grad()
 def test_generator_activations(gpt):
     generator, given, out, *_ = gpt
-    found = {}
-    def keep(name):
-        def hook(_, __, result): found[name] = result
-        return hook
     first, second = generator.blocks
     parts = dict(embedded=generator.dropout, layer0=first, layer1=second)
-    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
-    close(generator.logits(given['tokens'], given['labels']), out['logits'])
-    for hook in hooks: hook.remove()
+    with outputs(**parts) as found:
+        close(generator.logits(given['tokens'], given['labels']), out['logits'])
     assert set(found) == set(parts)
     for name, got in found.items(): close(got, out[name])
 
@@ -183,10 +173,4 @@ def test_every_recorded_case_is_compared(fixtures):
     assert set(recorded_cases(fixtures)) == {*GREEDY, 'sample_step'}
 
 def test_generator_names_and_shapes_at_full_size(fixtures):
-    tables = json.loads((fixtures/'zoo'/'shapes_gpt_maetok_sit.json').read_text())
-    with torch.device('meta'):
-        theirs = {k: torch.empty(shape, dtype=getattr(torch, dtype))
-                  for k, (shape, dtype) in tables['gigatok_gpt_B'].items()}
-        generator = PUBLISHED['gigatok-gpt-b-ss'].build()
-    ours = gpt_state(generator, theirs)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in generator.state_dict().items()}
+    check_full_size(fixtures, 'shapes_gpt_maetok_sit.json', 'gigatok_gpt_B', PUBLISHED['gigatok-gpt-b-ss'])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from recordings import check_full_size, outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.generators import Guidance, token_probabilities
@@ -26,16 +27,11 @@ def gpt(fixtures):
 @torch.no_grad()
 def test_activations_and_logits(gpt):
     generator, given, out, *_ = gpt
-    found = {}
-    def keep(name):
-        def hook(_, __, result): found[name] = result
-        return hook
     first, second = generator.blocks
     parts = dict(embedded=generator.dropout, attention0=first.attn, feed_forward0=first.mlp, layer0=first,
                  layer1=second, norm=generator.norm)
-    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
-    logits = generator.logits(given['tokens'], given['labels'])
-    for hook in hooks: hook.remove()
+    with outputs(**parts) as found:
+        logits = generator.logits(given['tokens'], given['labels'])
     close(logits, out['logits'])
     for name, got in found.items(): close(got, out[name])
     close(generator.blocks[0].attn.turns, out['freqs_cis'])
@@ -106,11 +102,5 @@ def test_filters(gpt, name):
 
 @pytest.mark.parametrize('size', GPT_SIZES)
 def test_names_and_shapes_at_full_size(fixtures, size):
-    tables = json.loads((fixtures/'zoo'/'shapes_gpt_maetok_sit.json').read_text())
-    shapes = tables[f'llamagen_c2i_{size.upper()}']
-    with torch.device('meta'):
-        theirs = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in shapes.items()}
-        generator = PUBLISHED[f'llamagen-{size}-384'].build()
-    theirs.pop('freqs_cis', None)
-    ours = gpt_state(generator, theirs)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in generator.state_dict().items()}
+    check_full_size(fixtures, 'shapes_gpt_maetok_sit.json', f'llamagen_c2i_{size.upper()}',
+                    PUBLISHED[f'llamagen-{size}-384'])

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import save_file
+from recordings import check_full_size, outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.zoo_tokenizers import MAETOK_UNUSED, maetok_tokenizer
@@ -55,24 +56,19 @@ def test_what_was_taken(maetok):
 @torch.no_grad()
 def test_activations_and_images(maetok):
     tok, config, given, out = maetok
-    found = {}
-    def keep(name):
-        def hook(_, __, result): found[name] = result
-        return hook
     encoder, decoder = tok.encoder.body, tok.decoder.body
     parts = dict(enc_block0=encoder.blocks[0], dec_block0=decoder.blocks[0],
                  dec_block_last=decoder.blocks[-1])
-    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
-    x = given['images']
-    sequence = tok.encoder.sequence(x)
-    close(sequence, out['enc_sequence'])
-    close(encoder(sequence, front=1, behind=8)[:,-8:], out['encoder'])
-    z = tok.encode(x)
-    close(z, out['pre_quant'])
-    close(tok.quantize(z).zq, out['latents'])
-    close(tok.decoder.sequence(z), out['dec_sequence'])
-    close(tok.reconstruct(x), out['reconstruction'])
-    for hook in hooks: hook.remove()
+    with outputs(**parts) as found:
+        x = given['images']
+        sequence = tok.encoder.sequence(x)
+        close(sequence, out['enc_sequence'])
+        close(encoder(sequence, front=1, behind=8)[:,-8:], out['encoder'])
+        z = tok.encode(x)
+        close(z, out['pre_quant'])
+        close(tok.quantize(z).zq, out['latents'])
+        close(tok.decoder.sequence(z), out['dec_sequence'])
+        close(tok.reconstruct(x), out['reconstruction'])
     for name, got in found.items(): close(got, out[name])
     latents = given['latents_normalised']*tok.spec.std+tok.spec.mean
     close(tok.from_latents(latents), out['decode_denormalised'])
@@ -89,12 +85,5 @@ FULL = [('maetok-b-128', 'maetok_b_128_plain_decoder_assumed'), ('maetok-sit-xl'
 
 @pytest.mark.parametrize('name, key', FULL)
 def test_names_and_shapes_at_full_size(fixtures, name, key):
-    shapes = json.loads((fixtures/'zoo'/'shapes_gpt_maetok_sit.json').read_text())[key]
-    entry = PUBLISHED[name]
-    with torch.device('meta'):
-        theirs = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in shapes.items()
-                  if not any(re.search(pattern, k) for pattern in entry.ignored)}
-        model = entry.build()
-    ours = entry.rename(model, theirs)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    shapes, theirs, _ = check_full_size(fixtures, 'shapes_gpt_maetok_sit.json', key, PUBLISHED[name])
     assert len(shapes)-len(theirs) == sum(bool(re.search(p, k)) for k in shapes for p in MAETOK_UNUSED)

@@ -1,10 +1,11 @@
 """Open-MAGVIT2 against values recorded from the authors' code: activations on the way, ids, images, losses
 and gradients, by both sets of weights; names and shapes of the full-size files"""
-import json, re
+import re
 
 import pytest
 import torch
 from test_parity_convolutional import check_taps
+from recordings import check_full_size
 from test_parity_tokenizer import close, recorded, tokens
 
 from tokkit.published import PUBLISHED
@@ -80,11 +81,4 @@ FULL = [('open-magvit2-256', 'open_magvit2_256_L'), ('open-magvit2-128', 'open_m
 
 @pytest.mark.parametrize('name, key', FULL)
 def test_names_and_shapes_at_full_size(fixtures, name, key):
-    shapes = json.loads((fixtures/'zoo'/'shapes_cnn_vq.json').read_text())[key]
-    entry = PUBLISHED[name]
-    with torch.device('meta'):
-        theirs = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in shapes.items()
-                  if not any(re.search(pattern, k) for pattern in entry.ignored)}
-        tok = entry.build()
-    ours = entry.rename(tok, theirs)        # strict: raises where a name is missing or too many
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in tok.state_dict().items()}
+    check_full_size(fixtures, 'shapes_cnn_vq.json', key, PUBLISHED[name])

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from recordings import outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.generators import (SiTCfg, SiTGenerator, flow, follow_sit, guided, path_at, sit_time_embedding,
@@ -26,15 +27,10 @@ def sit(fixtures):
 @torch.no_grad()
 def test_activations_and_velocity(sit):
     generator, given, out, *_ = sit
-    found = {}
-    def keep(name):
-        def hook(_, __, result): found[name] = result
-        return hook
     first, second = generator.blocks
     parts = dict(attn0=first.attn, mlp0=first.mlp, block0=first, block1=second, t_embed=generator.time)
-    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
-    close(generator.velocity(given['x'], given['t'], given['y']), out['velocity'])
-    for hook in hooks: hook.remove()
+    with outputs(**parts) as found:
+        close(generator.velocity(given['x'], given['t'], given['y']), out['velocity'])
     for name, got in found.items(): close(got, out[name])
     close(generator.embed(given['x'])+generator.pos, out['embedded'])
     time = generator.time(sit_time_embedding(given['t']))

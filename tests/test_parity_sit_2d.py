@@ -6,6 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 from safetensors import safe_open
+from recordings import check_full_size
 from test_parity_tokenizer import close, recorded
 
 from tokkit.generators import (PATH_ENDS, Guidance, SiT2DCfg, SiTChurning, flow, guided_pair, load_generator,
@@ -211,14 +212,9 @@ def test_what_goes_wrong():
 
 
 def test_names_and_shapes_at_full_size(fixtures):
-    shapes = json.loads((fixtures/'zoo'/'shapes_gpt_maetok_sit.json').read_text())['sit_xl_2_256']
-    entry = PUBLISHED['sit-xl-2']
-    with torch.device('meta'):
-        theirs = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in shapes.items()}
-        model = entry.build()
-    ours = entry.rename(model, theirs)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert len(ours) == len(shapes)
+    shapes, theirs, model = check_full_size(fixtures, 'shapes_gpt_maetok_sit.json', 'sit_xl_2_256',
+                                            PUBLISHED['sit-xl-2'])
+    assert len(model.state_dict()) == len(theirs) == len(shapes)
 
 def test_its_row_names_the_autoencoder():
     row = published_models().set_index('name').loc['sit-xl-2']

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from recordings import outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.perturbation import LatentPerturbation
@@ -73,24 +74,19 @@ def test_a_quantizer_without_normalisation_is_refused(softvq):
 @torch.no_grad()
 def test_activations_and_images(softvq):
     tok, config, given, out, *_ = softvq
-    found = {}
-    def keep(name):
-        def hook(_, __, result): found[name] = result
-        return hook
     encoder, decoder = tok.encoder.body, tok.decoder.body
     parts = dict(enc_block0=encoder.blocks[0], dec_block0=decoder.blocks[0],
                  dec_block_last=decoder.blocks[-1])
-    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
-    x = given['images']
-    sequence = tok.encoder.sequence(x)
-    close(sequence, out['enc_sequence'])
-    close(encoder(sequence, front=1, behind=8)[:,-8:], out['encoder'])
-    z = tok.encode(x)
-    close(z, out['pre_quant'])
-    close(tok.to_latents(x), out['latents'])
-    close(tok.decoder.sequence(out['latents']), out['dec_sequence'])
-    close(tok.reconstruct(x), out['reconstruction'])
-    for hook in hooks: hook.remove()
+    with outputs(**parts) as found:
+        x = given['images']
+        sequence = tok.encoder.sequence(x)
+        close(sequence, out['enc_sequence'])
+        close(encoder(sequence, front=1, behind=8)[:,-8:], out['encoder'])
+        z = tok.encode(x)
+        close(z, out['pre_quant'])
+        close(tok.to_latents(x), out['latents'])
+        close(tok.decoder.sequence(out['latents']), out['dec_sequence'])
+        close(tok.reconstruct(x), out['reconstruction'])
     for name, got in found.items(): close(got, out[name])
     close(tok.from_latents(given['latents_normalised']*tok.spec.std+tok.spec.mean),
           out['decode_denormalised'])
