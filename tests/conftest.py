@@ -80,17 +80,20 @@ def browser():
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes most of a minute and rarely breaks; a third of them run')
+    config.addinivalue_line('markers', 'alike: one of very many of a kind; a third of them run')
 
 
 def pytest_collection_modifyitems(items):
-    """A third of the slow tests run, drawn by the contents of the package: another state draws others.
-    `TOKKIT_ALL=1` runs all, and so does naming one of them alone"""
-    slow = sorted((item for item in items if item.get_closest_marker('slow')), key=lambda item: item.nodeid)
-    if os.environ.get('TOKKIT_ALL') or len(slow) < 2: return
+    """A third of the tests marked `slow` run, and of those marked `alike`, drawn by the contents of the
+    package: another state draws others. `TOKKIT_ALL=1` runs all, and so does naming one of them alone"""
+    if os.environ.get('TOKKIT_ALL'): return
     sources = b''.join(path.read_bytes() for path in sorted((ROOT/'tokkit').rglob('*.py')))
     draw = random.Random(hashlib.sha256(sources).hexdigest())
-    for item in draw.sample(slow, len(slow)*2//3):
-        item.add_marker(pytest.mark.skip(reason='slow, and not drawn for this state: TOKKIT_ALL=1 runs it'))
+    for name in ('slow', 'alike'):
+        skip = pytest.mark.skip(reason=f'{name}, and not drawn for this state: TOKKIT_ALL=1 runs it')
+        marked = sorted((item for item in items if item.get_closest_marker(name)), key=lambda i: i.nodeid)
+        left_out = len(marked)*2//3 if len(marked) > 1 else 0
+        for item in draw.sample(marked, left_out): item.add_marker(skip)
 
 
 @pytest.hookimpl(optionalhook=True)
