@@ -4,7 +4,8 @@ from pathlib import Path
 
 # what nearly every page waits for; nothing of tokkit, which a page imports by itself
 PRELOADED = ['torch', 'nbdev.test', 'pandas', 'matplotlib.pyplot', 'seaborn', 'scipy.stats', 'accelerate',
-             'efficientnet_lite_pytorch', 'einops', 'safetensors.torch', 'sklearn.manifold']
+             'efficientnet_lite_pytorch', 'einops', 'safetensors.torch', 'sklearn.manifold', 'ipywidgets',
+             'nbconvert', 'papermill', 'diffusers']
 
 
 def _play(page:str, log:str, env:dict[str, str]):

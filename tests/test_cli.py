@@ -206,6 +206,7 @@ def test_metric_on_a_folder(own, tmp_path, capsys):
     assert main(['metric', 'rfid', '--tokenizer', str(own/'tokenizer'), '--data', str(own/'nowhere')]) == 2
     assert capsys.readouterr().err.count('\n') == 1
 
+@pytest.mark.slow
 def test_every_metric_on_a_folder(own, tmp_path, capsys):
     from tokkit.data import load_images
     from tokkit.features import default_extractor, extract
@@ -275,6 +276,7 @@ def test_posttrain_on_a_folder(own, tmp_path, capsys, monkeypatch):
     assert main([*words, '--lr', '1e-4']) == 2
     assert 'training.lr is 0.001 there and 0.0001 here; choose another --out' in capsys.readouterr().err
 
+@pytest.mark.slow
 def test_the_control_saw_clean_tokens(own, tmp_path, capsys):
     from tokkit.tokenizers import Tokenizer
     words = ['--device', 'cpu', 'posttrain', '--tokenizer', str(own/'tokenizer'), '--generator',
@@ -291,6 +293,7 @@ def test_the_control_saw_clean_tokens(own, tmp_path, capsys):
     assert 'against the untouched decoder: gFID' in capsys.readouterr().err
     assert not (tmp_path/'alone'/'control').exists()
 
+@pytest.mark.slow
 def test_posttrain_takes_the_loss_of_the_tokenizers_recipe(own, tmp_path, capsys):
     from tokkit.recipes import preset, read_recipe, with_changes, write_recipe
     tok = tmp_path/'tok'
@@ -311,6 +314,7 @@ def test_posttrain_takes_the_loss_of_the_tokenizers_recipe(own, tmp_path, capsys
     weights = [(tmp_path/name/'model.safetensors').read_bytes() for name in ('healed', 'again')]
     assert weights[0] == weights[1]
 
+@pytest.mark.slow
 def test_a_healed_tokenizer_is_healed_again(own, tmp_path, capsys):
     words = ['--device', 'cpu', 'posttrain', '--generator', str(own/'generator'), '--data', str(own/'images'),
              '--epochs', '1']

@@ -37,6 +37,7 @@ EVERY = ([pytest.param(name, None, id=name) for name in FITS]
          +[pytest.param(name, tok, id=f'{name}-{tok}') for name,tok in LEVELS])
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize('name,tok', EVERY)
 @pytest.mark.parametrize('guidance',
                          [1., 0., Guidance(3., 1.15), Guidance(2., kind='linear', interval=(.2, .8))],

@@ -53,6 +53,7 @@ def test_commands_find_their_notebooks(tokkit):
     done = tokkit('docs')
     assert done.returncode == 2 and "needs tokkit's source tree" in done.stderr
 
+@pytest.mark.slow
 def test_train_and_sweep(tokkit):
     small = 'tokenizer.width=16', 'tokenizer.depth=1', 'distribution=0', 'batch=16', 'epochs=1'
     short = [part for word in small for part in ('--set', word)]

@@ -216,6 +216,7 @@ def flip_one(rng:random.Random, root:Path) -> tuple[Path,bytes]:
     path.write_bytes(bits)
     return path, before
 
+@pytest.mark.slow
 def test_flipped_bits_change_no_number(demo_root):
     root, values, before = demo_root
     rng = random.Random(SEED)

@@ -29,6 +29,7 @@ def weigh(tmp_path):
     nbformat.write(nb, tmp_path/'weigh.ipynb')
     return tmp_path/'weigh.ipynb'
 
+@pytest.mark.slow
 def test_1_changed_images_are_another_run(weigh, tmp_path, monkeypatch):
     from tokkit.runs import Run, run_experiment
     def value(folder):
@@ -177,6 +178,7 @@ def healing(own, tmp_path):
                               '--out', tmp_path/'runs'/'healed'/'one', '--epochs', '40', *more]
     return words
 
+@pytest.mark.slow
 def test_4_5_posttrain_is_alone(healing, tmp_path, tokkit):
     folder = tmp_path/'runs'/'healed'
     first = start(*healing('--seed', '0'))
