@@ -29,7 +29,8 @@ HOUSE = {
     'adapters': 'Models of your own', 'published': 'Published models',
     'zoo_tokenizers': 'Published tokenizers',
     'zoo_generators': 'Published generators', 'zoo': 'The zoo',
-    'perturbation': 'Perturbation', 'features': 'Features', 'metrics': 'Metrics', 'training': 'Training',
+    'perturbation': 'Perturbation', 'features': 'Features', 'metrics': 'Metrics',
+    'protocols': 'Protocols', 'training': 'Training',
     'posttraining': 'Post-training', 'recipes': 'Recipes', 'analysis': 'Analysis', 'demo': 'Demo',
     'ui': 'Figures and explorers', 'cli': 'Command line'}
 SECTIONS = {'How-to': 'howto', 'Explain': 'explain', 'Results': 'results', 'Explore': 'explore',

@@ -9,6 +9,7 @@ __all__ = ['EvaluateOptions', 'evaluate', 'read_cards', 'compare_cards', 'compar
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from .models import _report, _saved_generator, _saved_tokenizer
 from .options import Format, say, table_text, use_device
@@ -25,6 +26,8 @@ class EvaluateOptions:
     tokenizer:str|None = None
     # samples and real images; when left out as many as there are of both, or 1000 where a generator draws
     n:int|None = None
+    # as others measure, 50,000 samples by Inception (adm50k), or in a small way (quick)
+    protocol:Annotated[str|None, ('adm50k','quick'), 'tokkit.protocols:PROTOCOLS'] = None
     metrics:list[str]|None = None        # gFID, KID, precision, ...; all that are possible when left out
     # guidance scale; when left out 1.5, and none where the generator's sampler takes none
     guidance:float|None = None
@@ -55,6 +58,8 @@ def _check_what(samples:str|None, options:EvaluateOptions):
         raise ValueError(f"--{beside[0]} belongs to --generator, which draws; {samples} is drawn already")
     if drawn and not options.tokenizer:
         raise ValueError("--generator needs --tokenizer, which decodes its tokens")
+    if options.protocol and options.extractor:
+        raise ValueError(f"protocol {options.protocol} decides who looks; leave out --extractor or it")
     if options.json: file_to_write(options.json)
     check_bootstrap(options.bootstrap)
 
@@ -68,12 +73,12 @@ def _side(folder:str) -> int|None:
     if first is None: return None
     with Image.open(first) as image: return min(image.size)
 
-def _samples(place:str):
-    "Pictures of a file, or of a folder in their own size"
+def _samples(place:str, kept:bool = True):
+    "Pictures of a file, or of a folder in their own size; read when asked for where they are not kept"
     from tokkit.data import load_images
-    from tokkit.metrics import load_samples
-    if place.endswith('.npz'): return load_samples(place)
-    return load_images(place, 'test', None, _side(place), 3)
+    from tokkit.metrics import load_samples, SampleFile
+    if place.endswith('.npz'): return load_samples(place) if kept else SampleFile(place)
+    return load_images(place, 'test', None, _side(place), 3, memory=float(kept))
 
 def _real(place:str, shape:tuple[int,int,int]):
     "Real images in the sides and channels of the samples; grey ones where these have three equal channels"
@@ -123,6 +128,16 @@ def _compared_with(options:EvaluateOptions, shape:tuple, made:int|None) -> tuple
         raise ValueError(f"-n {n}: there are {most} samples and real images to compare; give fewer")
     return (real if statistics else draw_images(real, n, options.seed)), n
 
+# %% ../../nbs/cli/05_comparing.ipynb #202cdff6
+def _by_protocol(made, shape:tuple, options:EvaluateOptions, told:dict) -> list:
+    "The cards of a protocol"
+    from tokkit.protocols import evaluate_protocol, open_reference
+    place = options.reference
+    is_file = place.endswith('.npz')
+    real = open_reference(place if is_file else _real(place, shape), options.protocol, options.reference_n)
+    return evaluate_protocol(made, real, options.protocol, metrics=options.metrics, settings=told,
+                             n=options.n, bootstrap=options.bootstrap, seed=options.seed)
+
 def evaluate(
     # .npz file or folder of pictures; or give --generator and --tokenizer
     samples:str|None = None,
@@ -137,10 +152,12 @@ def evaluate(
     use_device(options.device)
     if samples is None: made,shape = _sampler(options)
     else:
-        made = _samples(samples)
+        made = _samples(samples, kept=options.protocol is None)
         shape = made.shape
-    real,n = _compared_with(options, shape, None if samples is None else len(made))
     told = dict(samples=samples) if samples else {}
+    if options.protocol:
+        return _report('all', _by_protocol(made, shape, options, told), options.json, options.format)
+    real,n = _compared_with(options, shape, None if samples is None else len(made))
     cards = evaluate_generator(made, real, metrics=options.metrics, n=n, extractor=options.extractor,
                                bootstrap=options.bootstrap, seed=options.seed, settings=told)
     _report('all', cards, options.json, options.format)

@@ -73,12 +73,13 @@ def warnings(self:Card) -> tuple[str,...]:
             for what,count in counts.items() if count < 2*d]
     steps = self.settings.get('decoder_steps', FEW_STEPS)
     if steps < FEW_STEPS: said.append(f"a decoder trained for {steps} steps: take {FEW_STEPS} or more")
-    return tuple(said)
+    return (*said, *self.settings.get('departures', ()))
 
 @patch
 def __str__(self:Card) -> str:
     caution = ''.join(f'; {warning}' for warning in self.warnings)
-    return f"{self.label} {self.number} (n={self.n}, {self.reference}, seed {self.seed}{caution})"
+    by = f", protocol {self.settings['protocol']}" if 'protocol' in self.settings else ''
+    return f"{self.label} {self.number} (n={self.n}, {self.reference}, seed {self.seed}{by}{caution})"
 
 @patch
 def __repr__(self:Card) -> str: return str(self)

@@ -1,0 +1,4 @@
+"How the field measures, as registered settings"
+from .settings import *
+from .sight import *
+from .measuring import *
