@@ -75,7 +75,7 @@ def command_options(
 
 # %% ../../nbs/cli/00_options.ipynb #0ec351cd
 _SHORT = dict(params='-p', grid='-g', n='-n')
-_WORDS = dict(grid='NAME=V,V', set='NAME=VALUE')    # one word each, may be repeated
+_WORDS = dict(grid='NAME=V,V', set='NAME=VALUE', slurm='NAME=VALUE')    # one word each, may be repeated
 _PLACES = 'root', 'samples', 'notebook', 'what'     # may be left out, and have no dashes
 
 def _option(name:str, p) -> tuple[list[str],dict]:
@@ -166,6 +166,8 @@ class _Sweep(TypedDict):
     devices:NotRequired[Any]
     threads:NotRequired[int|None]
     minutes:NotRequired[float|None]
+    scheduler:NotRequired[str|None]
+    slurm:NotRequired[dict[str,Any]|None]
 
 def _check_sweep(spec, path:Path):
     "Raise one line unless a file's content is a sweep"
@@ -174,7 +176,7 @@ def _check_sweep(spec, path:Path):
     if not isinstance(spec, dict) or not {'notebook','grid'} <= set(spec) <= known:
         got = str(list(spec) if isinstance(spec, dict) else spec)
         raise ValueError(f"{path} must have notebook and grid, and may have params, workers, devices, "
-                         f"threads, minutes; got {got[:80]}")
+                         f"threads, minutes, scheduler, slurm; got {got[:80]}")
     check_kind(spec, _Sweep, path)
     for grid in spec['grid'] if isinstance(spec['grid'], list) else [spec['grid']]:
         check_kind(grid, dict[str,Any], f'{path}: grid')
@@ -189,7 +191,7 @@ def _sweep_file(path:Path) -> Path:
 def read_sweep(
     path:Path, # YAML
 ) -> dict:
-    "A sweep written down: notebook, grid, and optionally params, workers, devices, threads, minutes"
+    "A sweep written down: notebook and grid, and what of the rest `_Sweep` names"
     from tokkit.recipes import read_yaml
     path = _sweep_file(path)
     spec = read_yaml(path, 'sweep')
@@ -204,7 +206,7 @@ def _sweep_spec(notebook:str, grid:list, params:list, given:dict) -> dict:
     spec = read_sweep(Path(notebook)) if is_file else dict(notebook=notebook)
     if is_file and spec.get('devices') is not None and not isinstance(spec['devices'], list):
         spec['devices'] = [spec['devices']]
-    spec = dict(workers=1) | spec | {k:v for k,v in given.items() if v is not None}
+    spec |= {k:v for k,v in given.items() if v is not None}
     more = read_grid(grid)
     grids = spec.get('grid') or {}
     spec['grid'] = [{**g, **more} for g in grids] if isinstance(grids, list) else {**grids, **more}

@@ -87,9 +87,25 @@ class SweepOptions:
     devices:list[str]|None = None        # GPUs handed to the workers in turn, e.g. 0,1
     threads:int|None = None              # threads a run; the cores are shared out when left out
     minutes:float|None = None            # start no run after this long; a second call goes on
+    # whose workers make the runs: the address of dask's scheduler, such as tcp://HOST:8786, or slurm
+    scheduler:str|None = None
+    slurm:list = ()                      # what a job of Slurm asks for, as walltime=24:00:00; may be repeated
     out:str|None = None                  # folder for all runs; $TOKKIT_RUNS or runs when left out
     format:Format = 'table'              # of what is printed
 
+
+# %% ../../nbs/cli/06_running.ipynb #3a9a2f34
+def _gone_through(spec:dict, slurm:list[str], out:str|None):
+    "The table of a sweep, made on this machine, or by the workers of a scheduler"
+    from tokkit.runs import read_slurm, sweep_experiment, sweep_on_cluster
+    jobs = read_slurm(spec.pop('slurm', None), slurm)
+    scheduler = spec.pop('scheduler', None)
+    if scheduler: return sweep_on_cluster(root=out, scheduler=scheduler, slurm=jobs, **spec)
+    if slurm: raise ValueError("--slurm says what jobs of Slurm ask for; give --scheduler slurm with it")
+    return sweep_experiment(root=out, **spec)
+
+
+# %% ../../nbs/cli/06_running.ipynb #a5b560a9
 def sweep(
     # a notebook or an experiment's name, or a YAML file with notebook, grid, params, workers, devices
     notebook:str,
@@ -100,11 +116,10 @@ def sweep(
 ) -> int: # 1 when a run failed
     "Execute an experiment at every point of a grid; a second call goes on where the first ended"
     from tokkit.core import bundle
-    from tokkit.runs import sweep_experiment
     options = bundle(SweepOptions, options, **how)
-    given = {name: getattr(options, name) for name in ('workers', 'devices', 'threads', 'minutes')}
-    spec = _sweep_spec(notebook, grid, params, given)
-    report = sweep_experiment(root=options.out, **spec)
+    names = 'workers', 'devices', 'threads', 'minutes', 'scheduler'
+    given = {name: getattr(options, name) for name in names}
+    report = _gone_through(_sweep_spec(notebook, grid, params, given), options.slurm, options.out)
     print(table_text(report.drop(columns=['error','folder']), options.format))
     say(', '.join(f'{n} {status}' for status,n in report.status.value_counts().items()))
     return int((report.status == 'failed').any())

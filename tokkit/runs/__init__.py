@@ -7,3 +7,6 @@ from .execute import *
 from .collect import *
 from .engine import *
 from .tracking import *
+from .schedulers import *
+from .workers import *
+from .cluster import *
