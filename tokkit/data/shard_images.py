@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_COLUMNS', 'LABEL_COLUMNS', 'numbered_classes', 'TarRows', 'choose_column', 'table_columns', 'cell_bytes',
            'TableRows', 'table_rows', 'hub_rows', 'ShardImages']
 
-# %% ../../nbs/data/09_shard_images.ipynb #8ddc9593
+# %% ../../nbs/data/09_shard_images.ipynb #91e6d99b
 import difflib, os, tarfile, warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,7 +24,7 @@ from .files import _told_apart, SPLITS
 from .image_folder import LazyImages, read_image
 from .shards import tar_index
 
-# %% ../../nbs/data/09_shard_images.ipynb #545636f6
+# %% ../../nbs/data/09_shard_images.ipynb #d8392a8f
 def numbered_classes(
     names:Sequence[str],  # of the classes that occur
     alone:str = 'images', # what a single class without a name is called
@@ -36,7 +36,7 @@ def numbered_classes(
         return numbers, [str(i) for i in range(max(numbers.values())+1)]
     return {name: i for i,name in enumerate(sorted(set(names)))}, sorted(set(names))
 
-# %% ../../nbs/data/09_shard_images.ipynb #d984cc1b
+# %% ../../nbs/data/09_shard_images.ipynb #8a46772d
 class TarRows:
     "The images in some tars"
     def __init__(self,
@@ -95,7 +95,7 @@ class TarRows:
         names = [p.absolute().relative_to(self.path).as_posix() for p in self.files]
         return stable_hash([names, _told_apart(self.files), self.begin.size])
 
-# %% ../../nbs/data/09_shard_images.ipynb #16ce2385
+# %% ../../nbs/data/09_shard_images.ipynb #82f9ca83
 IMAGE_COLUMNS = ('image', 'img', 'jpg', 'jpeg', 'png', 'webp')
 LABEL_COLUMNS = ('label', 'labels', 'cls', 'class')
 
@@ -127,7 +127,7 @@ def table_columns(
                          "the shards")
     return found, choose_column(label, labels, [*kinds], 'label')
 
-# %% ../../nbs/data/09_shard_images.ipynb #11da2f11
+# %% ../../nbs/data/09_shard_images.ipynb #767e50e0
 def cell_bytes(
     cell:Any, # of a column of images: bytes, or a dict of bytes and path
 ) -> bytes:
@@ -156,6 +156,8 @@ class TableRows:
         self.table = table.select_columns([self.image])
         self.labels, self.classes = self._labelled(table)
         self.parts = list(parts)
+        chunks = self.table.data.column(self.image).chunks
+        self.ends = np.cumsum([len(chunk) for chunk in chunks])
 
     def _labelled(self, table) -> tuple[Int64[Tensor, "n"],list[str]]:
         "Labels and class names"
@@ -167,9 +169,15 @@ class TableRows:
         numbers, classes = numbered_classes(sorted(set(texts)), self.path.name)
         return torch.tensor([numbers[t] for t in texts]), classes
 
+    def _cell(self, row:int) -> Any:
+        "The cell of one image, straight from its piece of the file, without the detours of `table[row]`"
+        piece = int(self.ends.searchsorted(row, 'right'))
+        begin = int(self.ends[piece-1]) if piece else 0
+        return self.table.data.column(self.image).chunk(piece)[row-begin].as_py()
+
     def called(self, row:int) -> str:
         "File and row, and what the image itself is called"
-        cell = self.table[row][self.image]
+        cell = self._cell(row)
         own = cell.get('path') if isinstance(cell, dict) else None
         named = f' ({own})' if own else ''
         for file,n in self.parts:
@@ -179,7 +187,7 @@ class TableRows:
 
     def read(self, row:int) -> bytes:
         "The file of one image"
-        return cell_bytes(self.table[row][self.image])
+        return cell_bytes(self._cell(row))
 
     @cached_property
     def hash(self) -> str:
@@ -193,7 +201,7 @@ def _folders(column) -> list[str]:
     paths = [chunk.field('path').to_pylist() for chunk in column.chunks]
     return [Path(p or '').parent.name for one in paths for p in one]
 
-# %% ../../nbs/data/09_shard_images.ipynb #f7d7c624
+# %% ../../nbs/data/09_shard_images.ipynb #7264adbd
 def _loaded(datasets, kind:str, files:Sequence[Path]):
     "The table of some files, by way of a copy that can be mapped"
     if os.environ.get('TOKKIT_QUIET'): datasets.disable_progress_bars()
@@ -247,7 +255,7 @@ def hub_rows(
         raise OSError(f"the data set {name!r} cannot be had: {' '.join(str(e).split())[:200]}") from None
     return TableRows(table, Path(name)/found, image, label)
 
-# %% ../../nbs/data/09_shard_images.ipynb #86ddcfe3
+# %% ../../nbs/data/09_shard_images.ipynb #5293630a
 class ShardImages(LazyImages):
     "Images in shards, cut to squares and read when asked for"
     def __init__(self,
