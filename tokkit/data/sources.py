@@ -159,10 +159,11 @@ def _check_given(name:str, ds, asked:ImageRequest):
 
 # %% ../../nbs/data/11_sources.ipynb #cfd95d57
 def load_images(
-    source:str|Path,             # 'fashion_mnist', a folder of images, or a registered 'name:where'
+    # 'fashion_mnist', a folder of images or shards, shards:PATTERN, hub:NAME, or a registered 'name:where'
+    source:str|Path,
     split:str = 'test',          # 'train' or 'test'; a folder without such subfolders is taken whole
     n:int|None = None,           # how many images; None takes all
-    size:int|None = None,        # side in pixels; None is 28 for Fashion-MNIST, 64 for a folder
+    size:int|None = None,        # side in pixels; None is 28 for Fashion-MNIST, 64 for files
     channels:int = 3,            # of a folder's images: 3 for RGB, 1 for grey
     skip_broken:bool = False,    # leave out a folder's unreadable images, with a warning
     upscale:bool = False,        # enlarge a folder's images that are smaller than `size`
