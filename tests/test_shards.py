@@ -111,6 +111,8 @@ def test_patterns_options_and_parts(home, tmp_path):
     assert len(load_images(f'shards:{home}/tars/*.tar,image=jpg', size=16)) == N//3
     by_kind = load_images(f'shards:{home}/parquet,image=picture,label=kind', size=16)
     assert by_kind.classes == ['cat', 'dog']
+    hub = load_images(f'hub:{home}/parquet', 'train', size=16)
+    assert torch.equal(hub.images, by_kind.images) and torch.equal(hub.labels, by_kind.labels)
     assert absolute_source('shards:a/*.tar,image=jpg') == f'shards:{Path.cwd()}/a/*.tar,image=jpg'
     for part in ('train', 'val'):
         for shard in (home/'tars').iterdir():
