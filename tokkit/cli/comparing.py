@@ -18,7 +18,7 @@ from .options import Format, say, table_text, use_device
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     "What is measured, against what, and how"
-    # real images: fashion_mnist, a folder, an .npz file of pictures, or one of statistics (mu, sigma)
+    # real images: fashion_mnist, a folder or shards, an .npz file of pictures or of statistics (mu, sigma)
     reference:str = 'fashion_mnist'
     # with --tokenizer: folder or short name of a generator; module:function; zoo:NAME=FILE, published
     generator:str|None = None
@@ -64,14 +64,10 @@ def _check_what(samples:str|None, options:EvaluateOptions):
     check_bootstrap(options.bootstrap)
 
 # %% ../../nbs/cli/05_comparing.ipynb #f6cf18fe
-def _side(folder:str) -> int|None:
-    "The shorter side of the first picture in a folder; None where it is no folder of pictures"
-    from PIL import Image
-    from tokkit.data import SUFFIXES
-    files = (p for p in sorted(Path(folder).expanduser().rglob('*')) if p.suffix.lower() in SUFFIXES)
-    first = next(files, None)
-    if first is None: return None
-    with Image.open(first) as image: return min(image.size)
+def _side(place:str) -> int|None:
+    "The shorter side of the first picture in a folder or in shards; None where the source has one of its own"
+    from tokkit.data import is_folder, load_images
+    return min(load_images(place, 'test', memory=0.).picture(0).size) if is_folder(place) else None
 
 def _samples(place:str, kept:bool = True):
     "Pictures of a file, or of a folder in their own size; read when asked for where they are not kept"

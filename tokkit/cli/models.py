@@ -124,7 +124,8 @@ class MetricOptions:
     "What is measured, and how"
     # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str
-    data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
+    # fashion_mnist, a folder of images or of shards, shards:PATTERN, or hub:NAME
+    data:str = 'fashion_mnist'
     split:Literal['train','test'] = 'test' # part of the data, where it has parts
     # images, drawn by the seed; 1000, or all where there are fewer, when left out
     n:int|None = None

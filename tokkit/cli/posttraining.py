@@ -26,7 +26,8 @@ class PosttrainOptions:
     # recipe to begin with (tokkit list recipes); laptop-post, under the tokenizer's own loss, when left out
     preset:str|None = None
     config:str|None = None               # YAML file of a recipe, such as the recipe.yaml beside a result
-    data:str|None = None                 # fashion_mnist or a folder of images
+    # fashion_mnist, a folder of images or of shards, shards:PATTERN, or hub:NAME
+    data:str|None = None
     n:int|None = None                    # how many images; as the recipe says when left out (laptop: 6000)
     # pairs of latents and images (the paper's), or free samples, which should look like images as a set
     mode:Literal['paired','unpaired']|None = None

@@ -20,7 +20,8 @@ class EncodeOptions:
     # folder, or short name such as plain@demo; module:function that makes yours; zoo:NAME=FILE, published
     tokenizer:str
     out:str                              # folder of the cache
-    data:str = 'fashion_mnist'           # fashion_mnist or a folder of images
+    # fashion_mnist, a folder of images or of shards, shards:PATTERN, or hub:NAME
+    data:str = 'fashion_mnist'
     split:Literal['train','test'] = 'train' # part of the data, where it has parts
     n:int|None = None                    # how many images; all when left out
     # the image alone; with its mirror image; or corners and centre of a larger square, and these mirrored
@@ -35,6 +36,7 @@ def encode(
 ):
     "Keep the tokens or latents of images in a folder, for trainings of generators"
     from tokkit.core import bundle, writing
+    from tokkit.data import absolute_source
     from tokkit.recipes import encoded_images
     options = bundle(EncodeOptions, options, **how)
     tok = _saved_tokenizer(options.tokenizer).to(use_device(options.device)).eval()
@@ -45,8 +47,7 @@ def encode(
     folder = Path(options.out).expanduser().absolute()
     if folder.exists() and not (folder/'cache.json').is_file():
         raise FileExistsError(f"{options.out} is there already, and holds no tokens; choose another --out")
-    is_folder = Path(options.data).expanduser().is_dir()
-    source = str(Path(options.data).expanduser().absolute()) if is_folder else options.data
+    source = absolute_source(options.data)
     with writing(folder): cache = encoded_images(tok, images, folder, options.views, source)
     say(f'tokkit: {cache}')
     say(f'next: tokkit train generator --tokenizer {options.tokenizer} --tokens {folder} --out GENERATOR')

@@ -21,7 +21,8 @@ class TrainOptions:
     # recipe to begin with, of those that tokkit list recipes shows; laptop-plain or laptop-ar when left out
     preset:str|None = None
     config:str|None = None               # YAML file of a recipe, such as the recipe.yaml beside a result
-    data:str|None = None                 # fashion_mnist or a folder of images
+    # fashion_mnist, a folder of images or of shards, shards:PATTERN, or hub:NAME
+    data:str|None = None
     size:int|None = None                 # tokenizer: side of the images, pixels
     n:int|None = None                    # how many images; as the recipe says when left out (laptop: 6000)
     # generator: folder or short name of a tokenizer; module:function that makes yours; zoo:NAME=FILE

@@ -6,4 +6,7 @@ from .image_folder import *
 from .loader import *
 from .augment import *
 from .token_cache import *
+from .shards import *
+from .shard_images import *
+from .stream import *
 from .sources import *

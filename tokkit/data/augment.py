@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..core import check_range, make_rng, stable_hash
 from .files import _threaded
-from .image_folder import ImageFolder, read_image
+from .image_folder import LazyImages
 from .images import center_crop, from_uint8, ImageSet, Indexed
 
 # %% ../../nbs/data/05_augment.ipynb #f67c3d50
@@ -87,19 +87,20 @@ def mirror(
     return ImageOps.mirror(image) if float(torch.rand((), generator=rng)) < probability else image
 
 # %% ../../nbs/data/05_augment.ipynb #553f07c0
-def _picture(ds:ImageSet|ImageFolder, i:int) -> tuple[Image.Image, str]:
+def _picture(ds:ImageSet|LazyImages, i:int) -> tuple[Image.Image, str]:
     "The whole image at position `i`, and what to call it in an error"
     if isinstance(ds, ImageSet):
         return Image.fromarray(ds.images[i].permute(1,2,0).squeeze(2).numpy()), f"{ds.name}[{i}]"
-    try: return read_image(ds.files[i], ds.channels), str(ds.files[i])
+    name = str(ds.path/ds.called(i))
+    try: return ds.picture(i), name
     # decoders of damaged files raise whatever they like
     except Exception as e:
-        raise OSError(f"{ds.files[i]} cannot be read ({e}); repair or remove it, or open the folder with "
+        raise OSError(f"{name} cannot be read ({e}); repair or remove it, or open the folder with "
                       "skip_broken=True") from e
 
 def _check_images(ds:Indexed):
     "Raise one line unless these are images that can be cut"
-    if not isinstance(ds, (ImageSet, ImageFolder)):
+    if not isinstance(ds, (ImageSet, LazyImages)):
         raise ValueError(f"Augmented: expected an ImageSet or ImageFolder, got {type(ds).__name__}; wrap "
                          "the images themselves")
     if ds.channels not in (1,3):
@@ -147,7 +148,7 @@ class Augmented(Indexed):
 @patch(as_prop=True)
 def on_disk(self:Augmented) -> bool:
     "Whether images are read from their files each time"
-    return isinstance(self.ds, ImageFolder)
+    return isinstance(self.ds, LazyImages)
 
 @patch(as_prop=True)
 def epoch(self:Augmented) -> int:
@@ -216,7 +217,7 @@ class Views(Indexed):
         self.labels = ds.labels.repeat_interleave(self.views)
         self.classes = ds.classes
         self.name = ds.name
-        self.on_disk = isinstance(ds, ImageFolder)
+        self.on_disk = isinstance(ds, LazyImages)
 
     @cached_property
     def hash(self) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import check_count, check_range, default_device, stable_hash
-from ..data import IMAGE_SOURCES, ImageSet, load_images
+from ..data import has_parts, ImageSet, is_folder, load_images
 from .settings import DemoCfg, SHARP_LAYERS
 from ..features import get_extractor
 from ..generators import Guidance, make_generator
@@ -72,10 +72,10 @@ def split_images(
     **how,       # skip_broken and upscale of `load_images`
 ) -> tuple[ImageSet, ImageSet]:
     "Disjoint training and test images"
-    source = data.partition(':')[0]
-    named = source in IMAGE_SOURCES and source != 'folder'      # such a source has two parts
-    if source == 'fashion_mnist': how = {}
-    if named or data and any((Path(data).expanduser()/s).is_dir() for s in ('train','training')):
+    named = bool(data) and not is_folder(data)      # such a source has two parts
+    if data == 'fashion_mnist': how = {}
+    folders = data and any((Path(data).expanduser()/s).is_dir() for s in ('train','training'))
+    if named or folders or data and has_parts(data):
         train = load_images(data, 'train', n_train, size, **how)
         test = load_images(data, 'test', n_test, size, **how)
         return train, test

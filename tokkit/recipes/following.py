@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core import data_home, default_device, device_of, make_rng
-from ..data import (Augmented, has_parts, ImageFolder, ImageSet, in_memory, is_folder, load_images,
+from ..data import (Augmented, has_parts, ImageSet, in_memory, is_folder, LazyImages, load_images,
                          TokenCache, Views)
 from ..generators import balanced_labels, Guidance, LatentGenerator, make_generator, save_generator
 from .files import write_recipe
@@ -32,11 +32,11 @@ from ..zoo_tokenizers import init_from_dinov2
 # %% ../../nbs/recipes/04_following.ipynb #274990a2
 def images_for(
     tok:ImageTokenizer,          # whose sides and channels they get
-    data:str,                    # fashion_mnist, a folder of images, or a registered source
+    data:str,                    # fashion_mnist, a folder of images or shards, or a registered source
     split:str,                   # 'train' or 'test', where the data has parts
     n:int|None = None,           # how many; None takes all
     **how,                       # further arguments of `load_images`
-) -> ImageSet|ImageFolder:
+) -> ImageSet|LazyImages:
     "Images in a tokenizer's size and channels"
     channels,height,width = tok.image_shape
     if data == 'fashion_mnist' and channels != 1:
@@ -53,7 +53,7 @@ def recipe_images(
     split:str|None = None,       # another part than the recipe's
     n:int|None = None,           # another number than the recipe's
     whole:bool = False,          # crops will be cut from them, so files of whole pictures stay on the disk
-) -> ImageSet|ImageFolder:
+) -> ImageSet|LazyImages:
     "The images that a recipe asks for; all of them where there are fewer"
     part = split or images.split
     how = dict(skip_broken=images.skip_broken, upscale=images.upscale)
@@ -62,7 +62,7 @@ def recipe_images(
         return images_for(tok, images.data, part, n, **how)
     every = images_for(tok, images.data, part, **how|dict(memory=0.))
     n = None if n is None or n >= len(every) else n
-    if not isinstance(every, ImageFolder): return images_for(tok, images.data, part, n, **how)
+    if not isinstance(every, LazyImages): return images_for(tok, images.data, part, n, **how)
     chosen = every if n is None else every.subset(n)
     return chosen if whole else in_memory(chosen)
 
@@ -170,8 +170,8 @@ def begun_tokenizer(
 
 def training_images(
     recipe:TokenizerRecipe,       # says whether they are cropped and mirrored at random
-    images:ImageSet|ImageFolder,  # as they are
-) -> ImageSet|ImageFolder|Augmented:
+    images:ImageSet|LazyImages,  # as they are
+) -> ImageSet|LazyImages|Augmented:
     "The images as a training sees them"
     return Augmented(images, seed=recipe.seed) if recipe.images.augment else images
 
@@ -211,7 +211,7 @@ def follow_tokenizer(
 # %% ../../nbs/recipes/04_following.ipynb #a715ca62
 def encoded_images(
     tok:ImageTokenizer,         # that encodes
-    images:ImageSet|ImageFolder, # of its size
+    images:ImageSet|LazyImages, # of its size
     folder:Path,                # of the cache; one that is there is opened
     views:str = 'one',          # of each image, of `tokkit.data.VIEWS`
     source:str = '',            # where the images come from, as `load_images` takes it

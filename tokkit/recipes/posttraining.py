@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import default_device, file_sha256, read_json, read_tensors, save_tensors, write_json
-from ..data import ImageFolder, ImageSet
+from ..data import ImageSet, LazyImages
 from ..features import spectrum_extractor
 from ..generators import balanced_labels, LatentGenerator, sample_batches
 from ..metrics import Card, Evaluator, gfid, rfid
@@ -56,7 +56,7 @@ class _Models(NamedTuple):
     "What a decoder's training is given"
     tok:ImageTokenizer          # left as it is
     gen:LatentGenerator         # of its latents
-    images:ImageSet|ImageFolder # to learn from
+    images:ImageSet|LazyImages # to learn from
     drawing:dict[str,Any]       # how the generator draws
     seed:int                    # of the draws
 
@@ -101,7 +101,7 @@ def _train(recipe:DecoderRecipe, tok:ImageTokenizer, lessons:dict, work:Path, wh
 # %% ../../nbs/recipes/06_posttraining.ipynb #7f83b10d
 MEASURED = 1000          # samples and real images
 
-def _held_out(images:Images, tok:ImageTokenizer) -> ImageSet|ImageFolder:
+def _held_out(images:Images, tok:ImageTokenizer) -> ImageSet|LazyImages:
     "Real images to compare with"
     return recipe_images(images, tok, 'test' if has_test(images) else None, MEASURED)
 
@@ -155,7 +155,7 @@ def _check_models(recipe:DecoderRecipe, tok:ImageTokenizer, gen:LatentGenerator)
                      encoder_end(tok))
     if recipe.begin_discriminator: loss.load_discriminator(recipe.begin_discriminator)
 
-def _check_classes(images:ImageSet|ImageFolder, gen:LatentGenerator, data:str):
+def _check_classes(images:ImageSet|LazyImages, gen:LatentGenerator, data:str):
     "Raise one line unless the generator knows the labels of all images"
     most = int(images.labels.max())
     if most < gen.classes: return
