@@ -15,7 +15,8 @@ SLOW = {'tutorials/01_first_tokenizer.ipynb', 'tutorials/03_generate.ipynb',
         'tutorials/04_heal_the_decoder.ipynb', 'tutorials/05_measure.ipynb',
         'howto/heal_on_your_own_images.ipynb', 'explain/which_ruler.ipynb', 'ui/08_before_after.ipynb',
         'analysis/06_decoder_sensitivity.ipynb', 'howto/posttrain_your_own_decoder.ipynb',
-        'howto/post_train_a_published_tokenizer.ipynb'}
+        'howto/post_train_a_published_tokenizer.ipynb', 'analysis/04_calibration.ipynb',
+        'features/03_extractors.ipynb', 'index.ipynb'}
 
 
 def test_slow_pages_are_pages(): assert SLOW <= set(PAGES)

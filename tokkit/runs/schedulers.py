@@ -171,7 +171,8 @@ class SlurmWorkers:
         keywords = _job_keywords(jobs, logs)
         self.logs = keywords['log_directory']
         self.refused = []       # what sbatch said about jobs that it did not take
-        options = dict(dashboard=False) | (_configured('scheduler-options') or {})
+        # dask's own web page is left out, and its server takes any free port
+        options = dict(dashboard=False, dashboard_address=':0') | (_configured('scheduler-options') or {})
         self.cluster = queue.SLURMCluster(job_cls=_remembering(self.refused), scheduler_options=options,
                                           **keywords)
 
