@@ -18,6 +18,16 @@ def outputs(**parts:torch.nn.Module):
     for hook in hooks: hook.remove()
 
 
+def encoded(tok, close, given:dict, out:dict) -> torch.Tensor:
+    "Latents of the recorded images, seen to be the recorded ones at every step of an encoder with a sequence"
+    sequence = tok.encoder.sequence(given['images'])
+    close(sequence, out['enc_sequence'])
+    close(tok.encoder.body(sequence, front=1, behind=8)[:,-8:], out['encoder'])
+    z = tok.encode(given['images'])
+    close(z, out['pre_quant'])
+    return z
+
+
 def check_full_size(fixtures:Path, table:str, key:str, entry) -> tuple[dict, dict, torch.nn.Module]:
     "Shapes of a published file, its tensors without memory, and the network that they were seen to fit"
     shapes = json.loads((fixtures/'zoo'/table).read_text())[key]

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import save_file
-from recordings import check_full_size, outputs
+from recordings import check_full_size, encoded, outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.zoo_tokenizers import MAETOK_UNUSED, maetok_tokenizer
@@ -60,15 +60,10 @@ def test_activations_and_images(maetok):
     parts = dict(enc_block0=encoder.blocks[0], dec_block0=decoder.blocks[0],
                  dec_block_last=decoder.blocks[-1])
     with outputs(**parts) as found:
-        x = given['images']
-        sequence = tok.encoder.sequence(x)
-        close(sequence, out['enc_sequence'])
-        close(encoder(sequence, front=1, behind=8)[:,-8:], out['encoder'])
-        z = tok.encode(x)
-        close(z, out['pre_quant'])
+        z = encoded(tok, close, given, out)
         close(tok.quantize(z).zq, out['latents'])
         close(tok.decoder.sequence(z), out['dec_sequence'])
-        close(tok.reconstruct(x), out['reconstruction'])
+        close(tok.reconstruct(given['images']), out['reconstruction'])
     for name, got in found.items(): close(got, out[name])
     latents = given['latents_normalised']*tok.spec.std+tok.spec.mean
     close(tok.from_latents(latents), out['decode_denormalised'])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from recordings import outputs
+from recordings import encoded, outputs
 from test_parity_tokenizer import close, recorded
 
 from tokkit.perturbation import LatentPerturbation
@@ -78,15 +78,10 @@ def test_activations_and_images(softvq):
     parts = dict(enc_block0=encoder.blocks[0], dec_block0=decoder.blocks[0],
                  dec_block_last=decoder.blocks[-1])
     with outputs(**parts) as found:
-        x = given['images']
-        sequence = tok.encoder.sequence(x)
-        close(sequence, out['enc_sequence'])
-        close(encoder(sequence, front=1, behind=8)[:,-8:], out['encoder'])
-        z = tok.encode(x)
-        close(z, out['pre_quant'])
-        close(tok.to_latents(x), out['latents'])
+        encoded(tok, close, given, out)
+        close(tok.to_latents(given['images']), out['latents'])
         close(tok.decoder.sequence(out['latents']), out['dec_sequence'])
-        close(tok.reconstruct(x), out['reconstruction'])
+        close(tok.reconstruct(given['images']), out['reconstruction'])
     for name, got in found.items(): close(got, out[name])
     close(tok.from_latents(given['latents_normalised']*tok.spec.std+tok.spec.mean),
           out['decode_denormalised'])
