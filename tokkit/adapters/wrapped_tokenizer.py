@@ -340,4 +340,3 @@ def save(self:WrappedTokenizer,
     "Write weights, spec, and the name of the function that makes the tokenizer"
     self.check_saveable()
     return save_model(self, folder, spec=to_plain(self.spec), image_shape=list(self.image_shape))
-

@@ -93,7 +93,6 @@ class SweepOptions:
     out:str|None = None                  # folder for all runs; $TOKKIT_RUNS or runs when left out
     format:Format = 'table'              # of what is printed
 
-
 # %% ../../nbs/cli/06_running.ipynb #3a9a2f34
 def _gone_through(spec:dict, slurm:list[str], out:str|None):
     "The table of a sweep, made on this machine, or by the workers of a scheduler"
@@ -103,7 +102,6 @@ def _gone_through(spec:dict, slurm:list[str], out:str|None):
     if scheduler: return sweep_on_cluster(root=out, scheduler=scheduler, slurm=jobs, **spec)
     if slurm: raise ValueError("--slurm says what jobs of Slurm ask for; give --scheduler slurm with it")
     return sweep_experiment(root=out, **spec)
-
 
 # %% ../../nbs/cli/06_running.ipynb #a5b560a9
 def sweep(

@@ -85,7 +85,6 @@ class LazyImages(Indexed):
         "Forget the images elsewhere"
         raise NotImplementedError
 
-
 # %% ../../nbs/data/03_image_folder.ipynb #acfddcef
 class ImageFolder(LazyImages):
     "Images in a folder, one subfolder a class or named by a file, cut to squares and read when asked for"
@@ -118,7 +117,6 @@ class ImageFolder(LazyImages):
         return read_image(path, self.channels)
     def _select(self, positions): self.files = [self.files[i] for i in positions]
 
-
 # %% ../../nbs/data/03_image_folder.ipynb #e1e78dee
 def _why(e:Exception, name:str) -> str:
     "What went wrong with an image, in one line that names no object of Python's"
@@ -134,7 +132,6 @@ def _read(self:LazyImages, position:int) -> np.ndarray|str:
     except Exception as e: return f"{self.called(position)} ({_why(e, self.called(position))})"
     try: return np.atleast_3d(np.array(center_crop(image, self.size, self.upscale)))
     except ValueError as e: raise ValueError(f"{self.path/self.called(position)}: {e}") from None
-
 
 # %% ../../nbs/data/03_image_folder.ipynb #ed9331d1
 @patch

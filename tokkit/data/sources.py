@@ -68,7 +68,6 @@ def _embedded(asked:ImageRequest) -> ImageSet:
         raise FileNotFoundError(f"no data 'fashion_mnist:{asked.where}'; expected {_expected()}")
     return fashion_mnist(asked.split, asked.n, asked.size or 28)
 
-
 # %% ../../nbs/data/11_sources.ipynb #b6a06c38
 SHARDS_AT_ONCE = 1e8       # bytes of images; more in shards are not kept in memory
 
@@ -99,12 +98,16 @@ def _folder(asked:ImageRequest) -> ImageSet|LazyImages:
     if asked.n is not None: ds = ds.subset(asked.n)
     return in_memory(ds, asked.memory)
 
-
 # %% ../../nbs/data/11_sources.ipynb #9dfe1146
+def _placed(where:str) -> tuple[str,list[str]]:
+    "A place, and the words that stand behind it as ,image=COLUMN,label=COLUMN"
+    place,*words = re.split(r',(?=\w+=)', where)
+    return place, words
+
 def _options(where:str, known:tuple[str,...]) -> tuple[str,dict[str,str]]:
-    "A place, and what stands behind it as ,image=COLUMN,label=COLUMN"
-    place,*given = re.split(r',(?=\w+=)', where)
-    options = dict(part.split('=', 1) for part in given)
+    "A place, and the options behind it"
+    place,words = _placed(where)
+    options = dict(word.split('=', 1) for word in words)
     if unknown := sorted(set(options)-set(known)):
         raise ValueError(f"unknown option {unknown[0]!r} of the shards {place}; there are {', '.join(known)}")
     return place, options
@@ -136,7 +139,6 @@ def _hub(asked:ImageRequest) -> ImageSet|LazyImages:
     "Images of a data set on the hub"
     name, options = _options(asked.where, ('image', 'label', 'config'))
     return _opened(hub_rows(name, asked.split, **options), asked)
-
 
 # %% ../../nbs/data/11_sources.ipynb #33cc98ce
 def _chosen(word:str) -> tuple[str,str]:
@@ -192,7 +194,7 @@ def absolute_source(
     "A source by the whole names of its files"
     name,where = _chosen(str(source))
     if name not in ('folder', 'shards'): return str(source)
-    place,*options = re.split(r',(?=\w+=)', where) if name == 'shards' else [where]
+    place,options = _placed(where) if name == 'shards' else (where, [])
     whole = str(Path(place).expanduser().absolute())
     return ','.join([f'shards:{whole}' if name == 'shards' else whole, *options])
 
@@ -209,11 +211,11 @@ def has_parts(
     "Whether the data has a part for training and one for testing; of other packages' sources it is not known"
     name,where = _chosen(str(source))
     if name not in OWN: return name == 'fashion_mnist'
-    place = re.split(r',(?=\w+=)', where)[0]
+    place,words = _placed(where)
     if name == 'hub':
-        there = require_extra('datasets', 'data').get_dataset_split_names(place)
+        configs = [word.removeprefix('config=') for word in words if word.startswith('config=')]
+        there = require_extra('datasets', 'data').get_dataset_split_names(place, *configs)
         return all(set(names) & set(there) for names in SPLITS.values())
     root = Path(place).expanduser()
     if all(any((root/part).is_dir() for part in names) for names in SPLITS.values()): return True
     return (name == 'shards' or root.is_dir()) and _shards_have_parts(place)
-

@@ -50,7 +50,6 @@ class BlockOptions:
     def __post_init__(self):
         if self.gelu not in ('erf', 'tanh'): raise ValueError(f"gelu must be erf or tanh, got {self.gelu!r}")
 
-
 # %% ../../nbs/layers/01_transformer.ipynb #c9908dbc
 def _mlp(dim, hidden, gelu):
     activation = nn.GELU('tanh' if gelu == 'tanh' else 'none')
@@ -94,7 +93,6 @@ def step(self:ViTBlock,
     "One new token a row, see `Attention.step`"
     x = x+self._branch(self.attn.step(self.norm1(x), cache, at, length, mask), 0)
     return x+self._branch(self.mlp(self.norm2(x)), 1)
-
 
 # %% ../../nbs/layers/01_transformer.ipynb #f7f308dc
 def transformer(
@@ -253,7 +251,6 @@ class ViTOptions(BlockOptions):
     layer_scale:float|None = 1e-5     # initial LayerScale, or none
     class_token:bool = True           # one more token in front
 
-
 # %% ../../nbs/layers/01_transformer.ipynb #eba6ea51
 class ViT(nn.Module):
     "A vision transformer in the layout of timm and DINOv2; tokens come out with the class token first"
@@ -280,7 +277,6 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]: return self.run(self.embed(x))
-
 
 # %% ../../nbs/layers/01_transformer.ipynb #5ae4afad
 @patch

@@ -47,7 +47,6 @@ def _absent():
     "What a copy of an `Attached` is: nothing"
     return Attached(None, None, None, (0, 1))
 
-
 # %% ../../nbs/perturbation/08_attach.ipynb #30c91eec
 @patch(as_prop=True)
 def rate(self:Attached) -> float:
@@ -68,7 +67,6 @@ def _kept_form(p:Perturbed, rows, ids, codes) -> Perturbed:
     moved = rows+(value-rows).detach()+((value-was)-(value-was).detach())
     changed = (new != ids).flatten(2).any(2) if ids.ndim > 2 else new != ids
     return p._replace(zq=torch.where(changed[...,None], moved, rows))
-
 
 # %% ../../nbs/perturbation/08_attach.ipynb #afc7c6d7
 @patch
@@ -126,7 +124,6 @@ def before(self:Attached, module:nn.Module, args:tuple):
     if not module.training or self.perturbation is None: return None
     return self.damaged(args[0], args[0], None), *args[1:]
 
-
 # %% ../../nbs/perturbation/08_attach.ipynb #5ab15242
 def _given_book(module, codebook) -> Callable:
     "Looks up a codebook that was given: vectors, or their name in the module"
@@ -160,7 +157,6 @@ def _check_fit(perturbation, module, target, codes):
     if any(isinstance(getattr(h, '__self__', None), Attached) for h in hooks):
         raise ValueError(f"{name} is perturbed already; remove() the handle it has first")
 
-
 # %% ../../nbs/perturbation/08_attach.ipynb #99a51954
 def attach(
     perturbation:LatentPerturbation,      # what to do
@@ -185,4 +181,3 @@ def attach(
     return handle
 
 LatentPerturbation.attach = attach     # the same as a method
-

@@ -147,7 +147,6 @@ class TiTokDecoder(nn.Module):
     @property
     def last_layer(self) -> nn.Parameter: return self.pixels.last_layer
 
-
 # %% ../../nbs/tokenizers/07_titok.ipynb #c06d14bf
 @patch
 def _check_text(self:TiTokDecoder, text:Tensor):
@@ -173,7 +172,6 @@ def read(self:TiTokDecoder, text:Float[Tensor, "t e"]):
     "Keep a text, with which everything is decoded that comes without one"
     self._check_text(text[None])
     self.text.copy_(text[None])
-
 
 # %% ../../nbs/tokenizers/07_titok.ipynb #5209588f
 @BACKBONES.register('titok')
