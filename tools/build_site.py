@@ -23,7 +23,8 @@ VENDORED = {  # npm package -> what the pages need of it
 # folder of tokkit/ and nbs/ -> its heading in the navigation; from the ground up: a folder imports only those
 # before it
 HOUSE = {
-    'core': 'Core', 'data': 'Data', 'layers': 'Layers', 'show': 'Pictures', 'runs': 'Runs',
+    'processes': 'Processes', 'core': 'Core', 'data': 'Data', 'layers': 'Layers', 'show': 'Pictures',
+    'runs': 'Runs',
     'quantizers': 'Quantizers', 'tokenizers': 'Tokenizers', 'generators': 'Generators',
     'inference': 'Faster sampling',
     'adapters': 'Models of your own', 'published': 'Published models',

@@ -7,4 +7,5 @@ from .sampling import *
 from .comparing import *
 from .running import *
 from .listing import *
+from .joining import *
 from .commands import *

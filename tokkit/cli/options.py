@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Format', 'comma_list', 'RegisteredWords', 'command_options', 'add_options', 'read_grid', 'read_params',
-           'paired_words', 'read_sweep', 'say', 'terminal_table', 'table_text', 'write_report', 'checkout_for',
-           'use_device']
+           'paired_words', 'read_sweep', 'in_company', 'is_first', 'say', 'terminal_table', 'table_text',
+           'write_report', 'checkout_for', 'use_device']
 
 # %% ../../nbs/cli/00_options.ipynb #1f1e0c01
 import argparse, ast, os, platform, sys, tempfile, time, traceback
@@ -215,11 +215,19 @@ def _sweep_spec(notebook:str, grid:list, params:list, given:dict) -> dict:
     return spec
 
 # %% ../../nbs/cli/00_options.ipynb #f8d9888b
+def in_company() -> bool:
+    "Whether a launcher such as torchrun started this command in several processes"
+    return int(os.environ.get('WORLD_SIZE') or 1) > 1 and 'RANK' in os.environ
+
+def is_first() -> bool:
+    "Whether this is the main process of those, or the only one"
+    return not in_company() or int(os.environ['RANK']) == 0
+
 def say(
     *words, # as `print` takes them
 ):
-    "Tell the user something that is no result"
-    print(*words, file=sys.stderr)
+    "Tell the user something that is no result; of several processes the main one tells it"
+    if is_first(): print(*words, file=sys.stderr)
 
 _ROWS = 60          # of a table in the terminal; every row is in the run's metrics.json
 
@@ -279,11 +287,12 @@ def _expected(e:Exception) -> bool:
 def _explain(e:Exception) -> int:
     "Say in one line what went wrong; the exit code"
     told = ''.join(c for c in ' '.join(str(e).split()) if c.isprintable()) or type(e).__name__
+    who = 'tokkit' if is_first() else f"tokkit, process {os.environ['RANK']}"
     if _expected(e):
-        say(f'tokkit: {told}')
+        print(f'{who}: {told}', file=sys.stderr)
         return 2
-    say(f"tokkit: {type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: "
-        f"what happened is written in {write_report(e)}, please report it")
+    print(f"{who}: {type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: "
+        f"what happened is written in {write_report(e)}, please report it", file=sys.stderr)
     return 70
 
 # %% ../../nbs/cli/00_options.ipynb #9664ce83

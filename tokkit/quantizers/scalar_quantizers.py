@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core import bundle, check_range, process_mean
+from ..core import bundle, check_range
+from ..processes import process_mean
 from .codebook import from_digits, lattice_levels, to_digits
 from .quantizer import Quantized, Quantizer, straight_through
 

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import process_mean
+from ..processes import process_mean
 from .codebook import nearest_codes
 from .quantizer import Quantized, Quantizer, straight_through
 

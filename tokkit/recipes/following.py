@@ -20,6 +20,7 @@ from ..core import data_home, default_device, device_of, make_rng
 from ..data import (Augmented, has_parts, ImageSet, in_memory, is_folder, LazyImages, load_images,
                          TokenCache, Views)
 from ..generators import balanced_labels, Guidance, LatentGenerator, make_generator, save_generator
+from ..processes import on_main
 from .files import write_recipe
 from .making import made_once
 from .recipe import GeneratorRecipe, Images, plain_recipe, Recipe, TokenizerRecipe
@@ -205,7 +206,8 @@ def follow_tokenizer(
         history.to_csv(tmp/'history.csv', index=False)
         write_recipe(recipe, tmp/'recipe.yaml')
     given = dict(start=start) if start else {}
-    asked = told_recipe(recipe, train.hash, test and test.hash, **given)
+    hashes = on_main(lambda: (train.hash, test and test.hash))
+    asked = told_recipe(recipe, *hashes, **given)
     return made_once(out, asked, make, 'tokenizer', str(device))
 
 # %% ../../nbs/recipes/04_following.ipynb #a715ca62
@@ -258,6 +260,6 @@ def follow_generator(
         save_generator(gen, tmp)
         history.to_csv(tmp/'history.csv', index=False)
         write_recipe(recipe, tmp/'recipe.yaml')
-    learns_from = images.hash if tokens is None else tokens.about.get('images', tokens.hash)
+    learns_from = on_main(lambda: images.hash if tokens is None else tokens.about.get('images', tokens.hash))
     asked = told_recipe(recipe, learns_from, tokenizer=tok.fingerprint)
     return made_once(out, asked, make, 'generator', str(device))

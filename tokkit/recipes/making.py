@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..core import (atomic_dir, clear_unfinished, damage, delete, locked, mark, read_json, stable_hash,
+from ..core import (clear_unfinished, damage, delete, locked, mark, read_json, shared_dir, stable_hash,
                          to_plain, write_json, writing)
+from ..processes import on_main
 from ..runs import provenance
 
 # %% ../../nbs/recipes/03_making.ipynb #5ff3ffff
@@ -48,7 +49,7 @@ def _reused(folder:Path, asked:dict, what:str) -> bool:
 def made_once(
     out:str|Path,   # folder to make
     asked:dict,     # everything that decides its content, as `to_plain` understands it
-    # make(tmp, work) fills the folder `tmp`; `work` survives a kill
+    # make(tmp, work) fills the folder `tmp`; `work` survives a kill, and several processes share it
     make:Callable,
     what:str,       # is made, for messages: 'tokenizer'
     device:str|None = None,  # where it is made, for the record
@@ -56,17 +57,20 @@ def made_once(
     "Fill a folder, or find it filled by the same settings"
     folder = Path(out).expanduser().absolute()
     asked = to_plain(asked)
-    if _reused(folder, asked, what): return folder, True
+    def reused(): return _reused(folder, asked, what)
+    def begin():
+        clear_unfinished(folder)
+        mark(work)
+    if on_main(reused): return folder, True
     work = folder.with_name(f'.work-{folder.name}-{stable_hash(asked)}')
     start = time.perf_counter()
     with writing(folder), locked(folder, f'the {what} {out}'):
-        if _reused(folder, asked, what): return folder, True     # another process has just made it
-        clear_unfinished(folder)
-        mark(work)
-        with atomic_dir(folder) as tmp:
+        if on_main(reused): return folder, True     # another process has just made it
+        on_main(begin)
+        with shared_dir(folder) as tmp:
             make(tmp, work)
             seconds = round(time.perf_counter()-start)
             about = provenance(device, seed=asked.get('seed'))
             write_json(tmp/MADE, dict(asked=asked, seconds=seconds, **about))
-        delete(work)
+        on_main(lambda: delete(work))
     return folder, False

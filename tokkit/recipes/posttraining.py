@@ -21,6 +21,7 @@ from ..generators import balanced_labels, LatentGenerator, sample_batches
 from ..metrics import Card, Evaluator, gfid, rfid
 from ..posttraining import (check_fit, check_learns, clean_pairs, latent_pairs, LatentPairs,
                                  match_distribution, posttrain_decoder, PostTraining)
+from ..processes import is_main, on_main
 from .files import read_recipe, write_recipe
 from .following import (check_batch, has_test, preview_after, recipe_images,
                                      run_name, sampling_of, told_recipe)
@@ -63,9 +64,9 @@ class _Models(NamedTuple):
 def _free_samples(m:_Models, work:Path) -> Tensor:
     "Samples with the labels of the images, kept for a call after a kill"
     file = work/'samples.safetensors'
-    if not file.is_file():
+    if not on_main(file.is_file):
         samples,_ = sample_batches(m.gen, m.images.labels, seed=m.seed, **m.drawing)
-        save_tensors(dict(samples=samples.contiguous()), file)
+        on_main(lambda: save_tensors(dict(samples=samples.contiguous()), file))
     return read_tensors(file)['samples']
 
 def _drawn_lessons(latents:DrawnLatents, m:_Models, work:Path) -> dict:
@@ -188,7 +189,8 @@ def follow_posttraining(
     # by its contents instead of its place
     file = recipe.begin_discriminator
     opponent = dict(begin_discriminator=file_sha256(file)) if file else {}
-    asked = told_recipe(recipe, images.hash, real.hash, tokenizer=tok.fingerprint, generator=gen.fingerprint,
+    hashes = on_main(lambda: (images.hash, real.hash))
+    asked = told_recipe(recipe, *hashes, tokenizer=tok.fingerprint, generator=gen.fingerprint,
                         **opponent)
     return made_once(out, asked, make, 'healed tokenizer', str(device))
 
@@ -213,4 +215,4 @@ def _fill(tmp:Path, work:Path, recipe:DecoderRecipe, given:_Models, real, where:
     shown = torch.cat([decode_all(arms[name], samples[:8]) for name in sorted(arms)])
     to_pil_grid(shown.clamp(-1, 1)).save(tmp/'samples.png')
     write_recipe(recipe, tmp/'recipe.yaml')
-    track_cards(where['track'], f'{run}-cards', cards)
+    if is_main(): track_cards(where['track'], f'{run}-cards', cards)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import tokkit
-from ..core import (atomic_dir, clean_name, clear_unfinished, damage, default_device, delete, locked,
-                         mark, MARKER, set_aside, stable_hash, write_json, writing)
+from ..core import (clean_name, clear_unfinished, damage, default_device, delete, locked, mark, MARKER,
+                         set_aside, shared_dir, stable_hash, write_json, writing)
+from ..processes import on_main
 from .parameters import checkout
 
 # %% ../../nbs/runs/02_artifacts.ipynb #5257fa32
@@ -81,17 +82,18 @@ def _now() -> str: return datetime.now().astimezone().isoformat(' ', 'seconds')
 
 def _make(final:Path, make:Callable, about:dict):
     "Let `make` fill a temporary folder and publish it as `final`"
-    clear_unfinished(final)
     work = final.with_name(f".work-{final.name.split('-')[-1]}")
+    resumes = len(inspect.signature(make).parameters) > 1
+    def begin():
+        clear_unfinished(final)
+        if resumes: mark(work)
+    on_main(begin)
     start = time.perf_counter()
-    with atomic_dir(final) as tmp:
-        if len(inspect.signature(make).parameters) > 1:
-            mark(work)
-            make(tmp, work)
-        else: make(tmp)
+    with shared_dir(final) as tmp:
+        make(*([tmp, work] if resumes else [tmp]))
         write_json(tmp/'params.json', about)
         write_json(tmp/'timing.json', dict(seconds=round(time.perf_counter()-start, 2), finished=_now()))
-    delete(work)
+    on_main(lambda: delete(work))
 
 # %% ../../nbs/runs/02_artifacts.ipynb #870aba90
 def _set_aside_if_damaged(final:Path, what:str):
@@ -117,13 +119,17 @@ def artifact(
 ) -> Path:
     "The finished folder root/kind/slug-hash, made by `make` unless it is there already"
     root = runs_root(root)
-    final = artifact_path(kind, params, root, slug)
+    def path(): return artifact_path(kind, params, root, slug)
     # `damage` finds nothing in a folder that is not there, or is no artifact: params.json says that it is one
-    if (final/'params.json').exists() and damage(final) is None: return final
+    def whole(): return (path()/'params.json').exists() and damage(path()) is None
+    def clear():
+        if path().exists(): _set_aside_if_damaged(path(), f'{kind} {path().name}')
+        return path()
+    final = on_main(path)
+    if on_main(whole): return final
     digest = final.name.split('-')[-1]
     # the lock is the hash's: two processes may ask under two slugs
     with writing(root), locked(final.with_name(digest), f'{kind} {final.name}', wait=True):
-        final = artifact_path(kind, params, root, slug)  # another process may have made it under another slug
-        if final.exists(): _set_aside_if_damaged(final, f'{kind} {final.name}')
-        if not final.exists(): _make(final, make, dict(kind=kind, params=params, **provenance()))
+        final = on_main(clear)      # another process may have made it under another slug
+        if not on_main(final.exists): _make(final, make, dict(kind=kind, params=params, **provenance()))
     return final

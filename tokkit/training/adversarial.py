@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from ..core import choose, process_mean, Registry
+from ..core import choose, Registry
+from ..processes import process_mean
 from .discriminators import DinoDiscriminator, FeatureDiscriminator, PatchGAN
 
 # %% ../../nbs/training/06_adversarial.ipynb #7f39aed6

@@ -13,8 +13,9 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
-from ..core import bar, check_range, choose, process_mean, Registry
+from ..core import bar, check_range, choose, Registry
 from ..features import chunks, efficientnet_taps
+from ..processes import process_mean
 
 # %% ../../nbs/training/07_feature_moments.ipynb #4968a1cb
 class DistributionLoss(nn.Module):

@@ -25,6 +25,7 @@ from ..core import bundle, evaluating, locked, stable_hash, tensors_hash
 from ..data import ImageSet, loader
 from ..generators import LatentGenerator, released_decay
 from ..perturbation import LatentPerturbation
+from ..processes import on_main
 from ..runs import check_tracker, start_tracker
 from ..quantizers import codebook_usage, revive
 from ..tokenizers import ImageTokenizer, Tokenizer
@@ -208,9 +209,9 @@ def _check_resumable(data, work):
         raise ValueError(f"a training is gone on with by what it learns from, and {type(data).__name__} has "
                          "no hash to tell; leave work out, or give the data set a property `hash`")
 
-def _alone(learner, work):
+def _only_training(work):
     "A lock on the folder, so that only one training writes its checkpoint"
-    if not work or not learner.main: return nullcontext()
+    if not work: return nullcontext()
     return locked(Path(work)/'checkpoint.pt', f'the training in {work}')
 
 # %% ../../nbs/training/11_train.ipynb #fc469fdd
@@ -228,14 +229,14 @@ def fit_model(
     "Run the loop and leave the averaged weights in the model"
     _check_resumable(data, context.work)
     ema = EMA(cfg.ema)
-    key = _key(model, data, cfg, context, asked) if context.work else ''
+    key = on_main(lambda: _key(model, data, cfg, context, asked)) if context.work else ''
     more = [watch(ema)] if watch else []
     learner = Learner(model, loader(data, cfg.batch, context.seed), phases, cfg.epochs,
                       _callbacks(ema, loss, context, key, *more), context,
                       precision=cfg.precision, accumulate=cfg.accumulate)
     if loss: loss.to(learner.device)
     try:
-        with _alone(learner, context.work): learner.fit()
+        with _only_training(context.work): learner.fit()
     finally:
         for c in learner.callbacks:
             if isinstance(c, Track): c.close()

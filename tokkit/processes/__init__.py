@@ -1,0 +1,3 @@
+"Several processes that do one job: who they are, and how they share it out"
+from .group import *
+from .shares import *
