@@ -46,7 +46,7 @@ def meet():
     # a message among the CPUs, whatever computes
     if process_count() > 1: dist.all_reduce(torch.zeros(()))
 
-# %% ../../nbs/processes/00_group.ipynb #b0c2f4ac
+# %% ../../nbs/processes/00_group.ipynb #7d9f21aa
 _PATIENCE = timedelta(days=7)
 
 def launched() -> bool:
@@ -72,7 +72,7 @@ def joined() -> Iterator[dist.Store|None]: # through which the processes may lea
     finally: dist.destroy_process_group()
 
 def check_joined():
-    "Raise one line where a launcher's processes do not know each other, and would wait for each other's locks"
+    "Raise one line where a launcher's processes do not know each other, and would wait for each other"
     if not launched() or _alone.get() or dist.is_initialized(): return
     raise RuntimeError(f"{os.environ['WORLD_SIZE']} processes were started and have not joined; put your "
                        "script's work into `with tokkit.processes.joined():`")
