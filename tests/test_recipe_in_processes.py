@@ -1,0 +1,12 @@
+"The paper's recipe in miniature under two processes, each command killed once and called again"
+import pytest
+from recipe_in_processes import compare, play
+
+
+@pytest.mark.slow
+def test_recipe_in_two_processes(tmp_path):
+    "Tokens, samples and cards are those of one process; losses differ by rounding, which training carries on"
+    came = play(tmp_path)
+    assert all(came.values()), came
+    apart = compare(tmp_path)
+    assert max(apart.values()) < .02, apart
