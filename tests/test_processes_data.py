@@ -38,12 +38,13 @@ def encode(models, out, *more) -> list[str]:
     return ['encode', '--tokenizer', str(models/'tok'), '--split', 'train', '--out', str(out), *more, *CPU]
 
 def sample(models, out, n) -> list[str]:
-    return ['sample', '--tokenizer', str(models/'tok'), '--generator', str(models/'gen'), '-n', str(n), '--seed', '3',
-            '--out', str(out), *CPU]
+    return ['sample', '--tokenizer', str(models/'tok'), '--generator', str(models/'gen'), '-n', str(n),
+            '--seed', '3', '--out', str(out), *CPU]
 
 def commands(models, out) -> list[list[str]]:
     "What both do: three parts of tokens and two pieces of samples, the last of them short"
-    return [encode(models, out/'one', '-n', '5000'), encode(models, out/'ten', '-n', '450', '--views', 'ten-crop'),
+    return [encode(models, out/'one', '-n', '5000'),
+            encode(models, out/'ten', '-n', '450', '--views', 'ten-crop'),
             *(sample(models, out/f's{form}', 520) for form in FORMS)]
 
 
@@ -53,8 +54,8 @@ def both(models, tmp_path_factory):
     homes = [tmp_path_factory.mktemp(name) for name in ('one', 'two')]
     script = str(HERE/'commands_in_processes.py')
     for home,start in zip(homes, ([sys.executable], TWO)):
-        subprocess.run([*start, script, str(models), str(home), json.dumps(commands(models, home))], check=True,
-                       capture_output=True, timeout=280)
+        words = [*start, script, str(models), str(home), json.dumps(commands(models, home))]
+        subprocess.run(words, check=True, capture_output=True, timeout=280)
     return homes
 
 
@@ -121,7 +122,8 @@ def test_sample_is_killed_and_gone_on_with_by_two(models, both, tmp_path, form):
     "The second of the processes, which ends them both"
     words = ['-m', 'tokkit', *sample(models, tmp_path/f's{form}', 520)]
     killed(words, tmp_path, f'.work-s{form}-*/part-*.safetensors', all_of_them=False)
-    assert any(tmp_path.glob('.work-s*/part-*')) and not (tmp_path/f's{form}').exists(), "too quick to be a test"
+    kept = any(tmp_path.glob('.work-s*/part-*'))
+    assert kept and not (tmp_path/f's{form}').exists(), "too quick to be a test"
     finished(words)
     assert files(tmp_path/f's{form}') == files(both[0]/f's{form}')
     assert [p.name for p in tmp_path.iterdir()] == [f's{form}']
@@ -131,7 +133,8 @@ def test_sample_is_killed_and_gone_on_with_by_two(models, both, tmp_path, form):
 def test_a_generator_encodes_its_images_first(models, both, tmp_path):
     words = ['-m', 'tokkit', 'train', 'generator', '--tokenizer', str(models/'tok'), '-n', '5000', '--out',
              str(tmp_path/'gen'), *CPU]
-    for change in ('generator.width=16', 'generator.depth=1', 'batch=500', 'epochs=2'): words += ['--set', change]
+    changes = 'generator.width=16', 'generator.depth=1', 'batch=500', 'epochs=2'
+    for change in changes: words += ['--set', change]
     killed(words, tmp_path, '.work-gen-*/tokens')
     tokens = next(tmp_path.glob('.work-gen-*/tokens'))
     assert (tokens/'tokens.npy').read_bytes() == (both[0]/'one'/'tokens.npy').read_bytes()

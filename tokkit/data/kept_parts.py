@@ -78,7 +78,7 @@ def _kept(folder:Path, numbers:list[int], parts:Iterator) -> Iterator[int]:
 def make_parts(
     folder:Path,    # where the parts are kept; whoever makes its result holds the lock of that
     n:int,          # parts in all
-    # (numbers of parts) -> an iterator of these parts, each a dict of tensors; one that is there is not asked for
+    # (numbers of parts) -> an iterator of these parts, each a dict of tensors
     make:Callable,
 ):
     "Make the parts that are missing, each process its share, and keep each as soon as it is made"

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import (atomic_dir, bar, clear_unfinished, damage, delete, file_sha256, locked, make_rng, mark,
+from ..core import (atomic_dir, bar, clear_unfinished, damage, delete, file_sha256, locked, make_rng,
                          MARKER, read_json, stable_hash, temporary_name, write_json)
 from .images import Indexed
 from .kept_parts import kept_parts, make_parts
@@ -102,7 +102,8 @@ def _rows(batches:Iterator[np.ndarray], part:range) -> dict[str,Tensor]:
     "The rows of a part, made of the next batches"
     rows = np.concatenate([*itertools.islice(batches, _PART)])
     if len(rows) == len(part): return dict(rows=torch.from_numpy(rows))
-    raise ValueError(f"TokenCache: encode returned {len(rows)} rows for {len(part)} images; expected one an image")
+    raise ValueError(f"TokenCache: encode returned {len(rows)} rows for {len(part)} images; expected one an "
+                     "image")
 
 # %% ../../nbs/data/07_token_cache.ipynb #2afa8148
 def _write_cache(

@@ -103,15 +103,17 @@ def piece_size(
 
 def _decides(form:SampleForm, tok, gen, labels, seed, how) -> str:
     "What decides the samples, as a hash"
-    return stable_hash([form.kind, tok.fingerprint, gen.fingerprint, tensors_hash(dict(labels=labels)),
-                        seed, to_plain(how), piece_size(gen), device_of(gen).type])
+    models = tok.fingerprint, gen.fingerprint, device_of(gen).type
+    asked = tensors_hash(dict(labels=labels)), seed, to_plain(how)
+    return stable_hash([form.kind, piece_size(gen), *models, *asked])
 
 # %% ../../nbs/recipes/07_drawing.ipynb #b875eb4a
 def draw_samples(
     tok:ImageTokenizer,        # decodes, in eval mode
     generator:LatentGenerator, # draws its latents, in eval mode
     labels:Int[Tensor, "n"],   # of the samples
-    out:str|Path,              # file .npz of pictures or .safetensors of latents, or a new folder of PNG files
+    # file .npz of pictures or .safetensors of latents, or a new folder of PNG files
+    out:str|Path,
     seed:int = 0,              # of all draws
     **how:Any,                 # fields of `Sampling`
 ) -> Path: # the file or folder
