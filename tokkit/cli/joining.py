@@ -6,9 +6,9 @@
 __all__ = ['check_company', 'company']
 
 # %% ../../nbs/cli/08_joining.ipynb #fdc02f15
-import os
+import os, time
 from collections.abc import Iterator
-from contextlib import contextmanager, ExitStack, redirect_stdout
+from contextlib import contextmanager, ExitStack, redirect_stdout, suppress
 from datetime import timedelta
 
 from .options import in_company, is_first
@@ -37,6 +37,12 @@ def _told_by_main(words:str, store) -> bool:
     except Exception: return False          # torch's kinds of errors differ between versions
     return store.get('last words').decode() == words
 
+def _let_another_tell(store):
+    "Wait until the process that knows what went wrong is about to say it, and a little longer"
+    if is_first(): store.set('last words', '')      # it need not wait for those of the main one
+    with suppress(Exception): store.wait(['leaving'], _MOMENT)
+    time.sleep(.5)
+
 @contextmanager
 def company() -> Iterator[None]:
     "Join the other processes while the block lasts; only the main one prints results"
@@ -51,5 +57,8 @@ def company() -> Iterator[None]:
         if not is_first(): block.enter_context(redirect_stdout(block.enter_context(open(os.devnull, 'w'))))
         try: yield
         except Exception as e:
-            e.told = getattr(e, 'told', False) or _told_by_main(str(e), store)
+            if store is None: raise         # a script has joined them, and has its own words
+            if getattr(e, 'told', False): _let_another_tell(store)
+            else: e.told = _told_by_main(str(e), store)
+            store.set('leaving', '')
             raise

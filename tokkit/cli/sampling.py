@@ -37,6 +37,7 @@ def encode(
     "Keep the tokens or latents of images in a folder, for trainings of generators"
     from tokkit.core import bundle, writing
     from tokkit.data import absolute_source
+    from tokkit.processes import on_main
     from tokkit.recipes import encoded_images
     options = bundle(EncodeOptions, options, **how)
     tok = _saved_tokenizer(options.tokenizer).to(use_device(options.device)).eval()
@@ -45,7 +46,7 @@ def encode(
     images = _images_for(tok, options.data, options.split, options.n, skip_broken=options.skip_broken,
                          upscale=options.upscale, memory=memory)
     folder = Path(options.out).expanduser().absolute()
-    if folder.exists() and not (folder/'cache.json').is_file():
+    if on_main(lambda: folder.exists() and not (folder/'cache.json').is_file()):
         raise FileExistsError(f"{options.out} is there already, and holds no tokens; choose another --out")
     source = absolute_source(options.data)
     with writing(folder): cache = encoded_images(tok, images, folder, options.views, source)
@@ -94,45 +95,25 @@ def _check_out(out:str):
     if Path(out).exists(): raise FileExistsError(f"{out} is there already; choose another --out")
     if suffix in ('.npz', '.safetensors'): file_to_write(out)
 
-def _write(out:str, tok, latents, labels):
-    "Pictures in one file or in a folder, or the latents themselves"
-    import torch
-    from PIL import Image
-    from tokkit.core import atomic_dir, save_tensors
-    from tokkit.data import to_uint8
-    from tokkit.metrics import save_samples
-    from tokkit.tokenizers import decode_all
-    if out.endswith('.safetensors'): return save_tensors(dict(latents=latents, labels=labels), out)
-    # as bytes, part by part: thousands of large pictures as numbers would fill the memory
-    x = torch.cat([to_uint8(decode_all(tok, part).clamp(-1, 1)) for part in latents.split(500)])
-    if out.endswith('.npz'): return save_samples(out, x, labels)
-    with atomic_dir(Path(out).absolute()) as tmp:
-        pixels = x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-        for i,(image,label) in enumerate(zip(pixels, labels.tolist())):
-            folder = tmp/f'{label:04d}'
-            folder.mkdir(exist_ok=True)
-            Image.fromarray(image).save(folder/f'{i:06d}.png')
-
 def sample(
     options:SampleOptions|None = None,   # who draws, what, and where it is kept
     **how,                               # its fields
 ):
     "Let a generator draw pictures, or latents"
-    from tokkit.core import bundle, writing
-    from tokkit.generators import sample_batches
+    from tokkit.core import bundle
     from tokkit.posttraining import check_fit
-    from tokkit.recipes import sampling_of
+    from tokkit.processes import on_main
+    from tokkit.recipes import draw_samples, sampling_of
     options = bundle(SampleOptions, options, **how)
-    out = str(Path(options.out).expanduser())
-    _check_out(out)
+    on_main(lambda: _check_out(str(Path(options.out).expanduser())))
     device = use_device(options.device)
     tok = _saved_tokenizer(options.tokenizer).to(device).eval()
     gen = _saved_generator(options.generator).to(device).eval()
     check_fit(gen, tok)
     drawing = sampling_of(gen, options.guidance, options.power, steps=options.steps,
                           temperature=options.temperature)
-    latents,labels = sample_batches(gen, _labels(gen, options), seed=options.seed, **drawing)
-    with writing(Path(out).absolute()): _write(out, tok, latents, labels)
+    labels = _labels(gen, options)
+    draw_samples(tok, gen, labels, options.out, options.seed, **drawing)
     say(f'tokkit: {len(labels)} samples of {options.generator}, '
         +', '.join(f'{k} {v}' for k,v in dict(seed=options.seed, **drawing).items()))
     say(f'next: tokkit evaluate {options.out} --reference FOLDER')

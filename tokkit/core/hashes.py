@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .files import to_plain
@@ -32,6 +33,14 @@ def file_sha256(
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/core/04_hashes.ipynb #445782fa
+def _head(name:str, dtype:torch.dtype, shape:tuple) -> bytes:
+    "What goes before a tensor's bits"
+    return f'{name}|{dtype}|{shape}|'.encode()
+
+def _bits(t:torch.Tensor) -> np.ndarray:
+    "The bytes of a tensor on the CPU, in order; no copy: a data set may fill half the memory"
+    return t.flatten().view(torch.uint8).numpy()
+
 def tensors_hash(
     tensors:dict[str,torch.Tensor], # e.g. a state dict
     n:int = 10,                     # hexadecimal digits kept
@@ -40,8 +49,8 @@ def tensors_hash(
     h = hashlib.sha256()
     for k in sorted(tensors):
         t = tensors[k].detach().cpu().contiguous()
-        h.update(f'{k}|{t.dtype}|{tuple(t.shape)}|'.encode())
-        h.update(t.flatten().view(torch.uint8).numpy())      # no copy: a data set may fill half the memory
+        h.update(_head(k, t.dtype, tuple(t.shape)))
+        h.update(_bits(t))
     return h.hexdigest()[:n]
 
 # %% ../../nbs/core/04_hashes.ipynb #4ed6275f

@@ -126,7 +126,9 @@ def is_unfinished(
 ) -> bool:
     "Whether tokkit began to write `path` and did not finish it"
     if path.is_symlink() or not _UNFINISHED.fullmatch(path.name): return False
-    return path.is_file() or is_ours(path)
+    if path.is_file() or is_ours(path): return True
+    # one that was killed before it could mark its folder
+    return path.is_dir() and all(_UNFINISHED.fullmatch(p.name) for p in path.iterdir())
 
 def clear_unfinished(
     final:Path, # what was to be made; its lock is held

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as tqdm_plain
 
-from ..processes import is_main, launched, local_index
+from ..processes import launched, local_index, speaks
 
 # %% ../../nbs/core/02_machine.ipynb #33ceb4d7
 def _own_gpu() -> torch.device:
@@ -81,7 +81,7 @@ def bar(
 ) -> tqdm_plain:
     "A progress bar of the main process; appears after two seconds, unless `$TOKKIT_QUIET` is set"
     shown = dict(desc=desc, total=total, delay=2, dynamic_ncols=True, leave=False, mininterval=.5,
-                 disable=bool(os.environ.get('TOKKIT_QUIET')) or not is_main(), **kwargs)
+                 disable=bool(os.environ.get('TOKKIT_QUIET')) or not speaks(), **kwargs)
     # a run by papermill: no dead bars in its notebook, its parent reads this file instead
     log = os.environ.get('TOKKIT_PROGRESS')
     return tqdm_plain(items, file=open(log, 'a'), **shown) if log else tqdm(items, **shown)

@@ -5,6 +5,7 @@ from .files import *
 from .image_folder import *
 from .loader import *
 from .augment import *
+from .kept_parts import *
 from .token_cache import *
 from .shards import *
 from .shard_images import *

@@ -22,6 +22,7 @@ from torch import nn, Tensor
 from ..core import (bar, check_count, check_range, check_sizes, device_of, evaluating, LatentSpec,
                          make_rng, tensors_hash)
 from .sampling import Guidance, row_seeds, Sampling
+from ..processes import every_part, on_main
 
 # %% ../../nbs/generators/01_base.ipynb #90bbcf6c
 @dataclass(frozen=True)
@@ -278,12 +279,14 @@ def sample_batches(
     if keep is not None and len(keep[0]) != len(labels):
         raise ValueError(f"keep holds {len(keep[0])} latents for {len(labels)} labels; it needs one each")
     if batch is not None and batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
-    batch = generator.batch or batch or fit_batch(generator, len(labels), device)
+    # one size for all processes, whose free memory differs
+    batch = generator.batch or batch or on_main(lambda: fit_batch(generator, len(labels), device))
     seeds = row_seeds(seed if isinstance(seed, Tensor) else make_rng(seed, 'sample'), len(labels))
-    def some(i):
+    firsts = range(0, max(1, len(labels)), batch)
+    def some(number):
+        i = firsts[number]
         part = (keep[0][i:i+batch].to(device), keep[1]) if keep is not None else None
         return generator.sample(labels[i:i+batch].to(device), sampling, keep=part, rng=seeds[i:i+batch],
                                 **how).cpu()
-    with evaluating(generator):
-        made = [some(i) for i in bar(range(0, max(1, len(labels)), batch), desc)]
+    with evaluating(generator): made = every_part(len(firsts), some, lambda mine: bar(mine, desc))
     return torch.cat(made), labels

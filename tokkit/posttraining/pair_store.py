@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..core import (atomic_path, bar, bundle, check_range, own_settings, read_json, set_aside,
                          stable_hash, tensors_hash, to_plain, write_json)
-from ..data import ImageSet
+from ..data import ImageSet, keep_each
 from ..generators import LatentGenerator
 from .pairs import _merged, LatentPairs, make_pairing, PairMaker, Pairing
 from .preservation import Sigma
+from ..processes import is_main, on_main, own_parts
 from ..tokenizers import ImageTokenizer
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #9c55079d
@@ -146,23 +147,32 @@ def _forget(paths):
     if not any(p.exists() for p in paths): (paths[0].parent/'pairs.json').unlink(missing_ok=True)
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #d3d4cf14
-def _write_share(folder, maker, files):
-    "Make what is missing of this worker's files"
+def _missing_files(folder, maker, files) -> tuple[dict,bool,list[int]]:
+    "The recipe, whether it is new here, and which of this worker's files have to be made"
     recipe = _store_recipe(maker, files)
     new = _begin(folder, recipe)
+    which,of = files.shard
+    rows = files.rows(len(maker.images))
+    share = range(len(rows))[which::of]
+    for i in share: _keep_part(_part(folder, i), len(rows[i]), _mine(recipe, i))
+    return recipe, new, [i for i in share if not _part(folder, i).exists()]
+
+def _write_share(folder, maker, files):
+    "Make what is missing of this worker's files"
+    recipe,new,missing = on_main(lambda: _missing_files(folder, maker, files))
     rows = files.rows(len(maker.images))
     paths = [_part(folder, i) for i in range(len(rows))]
-    which,of = files.shard
-    share = range(len(rows))[which::of]
-    for i in share: _keep_part(paths[i], len(rows[i]), _mine(recipe, i))
-    for i in bar([i for i in share if not paths[i].exists()], 'making pairs'):
-        try: made,differ = maker(rows[i])
-        except (TypeError, ValueError):
-            if new: _forget(paths)
-            raise
-        made = made.to(_dtype(maker.tok, files.latents)).contiguous()
-        _write_part(paths, i, made, differ, _mine(recipe, i))
-    return sum(not p.exists() for p in paths)
+    def steps(numbers):
+        for i in bar(numbers, 'making pairs'):
+            made,differ = maker(rows[i])
+            made = made.to(_dtype(maker.tok, files.latents)).contiguous()
+            _write_part(paths, i, made, differ, _mine(recipe, i))
+            yield i
+    try: keep_each(folder, steps([missing[j] for j in own_parts(len(missing))]))
+    except (TypeError, ValueError):
+        if new and is_main(): _forget(paths)
+        raise
+    return on_main(lambda: sum(not p.exists() for p in paths))
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #33e381bf
 def write_pairs(
@@ -197,6 +207,18 @@ def _check_owners(folder, recipe, images, tok, generator):
                          "were made of")
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #1311b9b5
+def _mapped(folder, recipe, images, verify) -> LatentPairs:
+    "Pairs of a recipe, memory-mapped"
+    rows = PairFiles(recipe['part']).rows(recipe['n'])
+    paths = [_part(folder, i) for i in range(len(rows))]
+    if missing := [p.name for p in paths if not p.exists()]:
+        lacks = f"{len(missing)} of {len(paths)} parts are missing, first {missing[0]}"
+        raise FileNotFoundError(f"{folder} is not whole: {lacks}; call write_pairs again, it goes on")
+    read = [_read_part(p, len(rows[i]), _mine(recipe, i), verify) for i,p in enumerate(paths)]
+    parts = [latents for latents,_ in read]
+    differs = [differ for _,differ in read]
+    return LatentPairs(parts, images, recipe['about']|_merged(differs))
+
 def open_pairs(
     folder:str|Path,                         # written by `write_pairs`
     images:ImageSet,                         # the same images again
@@ -210,15 +232,7 @@ def open_pairs(
         raise FileNotFoundError(f"no pairs in {folder}; make them with write_pairs")
     recipe = _read_recipe(folder)
     _check_owners(folder, recipe, images, tok, generator)
-    rows = PairFiles(recipe['part']).rows(recipe['n'])
-    paths = [_part(folder, i) for i in range(len(rows))]
-    if missing := [p.name for p in paths if not p.exists()]:
-        lacks = f"{len(missing)} of {len(paths)} parts are missing, first {missing[0]}"
-        raise FileNotFoundError(f"{folder} is not whole: {lacks}; call write_pairs again, it goes on")
-    read = [_read_part(p, len(rows[i]), _mine(recipe, i), verify) for i,p in enumerate(paths)]
-    parts = [latents for latents,_ in read]
-    differs = [differ for _,differ in read]
-    return LatentPairs(parts, images, recipe['about']|_merged(differs))
+    return _mapped(folder, recipe, images, verify)
 
 # %% ../../nbs/posttraining/02_pair_store.ipynb #e56ab497
 def latent_pairs(
@@ -235,7 +249,9 @@ def latent_pairs(
     "Pairs of (latents a generator made with a fraction of the real ones kept, real image)"
     if folder is not None:
         write_pairs(folder, generator, tok, images, pairing, known=known, **how)
-        return open_pairs(folder, images, tok, generator)
+        def check(): open_pairs(folder, images, tok, generator)
+        on_main(check)      # one process reads it for all
+        return _mapped(folder, _read_recipe(Path(folder)), images, verify=False)
     maker = PairMaker(generator, tok, images, make_pairing(pairing, **how), known)
     made,differ = maker(range(len(images)))
     return LatentPairs(made, images, maker.about|_merged([differ]))

@@ -1,4 +1,4 @@
-"What decides a training, in one object: recipes, presets, and the training that follows one"
+"What decides a training, in one object: recipes, presets, the training that follows one, and samples drawn to files"
 from .recipe import *
 from .presets import *
 from .files import *
@@ -6,3 +6,4 @@ from .making import *
 from .following import *
 from .estimate import *
 from .posttraining import *
+from .drawing import *

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import bar, device_of, evaluating, in_batches
 from ..data import from_uint8, ImageSet, to_uint8
+from ..processes import every_part
 from .protocol import ImageTokenizer
 
 # %% ../../nbs/tokenizers/05_latents.ipynb #55c9c2e0
@@ -22,9 +23,10 @@ def encode_all(
 ) -> Int[Tensor, "b *n"]|Float[Tensor, "b n d"]:
     "Ids or latents of all images"
     device = device_of(tok)
+    firsts = range(0, len(images), batch)
+    def some(i): return tok.to_latents(images[firsts[i]:firsts[i]+batch][0].to(device)).cpu()
     with evaluating(tok):
-        return torch.cat([tok.to_latents(images[i:i+batch][0].to(device)).cpu()
-                          for i in bar(range(0, len(images), batch), 'encoding')])
+        return torch.cat(every_part(len(firsts), some, lambda mine: bar(mine, 'encoding')))
 
 # %% ../../nbs/tokenizers/05_latents.ipynb #acd9efbd
 def decode_all(
@@ -45,5 +47,7 @@ def reencode(
 ) -> Tensor:
     "Decode to an 8-bit image and encode again"
     device = device_of(tok)
-    def again(part): return tok.to_latents(from_uint8(to_uint8(tok.from_latents(part))))
-    with evaluating(tok): return in_batches(again, latents, batch, device, 'encoding again')
+    parts = latents.split(batch)
+    def again(i): return tok.to_latents(from_uint8(to_uint8(tok.from_latents(parts[i].to(device))))).cpu()
+    with evaluating(tok):
+        return torch.cat(every_part(len(parts), again, lambda mine: bar(mine, 'encoding again')))
