@@ -17,6 +17,7 @@ from ..core import default_device
 from ..data import ImageSet, to_uint8, TokenCache
 from ..generators import balanced_labels, LatentGenerator, make_generator, sample_batches
 from ..posttraining import check_fit, LatentPairs, match_distribution, posttrain_decoder, PostTraining
+from ..processes import on_main, process_count
 from .following import check_batch, check_memory, recipe_images, sampling_of
 from .recipe import DecoderRecipe, GeneratorRecipe, TokenizerRecipe
 from ..tokenizers import ImageTokenizer, make_tokenizer
@@ -68,11 +69,14 @@ def _estimate(model:torch.nn.Module, train:Callable, steps:int, device:torch.dev
     train(1)                                      # memory is taken, kernels are chosen
     short = _timed(train, 1, device)
     long = _timed(train, PASSES, device)
+    # of several processes, the clock of the main one
+    short,long = on_main(lambda: (short, long))
     if long <= short:
         raise ValueError("the steps could not be timed, since this machine is busy; try again later")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     seconds = (long-short)/(STEPS*(PASSES-1))
-    return Estimate(parameters, steps, seconds, _memory(device), str(device))
+    several = f', {process_count()} processes' if process_count() > 1 else ''
+    return Estimate(parameters, steps, seconds, _memory(device), f'{device}{several}')
 
 @contextmanager
 def _hushed():
@@ -139,7 +143,7 @@ def estimate_generator(
 # %% ../../nbs/recipes/05_estimate.ipynb #bc6132d1
 def _drawing_seconds(gen:LatentGenerator, how:dict, n:int) -> float:
     "How long a generator draws so many latents, by a batch of them"
-    few = balanced_labels(min(n, 64), gen.classes)
+    few = balanced_labels(min(n, 64*process_count()), gen.classes)
     sample_batches(gen, few[:2], **how)
     start = time.perf_counter()
     sample_batches(gen, few, **how)

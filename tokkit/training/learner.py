@@ -137,8 +137,7 @@ def _step_module(self:Learner, phase:Phase) -> nn.Module:
     step = StepModule(self, phase)
     if self.accelerator.num_processes == 1: return step
     here = [self.device] if self.device.type == 'cuda' else None
-    return DistributedDataParallel(step, here, broadcast_buffers=False, find_unused_parameters=True,
-                                   gradient_as_bucket_view=True)
+    return DistributedDataParallel(step, here, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 # %% ../../nbs/training/01_learner.ipynb #a40ac7c8
 @patch
