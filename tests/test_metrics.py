@@ -1,6 +1,6 @@
 """Distances against recorded values, closed forms, scipy and scikit-learn;
 extractors against the package's own network"""
-import os, subprocess, sys, tracemalloc
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.linalg import sqrtm
 from torch import nn
 
-from tokkit.features import (across_processes, efficientnet, efficientnet_lite0, efficientnet_taps,
-                             extract, extractors, FeatureExtractor, FeatureStats, get_extractor)
+from tokkit.features import (efficientnet, efficientnet_lite0, efficientnet_taps, extract,
+                             extractors, FeatureExtractor, FeatureStats, get_extractor)
 from tokkit.metrics import pixel
 from tokkit.data import fashion_mnist, from_uint8, to_uint8
 from tokkit.metrics import (bootstrap_frechet, bootstrap_weights, fd_infinity, frechet_distance, load_samples,
@@ -94,25 +94,6 @@ def test_memory_does_not_grow_with_the_number():
         tracemalloc.stop()
         return used
     assert peak(40_000) < 1.1*peak(4_000) < 5*(1024*200*8+2*200*200*8)
-
-
-def test_two_processes(tmp_path):
-    """Each has its part, one of another size; both get the statistics of the whole;
-    two extractors are refused by both"""
-    script = Path(__file__).parent/'stats_in_processes.py'
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    ranks = [subprocess.Popen([sys.executable, script, str(tmp_path), str(i)], env=env) for i in range(2)]
-    assert [p.wait(timeout=120) for p in ranks] == [0, 0]
-    f = np.random.default_rng(0).normal(size=(1500, 30))*10+100
-    for r in (np.load(tmp_path/f'{i}.npz') for i in range(2)):
-        for name, part in (('both', f), ('one', f[:400])):
-            whole = stats(part)
-            assert r[f'{name}_n'] == whole.n and str(r['extractor']) == 'mine'
-            assert np.allclose(r[f'{name}_mean'], whole.mean, rtol=1e-12)
-            assert abs(r[f'{name}_cov']-whole.cov).max() <= 1e-10*abs(whole.cov).max()
-        assert (str(r['refused']) == "across_processes: processes have features of different extractors: "
-                                     "['extractor 0', 'extractor 1']")
-    assert across_processes(whole) is whole
 
 
 def test_statistics_of_float16_and_integers_are_double():

@@ -70,10 +70,12 @@ def _side(place:str) -> int|None:
     return min(load_images(place, 'test', memory=0.).picture(0).size) if is_folder(place) else None
 
 def _samples(place:str, kept:bool = True):
-    "Pictures of a file, or of a folder in their own size; read when asked for where they are not kept"
+    "Pictures of a file, or of a folder in their own size; those of a file are read when they are asked for"
     from tokkit.data import load_images
     from tokkit.metrics import load_samples, SampleFile
-    if place.endswith('.npz'): return load_samples(place) if kept else SampleFile(place)
+    if place.endswith('.npz'):
+        try: return SampleFile(place)
+        except ValueError: return load_samples(place)   # takes other orders of pixels, or says what is wrong
     return load_images(place, 'test', None, _side(place), 3, memory=float(kept))
 
 def _real(place:str, shape:tuple[int,int,int]):
@@ -223,15 +225,8 @@ def _draw(table, first:str, path:str):
         fig.savefig(path)
         plt.close(fig)
 
-def compare(
-    files:list[str],           # JSON files of cards; the first is what the others are compared with
-    figure:str|None = None,    # also draw the changes into this file (.png, .svg or .pdf)
-    format:Format = 'table',   # of what is printed
-):
-    "Say how far results are from the first of them"
-    from tokkit.core import file_to_write
-    if len(files) < 2: raise ValueError(f"tokkit compare needs two files of cards or more, got {len(files)}")
-    if figure: file_to_write(figure)
+def _tell_changes(files:list[str], figure:str|None, format:Format):
+    "Print how far results are from the first of them, and draw it"
     table = compare_cards(files)
     first = _names(files)[0]
     changes = [f'{r.change:+.3g}{r.unit}'+('' if math.isnan(r.ci95) else f' ± {r.ci95:.2g}{r.unit}')
@@ -246,3 +241,15 @@ def compare(
     say(f'± is half a 95% interval; clearly lower than {first}: {lower or "none"}; clearly higher: '
         f'{higher or "none"}')
     if figure: _draw(table, first, figure)
+
+def compare(
+    files:list[str],           # JSON files of cards; the first is what the others are compared with
+    figure:str|None = None,    # also draw the changes into this file (.png, .svg or .pdf)
+    format:Format = 'table',   # of what is printed
+):
+    "Say how far results are from the first of them"
+    from tokkit.core import file_to_write
+    from tokkit.processes import on_main
+    if len(files) < 2: raise ValueError(f"tokkit compare needs two files of cards or more, got {len(files)}")
+    if figure: file_to_write(figure)
+    on_main(lambda: _tell_changes(files, figure, format))

@@ -191,9 +191,10 @@ def _apart(load:Callable, images, options:MetricOptions) -> tuple:
     "The images to measure, and others for their neighbours"
     import torch
     from tokkit.core import make_rng
+    from tokkit.processes import on_main
     data = options.data
     others = load(data, 'test' if options.split == 'train' else 'train')
-    if others.hash != images.hash: return images, others
+    if on_main(lambda: others.hash != images.hash): return images, others
     # a folder without parts: the rest are the neighbours
     order = torch.randperm(len(images), generator=make_rng(options.seed, 'images'))
     few = images.subset(order[:options.n].sort().values)
@@ -251,6 +252,7 @@ def _report(metric:str, cards:list, json:str|None, format:str = 'table'):
     "Print the cards, then write them: a disk that is full does not take the number away"
     import pandas as pd
     from tokkit.core import write_json
+    from tokkit.processes import on_main
     if format != 'table': print(table_text(pd.DataFrame([card.row() for card in cards]), format))
     else:
         for card in cards: print(card)
@@ -260,7 +262,8 @@ def _report(metric:str, cards:list, json:str|None, format:str = 'table'):
                  'prediction, for another seed':card.interval(kind='prediction')}
         said = [f'{low:.4g} to {high:.4g} ({what})' for what,(low,high) in spans.items()]
         print('95% intervals: '+'; '.join(said))
-    if json: write_json(json, [c.to_dict() for c in cards] if metric == 'all' else card.to_dict())
+    if json: on_main(lambda: write_json(json, [c.to_dict() for c in cards] if metric == 'all'
+                                        else card.to_dict()))
 
 # %% ../../nbs/cli/01_models.ipynb #94dc7b18
 def metric(

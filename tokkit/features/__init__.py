@@ -6,3 +6,5 @@ from .extractors import *
 from .lpips import *
 from .power_spectrum import *
 from .statistics import *
+from .held import *
+from .passing import *

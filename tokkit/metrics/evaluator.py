@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'check_bootstrap', 'Evaluator', 'draw_images', 'on_device', 'through', 'Measurement', 'mean_card']
 
 # %% ../../nbs/metrics/07_evaluator.ipynb #b3774752
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import nn, Tensor
 
 from ..core import bar, bundle, check_count, default_device, device_of, evaluating, make_rng, Registry
-from ..features import (CHUNK, chunks, default_extractor, FeatureExtractor, FeatureStats, get_extractor,
-                             stream)
+from ..features import (CHUNK, chunks, default_extractor, FeatureExtractor, FeatureFile, FeatureStats,
+                             get_extractor, HeldFeatures, stream)
 from .card import Card
 from .frechet import bootstrap_frechet, bootstrap_weights, frechet_distance
 from .reference import describe_images, BANK, FeatureBank, Reference
+from ..processes import each_part
 
 # %% ../../nbs/metrics/07_evaluator.ipynb #0d158059
 def check_bootstrap(
@@ -142,20 +143,18 @@ def through(
     f:Callable, # of a chunk
     items:Any,  # images, ids or latents
     device:Any, # where `f` computes
-) -> Iterator[Tensor]:
+) -> Iterable: # `Parts`, made when they are asked for, where `items` can be asked for by their places
     "`f` of items (images, ids or latents), chunk by chunk"
-    for x in chunks(items, CHUNK):
-        with torch.no_grad(): out = f(x.to(device))
-        # outside the block: a generator must not leave its mode behind
-        yield out
+    def one(x):
+        with torch.no_grad(): return f(x.to(device))
+    return each_part(chunks(items, CHUNK), one)
 
-def _alike(made:Iterator[Tensor], shape:tuple) -> Iterator[Tensor]:
-    "Images as they are made, if they have the shape of the originals"
-    for x in made:
-        got = tuple(x.shape[1:])
-        if got != shape:
-            raise ValueError(f"the tokenizer made images {got} of images {shape}; both must be alike")
-        yield x
+def _alike(x:Tensor, shape:tuple) -> Tensor:
+    "Images that were made, if they have the shape of the originals"
+    got = tuple(x.shape[1:])
+    if got != shape:
+        raise ValueError(f"the tokenizer made images {got} of images {shape}; both must be alike")
+    return x
 
 # %% ../../nbs/metrics/07_evaluator.ipynb #7962802f
 @dataclass
@@ -187,7 +186,7 @@ def measuring(self:Evaluator,
 # %% ../../nbs/metrics/07_evaluator.ipynb #3e8ed6b3
 @patch
 def frechet(self:Measurement,
-    features:Tensor, # of images (n d), by the judge
+    features:Tensor|FeatureFile, # of images (n d), by the judge
 ) -> tuple[float,np.ndarray]:
     "Value and bootstrap replicates of the Fréchet distance of features"
     ref = self.reference
@@ -199,14 +198,18 @@ def frechet(self:Measurement,
 # %% ../../nbs/metrics/07_evaluator.ipynb #88a91932
 @patch
 def distance(self:Measurement,
-    made:Iterator[Tensor], # images, chunk by chunk
+    made:Iterable, # images (b c h w), chunk by chunk
 ) -> tuple[float,np.ndarray]:
     "Value and replicates for images that are made while we look"
     def counted():
-        for f in stream(self.judge, _alike(made, self.images['shape']), self.device):
+        alike = each_part(made, lambda x: _alike(x, self.images['shape']))
+        for f in stream(self.judge, alike, self.device):
             self.progress.update(len(f))
             yield f
-    if self.evaluator.bootstrap: return self.frechet(torch.cat([*counted()]))
+    if self.evaluator.bootstrap:
+        held = HeldFeatures(self.images['n'])
+        for f in counted(): held.append(f)
+        return self.frechet(held.features)
     ref = self.reference
     stats = FeatureStats.stream(counted(), ref.extractor, ref.fingerprint)
     return frechet_distance(stats, ref.stats), np.zeros(0)

@@ -17,7 +17,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..core import make_rng
-from ..features import check_comparable, check_features, FeatureStats, no_covariance, TOLERANCE
+from ..features import (check_comparable, check_features, FeatureFile, FeatureStats, in_memory, is_large,
+                             no_covariance, row_blocks, TOLERANCE)
+from ..processes import Parts, shared
 
 # %% ../../nbs/metrics/00_frechet.ipynb #bc77d54b
 def frechet_distance(
@@ -61,6 +63,22 @@ def _weighted(f:np.ndarray, centre:np.ndarray, w:np.ndarray, extractor:str = '')
     f *= np.sqrt(w)[:,None]
     return FeatureStats(n, centre+m, (f.T@f-n*np.outer(m, m))/max(n-1, 1), extractor)
 
+def _weighted_blocks(features, centre:np.ndarray, w:np.ndarray) -> FeatureStats:
+    "As `_weighted`, of features that are read block by block"
+    n = int(w.sum())
+    total = np.zeros_like(centre)
+    scatter = np.zeros((len(centre),)*2, order='F')
+    for f,weights in zip(row_blocks(features), row_blocks(w)):
+        used = np.flatnonzero(weights)
+        f = check_features(f[used], 'bootstrap_frechet')-centre
+        total += weights[used]@f
+        f *= np.sqrt(weights[used])[:,None]
+        scatter = linalg.blas.dsyrk(1., f.T, beta=1., c=scatter, overwrite_c=1)     # in place
+    m = total/n
+    # so far only the upper triangle is there
+    scatter += np.triu(scatter, 1).T
+    return FeatureStats(n, centre+m, (scatter-n*np.outer(m, m))/max(n-1, 1))
+
 def weighted_stats(
     features:Float[Tensor, "n d"]|np.ndarray, # features
     weights:Float64[np.ndarray, "n"],         # how often each counts
@@ -74,25 +92,36 @@ def weighted_stats(
     return _weighted(f-f.mean(0), f.mean(0), weights, extractor)
 
 # %% ../../nbs/metrics/00_frechet.ipynb #229b9904
+def _replicated(one:Callable, replicates:int) -> list[float]:
+    "All replicates of a number; several processes share them"
+    return [*shared(Parts(replicates, one), at_once=None)]
+
+def _resampled(features, seed:int) -> Callable[[int],FeatureStats]:
+    "Statistics of each replicate of features"
+    def weights(i): return bootstrap_weights(len(features), i, seed)
+    if not is_large(len(features), features.shape[-1]):
+        f = check_features(in_memory(features), 'bootstrap_frechet')
+        centre = f.mean(0)
+        return lambda i, f=f-centre: _weighted(f, centre, weights(i))
+    sums = [check_features(f, 'bootstrap_frechet').sum(0) for f in row_blocks(features)]
+    return lambda i, centre=sum(sums)/len(features): _weighted_blocks(features, centre, weights(i))
+
 def bootstrap_frechet(
-    features:Float[Tensor, "n d"]|np.ndarray,                 # of the images that are resampled
+    # of the images that are resampled
+    features:Float[Tensor, "n d"]|np.ndarray|FeatureFile,
     # fixed statistics; or features, resampled as well; or i -> statistics
     reference:FeatureStats|Float[Tensor, "m d"]|np.ndarray|Callable,
     replicates:int = 50,   # how many
     seed:int = 0,          # of the weights
 ) -> Float64[np.ndarray, "replicates"]:
     "Fréchet distances of resampled images: their spread is the error, their mean is biased upward"
-    def resampled(f):
-        centre = f.mean(0)
-        return lambda i, f=f-centre: _weighted(f, centre, bootstrap_weights(len(f), i, seed))
-    own = resampled(check_features(features, 'bootstrap_frechet'))
+    own = _resampled(features, seed)
     r = reference
     if isinstance(r, FeatureStats): other = lambda i: r
-    elif callable(r): other = r
-    else: other = resampled(check_features(r, 'bootstrap_frechet'))
+    else: other = r if callable(r) else _resampled(r, seed)
     # small matrices: threads would only wait for each other
     with threadpool_limits(1 if features.shape[1] <= 512 else None, 'blas'):
-        return np.array([frechet_distance(own(i), other(i)) for i in range(replicates)])
+        return np.array(_replicated(lambda i: frechet_distance(own(i), other(i)), replicates))
 
 # %% ../../nbs/metrics/00_frechet.ipynb #0900cd8f
 def _within(w:np.ndarray, seed:int, *name) -> np.ndarray:
@@ -162,6 +191,6 @@ def fd_infinity(
     line = np.linalg.pinv(np.stack([np.ones(len(k)), k], 1))[0]                # intercept = line @ distances
     with threadpool_limits(1 if f.shape[1] <= 512 else None, 'blas'):
         distances = _mean_distances(f, r, orders, k, None, seed)
-        replicates = [float(line@_mean_distances(f, r, orders, k, i, seed)) for i in range(bootstrap)]
+        replicates = _replicated(lambda i: float(line@_mean_distances(f, r, orders, k, i, seed)), bootstrap)
     se = float(np.std(replicates, ddof=1)) if bootstrap > 1 else None
     return FDInfinity(float(line@distances), se, tuple(n//k), tuple(map(float, distances)), tuple(replicates))

@@ -8,7 +8,7 @@ __all__ = ['FEATURE_METRICS', 'Comparison', 'Row', 'FeatureMetric', 'feature_met
 
 # %% ../../nbs/metrics/10_generation.ipynb #6add80bf
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,19 +17,21 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import nn, Tensor
 
-from ..core import bar, make_rng, Registry, stable_hash, tensors_hash
-from ..features import CHUNK, chunks, FeatureExtractor, FeatureStats, stream
+from ..core import bar, make_rng, Registry
+from ..features import (asked_of, CHUNK, chunks, drawn_images, FeatureExtractor, FeatureFile,
+                             features_of, FeatureStats, HeldFeatures, in_memory, Passing, whole_chunks)
 from ..generators import balanced_labels
 from .card import Card
 from .evaluator import on_device, _print, draw_images, Evaluator, Measurement
 from .mmd import kid
 from .precision_recall import density_coverage, inception_score, precision_recall
 from .reference import describe_images, Reference
+from ..processes import Parts, shared
 
 # %% ../../nbs/metrics/10_generation.ipynb #1b208063
 class Comparison(NamedTuple):
     "Features of images beside those of a reference"
-    features:Float[Tensor, "n d"]              # of the images
+    features:Float[Tensor, "n d"]              # of the images; until they are compared, maybe in a file
     measurement:Measurement                    # who judged, and the reference
     probabilities:Float[Tensor, "n k"]|None = None # of classes, by the classifier
     paired:bool = False                        # each image was made of the one at its place in the reference
@@ -135,11 +137,13 @@ def _impossible(evaluator:Evaluator) -> dict:
 def _fidelity(wanted:list[str], of:Comparison, how:dict) -> list[Card]:
     "Cards of the feature metrics that are wanted"
     measurement = of.measurement
-    chosen = dict.fromkeys(FEATURE_METRICS[name] for name in wanted if name in FEATURE_METRICS)
+    chosen = [*dict.fromkeys(FEATURE_METRICS[name] for name in wanted if name in FEATURE_METRICS)]
+    if chosen: of = of._replace(features=in_memory(of.features))
     rest = {key:v for key,v in how.items() if key != 'dimension'}
     cards = []
-    for metric in chosen:
-        for row in metric.rows(of):
+    found = shared(Parts(len(chosen), lambda i: chosen[i].rows(of)), at_once=None)
+    for metric,rows in zip(chosen, found):
+        for row in rows:
             if row.name not in wanted: continue
             by = how['classifier'] if metric.needs == 'classifier' else measurement.judge.name
             cards.append(Card(row.name, float(row.value), se=row.se, n=len(of.features), extractor=by,
@@ -189,82 +193,57 @@ def draw_labels(self:Sampler,
 @patch
 def batches(self:Sampler,
     n:int, # images
-) -> Iterator[Float[Tensor, "b c h w"]]:
+) -> Parts: # of images (b c h w), each batch drawn when it is asked for
     "That many images, always the same, some at a time"
     rng = make_rng(self.seed, 'sample')
-    labels = self.draw_labels(n)
-    seeds = torch.stack([torch.randint(2**62, (), generator=rng) for _ in range(n)])
-    for y,s in zip(labels.split(self.batch), seeds.split(self.batch)):
+    labels = self.draw_labels(n).split(self.batch)
+    seeds = torch.stack([torch.randint(2**62, (), generator=rng) for _ in range(n)]).split(self.batch)
+    def draw(i):
         with on_device(self.tok, None) as there, on_device(self.generator, None) as where, torch.no_grad():
-            z = self.generator.sample(y.to(where), rng=s, **self.asked)
-            x = torch.cat([self.tok.from_latents(part.to(there)).cpu() for part in z.split(CHUNK)])
-        # outside: a generator must not leave its mode behind
-        yield x
+            z = self.generator.sample(labels[i].to(where), rng=seeds[i], **self.asked)
+            return torch.cat([self.tok.from_latents(part.to(there)).cpu() for part in z.split(CHUNK)])
+    return Parts(len(labels), draw)
 
 @patch
 def __call__(self:Sampler,
     n:int, # images
 ) -> Float[Tensor, "n c h w"]:
-    "That many images, always the same"
-    return torch.cat([*self.batches(n)])
+    "That many images, always the same; several processes share the batches"
+    return torch.cat([*shared(self.batches(n))])
 
-# %% ../../nbs/metrics/10_generation.ipynb #a838682a
-def _drawn(sampler:Callable, n:int) -> Iterator[Tensor]:
-    "n images of a function, some at a time"
-    have = 0
-    while have < n:
-        x = sampler(min(CHUNK*4, n-have))
-        if not isinstance(x, Tensor) or x.ndim != 4 or not len(x):
-            raise ValueError("a sampler must return images (b c h w), got "
-                             f"{getattr(x, 'shape', type(x).__name__)}")
-        yield x.detach().cpu()[:n-have]
-        have += len(x)
-
-def _hashed(first:list[Tensor], parts:Iterator[Tensor], about:dict) -> Iterator[Tensor]:
-    "The parts as they pass; when all have passed, `about` gets their hash and their name"
-    hashes = []
-    x = first.pop()                                                     # nothing else holds it any longer
-    while x is not None:
-        hashes.append(tensors_hash(dict(x=x)))
-        yield x
-        x = next(parts, None)
-    key = stable_hash(hashes)
-    about.update(hash=key, name=f'samples {key[:6]}')
-
-# %% ../../nbs/metrics/10_generation.ipynb #0a85cfe6
+# %% ../../nbs/metrics/10_generation.ipynb #38b68770
 def passing(
     samples:Any,         # set of images, tensor (n c h w), `Sampler`, or a function n -> that many images
     evaluator:Evaluator, # whose n images are measured
-) -> tuple[Iterator[Tensor],dict]:
-    "Samples chunk by chunk, and what `describe_images` says of them, complete when the last has passed"
+) -> Passing:
+    "Samples on their way past those who look at them"
     if not callable(samples) or hasattr(samples, 'hash'):
         images = evaluator.draw(samples)
-        about = describe_images(images)
-        return chunks(images, CHUNK), about
+        return Passing(chunks(images, CHUNK), describe_images(images))
     n = evaluator.n
     reference = evaluator.reference
     if n is None: n = reference.n if isinstance(reference, FeatureStats) else len(reference)
     if n < 2: raise ValueError(f"n must be at least 2 samples, got {n}")
-    made = samples.batches(n) if isinstance(samples, Sampler) else _drawn(samples, n)
-    parts = chunks(made, CHUNK)
-    first = [next(parts)]
-    about = dict(size=min(first[0].shape[2:]), n=n, shape=tuple(first[0].shape[1:]))
-    return _hashed(first, parts, about), about
+    if isinstance(samples, Sampler): return drawn_images(whole_chunks(samples.batches(n), samples.batch), n)
+    return drawn_images(asked_of(samples, n), n)
 
 # %% ../../nbs/metrics/10_generation.ipynb #a60cbcc5
-def _looked(parts:Iterator[Tensor], eyes:Sequence, device, total:int, desc:str) -> list[Float[Tensor, "n _"]]:
-    "Features of images that pass by once, for each of several extractors"
-    seen = [[] for _ in eyes]
-    with bar(total=total, desc=desc, unit='image') as progress:
-        for x in parts:
-            for eye,features in zip(eyes, seen): features += stream(eye, x, device)
-            progress.update(len(x))
-    return [torch.cat(features) for features in seen]
+def _looked(samples:Passing, eyes:Sequence, device, desc:str) -> list[Tensor|FeatureFile]:
+    "Features (n d) of images that pass by once, for each of several extractors"
+    n = samples.about['n']
+    held = [HeldFeatures(n) for _ in eyes]
+    def look(x): return [features_of(eye, x, device) for eye in eyes]
+    with bar(total=n, desc=desc, unit='image') as progress:
+        for found in samples.seen(look):
+            for place,features in zip(held, found): place.append(features)
+            progress.update(len(found[0]))
+    return [place.features for place in held]
 
 # %% ../../nbs/metrics/10_generation.ipynb #c0mpar3d
 def _compare_samples(samples:Any, evaluator:Evaluator, classify:bool) -> tuple[Measurement,Comparison]:
     "Samples in front of the judge, and of the classifier where it is needed, in one pass"
-    parts,about = passing(samples, evaluator)
+    coming = passing(samples, evaluator)
+    about = coming.about
     # a `Reference`, or statistics, name their extractor
     if evaluator.extractor is None:
         known = getattr(evaluator.reference, 'extractor', None)
@@ -273,8 +252,8 @@ def _compare_samples(samples:Any, evaluator:Evaluator, classify:bool) -> tuple[M
     ref = evaluator.compare_with(about, judge, evaluator.device)
     measurement = Measurement(evaluator, about, judge, ref)
     eyes = [judge, evaluator.classifier] if classify else [judge]
-    features,*probabilities = _looked(parts, eyes, evaluator.device, about['n'], 'gFID')
-    return measurement, Comparison(features, measurement, probabilities[0] if classify else None)
+    features,*probabilities = _looked(coming, eyes, evaluator.device, 'gFID')
+    return measurement, Comparison(features, measurement, in_memory(probabilities[0]) if classify else None)
 
 # %% ../../nbs/metrics/10_generation.ipynb #e8db366a
 def evaluate_generator(

@@ -6,7 +6,7 @@
 __all__ = ['slerp', 'Near', 'nearest_latents', 'draw_near', 'Between', 'ifid']
 
 # %% ../../nbs/metrics/09_ifid.ipynb #900062ad
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..core import bundle, make_rng, sort_settings
 from ..data import to_uint8
-from ..features import CHUNK, FeatureExtractor
+from ..features import CHUNK, chunks, FeatureExtractor
 from .card import Card
 from .evaluator import _told, through, Evaluator, METRICS
 from .reconstruction import _encode
 from .reference import describe_images
+from ..processes import Parts, shared
 from ..tokenizers import check_offers, HasLatents
 
 # %% ../../nbs/metrics/09_ifid.ipynb #ffc924bf
@@ -68,25 +69,41 @@ def _nearer(a:Near, b:Near, top_k:int) -> Near:
     return Near(index.gather(1, order), cosine.gather(1, order), distance.gather(1, order))
 
 # %% ../../nbs/metrics/09_ifid.ipynb #ba019bc9
+def _placed(train) -> Iterable:
+    "Where each chunk of latents begins, and the chunk"
+    if isinstance(train, Parts): return Parts(len(train), lambda i: (i*CHUNK, train[i]))
+    def passing(begin=0):
+        for c in train:
+            yield begin, c
+            begin += len(c)
+    return passing()
+
+def _moved(near:Near, device) -> Near: return Near(*(t.to(device) for t in near))
+
 def _nearest(q:Float[Tensor, "n d"], train, top_k:int, labels=None, train_labels=None) -> Near:
     "The nearest of all that pass by, or all where they are fewer; on the device of `q`"
-    best = Near(q.new_zeros(len(q), 0, dtype=torch.long), q[:,:0], q[:,:0])
-    seen = 0
-    for c in train:
+    nobody = Near(q.new_zeros(len(q), 0, dtype=torch.long), q[:,:0], q[:,:0])
+    def within(placed):
+        begin,c = placed
         c = c.flatten(1).to(q)
         cosine,distance = _compare(q, c)
         if train_labels is not None:
-            theirs = train_labels[seen:seen+len(c)].to(q.device)
+            theirs = train_labels[begin:begin+len(c)].to(q.device)
             cosine = cosine.masked_fill(labels[:,None].to(q.device) != theirs, -torch.inf)
-        index = torch.arange(seen, seen+len(c), device=q.device).expand(len(q), -1)
-        best = _nearer(best, Near(index, cosine, distance), top_k)
-        seen = seen+len(c)
+        index = torch.arange(begin, begin+len(c), device=q.device).expand(len(q), -1)
+        return _nearer(nobody, Near(index, cosine, distance), top_k)
+    placed = _placed(train)
+    # what passes by is in every process already
+    found = map(within, placed)
+    if isinstance(placed, Parts): found = shared(placed, lambda p: _moved(within(p), 'cpu'))
+    best = nobody
+    for near in found: best = _nearer(best, _moved(near, q.device), top_k)
     return best
 
 # %% ../../nbs/metrics/09_ifid.ipynb #18b9afe1
 def nearest_latents(
     z:Float[Tensor, "n *s"],                # latents that ask; the search is made where they are
-    train,                                  # chunks of training latents, in order
+    train,                                  # chunks of training latents, in order; or `Parts` of 64 each
     top_k:int = 10,                         # how many are wanted
     labels:Int[Tensor, "n"]|None = None,    # class of each; with `train_labels`, only the same class counts
     train_labels:Int[Tensor, "m"]|None = None, # class of the training latents
@@ -111,7 +128,7 @@ def draw_near(
     return near.index.gather(1, drawn.to(near.index.device))[:,0]
 
 # %% ../../nbs/metrics/09_ifid.ipynb #7079e4e1
-def _latents(tok, images, device) -> Iterator[Tensor]:
+def _latents(tok, images, device) -> Iterable:
     "Latents of images as the decoder takes them, chunk by chunk"
     return through(lambda x: tok.quantize(tok.encode(x)).zq, images, device)
 
@@ -154,10 +171,11 @@ class Between:
         if self.how not in ('slerp','linear'):
             raise ValueError(f"how must be 'slerp' or 'linear', got {self.how!r}")
 
-    def points(self, a:Tensor, b:Tensor) -> Iterator[Tensor]:
+    def points(self, a:Tensor, b:Tensor) -> Parts:
         "Latents at `t` of the way from each a to its b, chunk by chunk"
         go = slerp if self.how == 'slerp' else torch.lerp
-        for u,v in zip(a.split(CHUNK), b.split(CHUNK)): yield go(u, v, self.t)
+        begins,ends = chunks(a, CHUNK),chunks(b, CHUNK)
+        return Parts(len(ends), lambda i: go(begins[i], ends[i], self.t))
 
 # %% ../../nbs/metrics/09_ifid.ipynb #e74fcaf9
 def _labels_of(images:Any, train:Any) -> tuple[Tensor,Tensor]:
@@ -174,7 +192,7 @@ def _partners(tok:Any, images:Any, train:Any, z:Tensor, between:Between, seed:in
     drawn = draw_near(near, make_rng(seed, 'ifid')).cpu()
     which,back = drawn.unique(return_inverse=True)               # each is encoded once
     some = train[which] if isinstance(train, Tensor) else train.subset(which)
-    return torch.cat([y.cpu() for y in _latents(tok, some, z.device)])[back]
+    return torch.cat([*shared(_latents(tok, some, z.device), Tensor.cpu)])[back]
 
 # %% ../../nbs/metrics/09_ifid.ipynb #4d15d660
 def _check(tok:Any, images:Any, trained:dict):

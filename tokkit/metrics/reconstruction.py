@@ -21,6 +21,7 @@ from ..features import FeatureExtractor
 from .card import Card
 from .evaluator import _se, _told, through, Evaluator, Measurement, METRICS
 from ..perturbation import effective_rate, perturb_codes, perturb_latents
+from ..processes import shared
 from ..tokenizers import check_offers, HasCodes, HasLatents, Reconstructs
 from ..quantizers import NeighbourTable, Quantizer
 
@@ -103,7 +104,7 @@ def cells(self:Doses,
 def _encode(tok:Any, images:Any, device:Any, discrete:bool) -> Tensor:
     "Ids (n t), or latents (n t d) as the decoder takes them"
     f = tok.tokenize if discrete else lambda x: tok.quantize(tok.encode(x)).zq
-    return torch.cat([t.cpu() for t in through(f, images, device)])
+    return torch.cat([*shared(through(f, images, device), Tensor.cpu)])
 
 def _codes(tok:Any) -> Tensor|Quantizer|None:
     "Who knows the neighbours of codes, on the CPU: the quantizer, or a foreign tokenizer's codebook"

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core import atomic_path, data_home, default_device, stable_hash, tensors_hash
 from ..features import check_images, extract, FeatureExtractor, FeatureStats
 from .frechet import bootstrap_weights, weighted_stats
+from ..processes import gather_objects, is_main, on_main
 
 # %% ../../nbs/metrics/06_reference.ipynb #e2e65ab3
 def _made_by(features, extractor:str) -> str:
@@ -85,7 +86,8 @@ def describe_images(
     if isinstance(images, Tensor):
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected at least one image, in a tensor (n c h w), got {tuple(images.shape)}")
-        digest = tensors_hash(dict(x=check_images(images)))
+        check_images(images)
+        digest = on_main(lambda: tensors_hash(dict(x=images)))
         return dict(name=f'tensor {digest[:6]}', hash=digest, size=min(images.shape[2:]), n=len(images),
                     shape=tuple(images.shape[1:]))
     if not all(hasattr(images, k) for k in ('hash', 'name', 'size', 'channels')):
@@ -93,7 +95,8 @@ def describe_images(
                          f"{type(images).__name__}")
     if not len(images): raise ValueError(f"expected at least one image, {images.name} has none")
     shape = tuple(getattr(images, 'shape', (images.channels, images.size, images.size)))
-    return dict(name=images.name, hash=images.hash, size=images.size, n=len(images), shape=shape)
+    key = on_main(lambda: images.hash)          # of several processes one reads all files
+    return dict(name=images.name, hash=key, size=images.size, n=len(images), shape=shape)
 
 # %% ../../nbs/metrics/06_reference.ipynb #76e992f9
 class FeatureBank:
@@ -117,7 +120,8 @@ class FeatureBank:
         device = default_device(str(device) if device else None)
         made = extractor.fingerprint
         key = made, extractor.name, device.type, about['hash']
-        if key not in self._kept:
+        # another process may not have it, which then needs company to make it
+        if not all(gather_objects(key in self._kept)):
             features = self._stored(images, about, extractor, made, device)
             while len(self._kept) >= self.keep: self._kept.pop(next(iter(self._kept)))
             self._kept[key] = Reference(features, extractor.name, about['name'], about['hash'],
@@ -138,7 +142,15 @@ def _read_features(path:Path, n:int) -> Float[Tensor, "n d"]|None:
         if f.ndim == 2 and len(f) == n and tensors_hash(dict(f=f), 64) == told: return f
     except (FileNotFoundError, NotADirectoryError): return None
     except _DAMAGED: pass
-    warnings.warn(f"the features in {path} were damaged; they are made again", stacklevel=4)
+    warnings.warn(f"the features in {path} were damaged; they are made again", stacklevel=5)
+
+def _write_features(path:Path, features:Tensor):
+    "Keep features in a file, where there is room"
+    try:
+        with atomic_path(path) as p, open(p, 'wb') as file:
+            np.savez(file, features=features.numpy(), hash=tensors_hash(dict(f=features), 64))
+    except OSError as e:
+        warnings.warn(f"the features cannot be kept in {path.parent} ({e.strerror})", stacklevel=5)
 
 # %% ../../nbs/metrics/06_reference.ipynb #426cdf81
 @patch
@@ -147,14 +159,10 @@ def _stored(self:FeatureBank, images, about:dict, extractor, made:str, device) -
     if not self.disk or isinstance(images, Tensor): return extract(extractor, images, device)
     folder = data_home()/'features' if self.disk is True else Path(self.disk)
     path = folder/f"{about['hash']}-{stable_hash([made, torch.__version__, device.type])}.npz"
-    f = _read_features(path, about['n'])
+    f = on_main(lambda: _read_features(path, about['n']))
     if f is not None: return f
     f = extract(extractor, images, device)
-    try:
-        with atomic_path(path) as p, open(p, 'wb') as file:
-            np.savez(file, features=f.numpy(), hash=tensors_hash(dict(f=f), 64))
-    except OSError as e:
-        warnings.warn(f"the features cannot be kept in {folder} ({e.strerror})", stacklevel=4)
+    if is_main(): _write_features(path, f)
     return f
 
 BANK = FeatureBank(disk=True)    # what all cards of this process share unless they are given another

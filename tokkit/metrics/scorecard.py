@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from ..core import Registry, sort_settings
 from ..data import from_uint8, to_uint8
-from ..features import efficientnet_taps, FeatureExtractor, stream
+from ..features import efficientnet_taps, FeatureExtractor, FeatureFile, features_of, HeldFeatures
 from .card import Card
 from .evaluator import (_alike, on_device, _print, mean_card, through, Evaluator,
                                       Measurement, METRICS)
@@ -25,6 +25,7 @@ from .generation import _fidelity, _impossible, _wanted, Comparison, FEATURE_MET
 from .pixel import psnr, ssim
 from .reconstruction import _encode, Doses
 from .reference import describe_images
+from ..processes import shared
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #a0c3d955
 class FeatureDistance(nn.Module):
@@ -105,16 +106,19 @@ def _saved(x:Tensor) -> Tensor:
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #cb4519a8
 def _reconstruct(tok:Any, images:Any, judge:FeatureExtractor, measures:dict,
-                 where:Any) -> tuple[Tensor,dict[str,Tensor]]:
+                 where:Any) -> tuple[Tensor|FeatureFile,dict[str,Tensor]]:
     "Features of all reconstructions, and what is measured of each"
-    shape = describe_images(images)['shape']
-    parts = {m: [] for m in measures}
+    about = describe_images(images)
     def rebuilt(x):
-        xh, = _alike(iter([tok.reconstruct(x)]), shape)
-        for m,f in measures.items(): parts[m].append(f(_saved(xh), _saved(x)).cpu())
-        return xh
-    features = torch.cat([*stream(judge, through(rebuilt, images, where), where)])
-    return features, {m: torch.cat(p) for m,p in parts.items()}
+        xh = _alike(tok.reconstruct(x), about['shape'])
+        values = {m: f(_saved(xh), _saved(x)).cpu() for m,f in measures.items()}
+        return features_of(judge, xh, where), values
+    held = HeldFeatures(about['n'])
+    parts = []
+    for features,values in shared(through(rebuilt, images, where)):
+        held.append(features)
+        parts.append(values)
+    return held.features, {m: torch.cat([values[m] for values in parts]) for m in measures}
 
 # %% ../../nbs/metrics/11_scorecard.ipynb #e2f41084
 def _look(tok:Any, images:Any, wanted:list[str], evaluator:Evaluator) -> _Seen:

@@ -2,3 +2,4 @@
 from .group import *
 from .shares import *
 from .sharded_weights import *
+from .parts import *

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def joined() -> Iterator[dist.Store|None]: # through which the processes may lea
     if not launched() or dist.is_initialized():
         yield None
         return
+    # its functions keep the group of when they are imported as a default: one that is kept ends too late
+    import_module('torch.distributed.nn.functional')
     gpu = torch.cuda.is_available()
     if gpu: torch.cuda.set_device(local_index())
     store,rank,size = next(dist.rendezvous('env://'))

@@ -6,39 +6,33 @@
 __all__ = ['parted_inception_score', 'evaluate_protocol']
 
 # %% ../../nbs/protocols/02_measuring.ipynb #988f09ab
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core import bar, choose, default_device
-from ..features import FeatureExtractor, stream
+from ..features import FeatureExtractor, FeatureFile, features_of, HeldFeatures, Passing, row_blocks
 from ..metrics import (BANK, Card, describe_images, draw_images, Evaluator, inception_score, Measurement,
-                            passing, Reference, Sampler, tiled_precision_recall)
+                            passing, precision_recall, Reference, Sampler)
 from .settings import NEEDS, Protocol, PROTOCOLS
 from .sight import (_check_maker, _check_width, open_reference, protocol_sight, Real, Sight)
 
 # %% ../../nbs/protocols/02_measuring.ipynb #8cd835e3
-def _look(parts:Iterator[Tensor], n:int, eye:FeatureExtractor, device:Any,
-          check:Callable) -> Float[Tensor, "n d"]:
-    "Features of n images that pass by; `check` is told how many there are of each as soon as it is known"
-    features = None
-    at = 0
+def _look(samples:Passing, eye:FeatureExtractor, device:Any, check:Callable) -> Tensor|FeatureFile:
+    "Features (n d) of samples that pass by; `check` is told the d as soon as it is known"
+    n = samples.about['n']
+    held = HeldFeatures(n)
     with bar(total=n, desc=eye.name, unit='image') as progress:
-        for x in parts:
-            for f in stream(eye, x, device):
-                if features is None:
-                    check(f.shape[1])
-                    features = torch.empty(n, f.shape[1])
-                features[at:at+len(f)] = f
-                at += len(f)
-                progress.update(len(f))
-    return features
+        for f in samples.seen(lambda x: features_of(eye, x, device)):
+            if not held.count: check(f.shape[1])
+            held.append(f)
+            progress.update(len(f))
+    return held.features
 
 # %% ../../nbs/protocols/02_measuring.ipynb #cff90bb5
 def _labels(samples:Any, n:int) -> tuple[str,list[str]]:
@@ -90,7 +84,7 @@ class _Seen:
     evaluator:Evaluator                   # seed, replicates, device
     sight:Sight
     about:dict                            # name, hash, size, number and shape of the samples
-    made:Float[Tensor, "n d"]             # all views of the samples
+    made:Tensor|FeatureFile               # all views of the samples (n d)
     real:Real
     looked:Reference|None                 # all views of the real images, where they were looked at
     told:dict                             # what every card says
@@ -116,11 +110,11 @@ def _distance(seen:_Seen, metric:str) -> Card:
 
 # %% ../../nbs/protocols/02_measuring.ipynb #346aa670
 def parted_inception_score(
-    probabilities:Float[Tensor, "n classes"], # of the samples, in their order
+    probabilities:Float[Tensor, "n classes"]|FeatureFile, # of the samples, in their order
     part:int = 5000,                          # samples in a part
 ) -> tuple[float,float|None]:                 # mean over the parts, and its standard error
     "IS over parts in the order of the samples, as ADM's evaluator has it"
-    scores = [inception_score(p, 1).value for p in probabilities.split(part)]
+    scores = [inception_score(p, 1).value for p in row_blocks(probabilities, part)]
     se = float(np.std(scores, ddof=1)/len(scores)**.5) if len(scores) > 1 else None
     return float(np.mean(scores)), se
 
@@ -138,8 +132,9 @@ def _fractions(seen:_Seen) -> dict[str,Card]:
     protocol = seen.protocol
     real,made = (seen.sight.cut(f, 'pool') for f in (seen.looked.features, seen.made))
     device = default_device(str(seen.evaluator.device) if seen.evaluator.device else None)
-    found = tiled_precision_recall(real, made, protocol.k, protocol.half, device)
-    why = dict(k=protocol.k, distances='half precision' if protocol.half else 'single precision',
+    distances = 'half' if protocol.half else 'single'
+    found = precision_recall(real, made, protocol.k, distances=distances, device=device)
+    why = dict(k=protocol.k, distances=f'{distances} precision',
                error='binomial, at fixed manifolds')
     return {name: _plain(seen, name, v, (v*(1-v)/len(of))**.5, **why)
             for name,v,of in (('precision', found.precision, made), ('recall', found.recall, real))}
@@ -192,7 +187,8 @@ def evaluate_protocol(
     evaluator = _asked(samples, protocol, judging)
     real = reference if isinstance(reference, Real) else open_reference(reference, protocol)
     if not callable(samples) or hasattr(samples, 'hash'): samples = evaluator.draw(samples)
-    parts,about = passing(samples, evaluator)
+    coming = passing(samples, evaluator)
+    about = coming.about
     sight = protocol_sight(protocol, about['size'], weights)
     _check_maker(real, sight, protocol)
     wanted = _chosen(protocol, metrics, _impossible(protocol, real, sight))
@@ -200,7 +196,7 @@ def evaluate_protocol(
     known = *real.stats, 'probabilities'
     needed = [m for m in wanted if m in ('precision', 'recall') or NEEDS[m] not in known]
     looked = _looked_real(real, protocol, evaluator, sight, about['shape']) if needed else None
-    made = _look(parts, about['n'], sight.eye, evaluator.device,
+    made = _look(coming, sight.eye, evaluator.device,
                  lambda width: _check_width(real, sight, protocol, width))
     told = samples.settings if isinstance(samples, Sampler) else {}
     told = told | (settings or {}) | _departures(protocol, samples, about['n'])

@@ -10,11 +10,10 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
 from torch import Tensor
 
 from ..core import choose, stable_hash
-from ..features import (differ, FeatureExtractor, FeatureStats, get_extractor, inception,
+from ..features import (differ, FeatureExtractor, FeatureFile, FeatureStats, get_extractor, inception,
                              INCEPTION_VIEWS)
 from ..metrics import describe_images, load_stats, SampleFile
 from .settings import Protocol, PROTOCOLS
@@ -31,9 +30,10 @@ class Sight(NamedTuple):
     eye:FeatureExtractor    # one look at each image
     views:dict[str,View]    # by their names
 
-    def cut(self, features:Float[Tensor, "n d"], view:str) -> Float[Tensor, "n _"]:
+    def cut(self, features:Tensor|FeatureFile, view:str) -> Tensor|FeatureFile:
         "The columns of one view"
-        return features[:,self.views[view].columns]
+        columns = self.views[view].columns
+        return features.columns(columns) if isinstance(features, FeatureFile) else features[:,columns]
 
 def protocol_sight(
     protocol:Protocol,             # names the extractor

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..core import default_device, file_sha256, read_json, read_tensors, save_tensors, write_json
 from ..data import ImageSet, LazyImages
-from ..features import spectrum_extractor
+from ..features import chunks, spectrum_extractor
 from ..generators import balanced_labels, LatentGenerator, sample_batches
 from ..metrics import Card, Evaluator, gfid, rfid
 from ..posttraining import (check_fit, check_learns, clean_pairs, latent_pairs, LatentPairs,
                                  match_distribution, posttrain_decoder, PostTraining)
-from ..processes import is_main, on_main
+from ..processes import is_main, on_main, shared
 from .files import read_recipe, write_recipe
 from .following import (check_batch, has_test, preview_after, recipe_images,
                                      run_name, sampling_of, told_recipe)
@@ -106,11 +106,15 @@ def _held_out(images:Images, tok:ImageTokenizer) -> ImageSet|LazyImages:
     "Real images to compare with"
     return recipe_images(images, tok, 'test' if has_test(images) else None, MEASURED)
 
+def _decoded(tok:ImageTokenizer, samples:Tensor) -> Tensor:
+    "Pictures of samples; several processes share them"
+    return torch.cat([*shared(chunks(samples, 250), lambda z: decode_all(tok, z))])
+
 def _judged(arms:dict[str,ImageTokenizer], samples:Tensor, real, how:dict) -> dict[str,list[Card]]:
     "gFID by two judges and rFID of every decoder, by its name"
     judges = None, spectrum_extractor(channels=next(iter(arms.values())).image_shape[0])
     def of(tok):
-        made = decode_all(tok, samples).clamp(-1, 1)
+        made = _decoded(tok, samples)
         return [*(gfid(made, real, Evaluator(judge, **how)) for judge in judges), rfid(tok, real, **how)]
     return {name: of(tok) for name,tok in arms.items()}
 
