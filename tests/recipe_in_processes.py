@@ -2,11 +2,12 @@
 samples, their measure, post-training, a comparison. Two processes do it, and each command is killed once and called
 again; one process does the same beside them. Called by test_recipe_in_processes.py; by hand:
 python tests/recipe_in_processes.py FOLDER"""
-import io, json, os, signal, subprocess, sys, tarfile, time
+import io, json, os, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 from PIL import Image
 
 TRAIN, TEST = 320, 64        # images
@@ -59,7 +60,7 @@ def commands(inputs:Path, out:Path) -> dict[str,list]:
         'changes.txt': ['compare', inputs/'healed'/'cards'/'before.json', inputs/'healed'/'cards'/'healed.json']}
 
 # what lies in the work folder when a command is in the middle; others are killed while they look at images
-MIDDLE = {'tok': '**/checkpoint*', 'tokens': '**/*.npy', 'gen': '**/checkpoint*', 'samples.npz': '**/*.npy',
+MIDDLE = {'tok': '**/checkpoint*', 'tokens': '**/part-*', 'gen': '**/checkpoint*', 'samples.npz': '**/part-*',
           'healed': '**/checkpoint*'}
 
 
@@ -77,6 +78,12 @@ def done(words, processes:int, log:Path):
     with open(log, 'a') as f: code = started(words, processes, f).wait(timeout=300)
     if code: raise RuntimeError(f'{words[:2]} ended with {code}:\n{log.read_text()[-3000:]}')
 
+def kill_all(launcher:int):
+    "Kill a launcher and its workers, which have sessions of their own"
+    for p in [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]:
+        try: p.kill()
+        except psutil.NoSuchProcess: pass
+
 def killed(name:str, words, processes:int, out:Path, log:Path) -> bool:
     "A command that is killed in the middle, with all its processes; whether it was before its end"
     with open(log, 'a') as f: process = started(words, processes, f)
@@ -86,7 +93,7 @@ def killed(name:str, words, processes:int, out:Path, log:Path) -> bool:
         if middle or name not in MIDDLE and time.monotonic()-begun > 4: break
         time.sleep(.02)
     early = process.poll() is None
-    if early: os.killpg(process.pid, signal.SIGKILL)
+    if early: kill_all(process.pid)
     process.wait()
     return early
 

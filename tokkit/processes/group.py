@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['alone', 'process_count', 'process_index', 'is_main', 'speaks', 'meet', 'launched', 'local_index', 'joined',
-           'check_joined', 'ElsewhereError', 'on_main', 'gather_objects', 'together', 'process_mean']
+           'check_joined', 'ElsewhereError', 'on_main', 'gather_objects', 'together', 'process_mean', 'process_rows']
 
 # %% ../../nbs/processes/00_group.ipynb #22b8695a
 import os, pickle
@@ -154,3 +154,15 @@ def process_mean(
     total = t.detach().clone()
     dist.all_reduce(total)
     return total/n
+
+# %% ../../nbs/processes/00_group.ipynb #8f82c84e
+def process_rows(
+    rows:torch.Tensor, # of this process, as many as every process has
+) -> torch.Tensor:
+    "The rows of all processes, for a loss that all compute alike and whose gradients are averaged"
+    n = process_count()
+    if n == 1: return rows
+    found = [torch.empty_like(rows) for _ in range(n)]
+    dist.all_gather(found, rows.detach().contiguous())
+    found[process_index()] = rows+(n-1)*(rows-rows.detach())
+    return torch.cat(found)

@@ -144,7 +144,8 @@ def _step_module(self:Learner, phase:Phase) -> nn.Module:
 def _prepare(self:Learner, device, precision):
     "Bring everything to where it will be trained"
     self.accelerator = _accelerator(default_device(device if device is None else str(device)), precision)
-    self.device = self.accelerator.device
+    # of several processes on CPUs accelerate says cpu:0, a place that no file is read to
+    self.device = torch.device('cpu') if self.accelerator.device.type == 'cpu' else self.accelerator.device
     self.model.to(self.device)
     optimizers = [p.optimizer for p in self.phases]
     self.loader,*self.optimizers = self.accelerator.prepare(self.loader, *optimizers)

@@ -9,15 +9,14 @@ __all__ = ['contrastive_loss', 'VitTeacher', 'dinov2_teacher', 'SemanticLoss']
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import nn, Tensor
-from torch.distributed.nn.functional import all_gather
 
 from ..core import data_home, read_tensors
 from ..features import efficientnet_taps, IMAGENET_MEAN, IMAGENET_STD
 from ..layers import load_vit, ViT
+from ..processes import process_rows
 from .discriminators import Frozen
 
 # %% ../../nbs/training/05_semantic.ipynb #9115a45f
@@ -37,9 +36,8 @@ def contrastive_loss(
         if normalize:
             a = F.normalize(a, dim=1)
             b = F.normalize(b, dim=1)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            a = torch.cat(all_gather(a.contiguous()))
-            b = torch.cat(all_gather(b.contiguous()))
+        a = process_rows(a)
+        b = process_rows(b)
         logits = scale*a@b.T                                                     # (b b)
         partner = torch.arange(len(a), device=a.device)
         return (F.cross_entropy(logits, partner)+F.cross_entropy(logits.T, partner))/2
