@@ -65,7 +65,12 @@ def _exactly(real, fake, k:int) -> tuple[float,float]:
 
 # %% ../../nbs/metrics/04_precision_recall.ipynb #aee8d00d
 _TILE = 1000    # rows of a tile
-_WIDE = 10_000  # its columns
+# its columns; in half precision as many as in ADM's evaluator, since one that is too far decides for all
+_WIDE = dict(single=5_000, half=10_000)
+
+def _columns(f, half:bool) -> Iterator[Tensor]:
+    "A set as the columns of tiles"
+    return row_blocks(f, _WIDE['half' if half else 'single'])
 
 def _squares(u:Tensor, v:Tensor, half:bool) -> Float[Tensor, "n m"]:
     "Squared distances of a tile in single precision; or rounded to half precision where that holds them"
@@ -90,7 +95,7 @@ def _reach(f, k:int, half:bool, device) -> Float[Tensor, "n"]:
     "Squared distance of each vector of a set to its `k`-th neighbour in the set"
     def row(u):
         near = [_squares(u, v.to(device), half).topk(min(k+1, len(v)), largest=False).values
-                for v in row_blocks(f, _WIDE)]
+                for v in _columns(f, half)]
         return torch.cat(near, 1).topk(k+1, largest=False).values[:,-1].cpu()
     return torch.cat([*shared(_tiles(f, device), row)]).to(device)
 
@@ -108,7 +113,7 @@ def _by_tiles(real, fake, k:int, half:bool, device) -> tuple[float,float]:
         u = rows[i]
         good = torch.zeros(len(u), dtype=torch.bool, device=device)
         met = []
-        for v,reach in zip(row_blocks(real, _WIDE), real_reach.split(_WIDE)):
+        for v,reach in zip(_columns(real, half), _columns(real_reach, half)):
             d = _squares(u, v.to(device), half)
             good |= (d <= reach).any(1)
             met.append((d <= reaches[i][:,None]).any(0))
