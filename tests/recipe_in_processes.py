@@ -49,6 +49,7 @@ def commands(inputs:Path, out:Path) -> dict[str,list]:
     data = ['--data', inputs/'shards']
     tok = ['--tokenizer', inputs/'tok']
     gen = ['--generator', inputs/'gen']
+    cards = inputs/'healed'/'cards'
     return {
         'tok': ['train', 'tokenizer', '--preset', 'paper-main', *data, '--size', 32, '--out', out/'tok',
                 *MAIN, *SHORT, *OFFLINE],
@@ -60,11 +61,11 @@ def commands(inputs:Path, out:Path) -> dict[str,list]:
                        out/'cards.json'],
         'healed': ['posttrain', '--preset', 'paper-post', *tok, *gen, *data, '-n', 96, '--out', out/'healed',
                    *SHORT, *OFFLINE],
-        'changes.txt': ['compare', *(inputs/'healed'/'cards'/f'{name}.json' for name in ('before', 'healed'))]}
+        'changes.txt': ['compare', cards/'before.json', cards/'healed.json']}
 
 # what lies in the work folder when a command is in the middle; others are killed while they look at images
-MIDDLE = {'tok': '**/checkpoint*', 'tokens': '**/part-*', 'gen': '**/checkpoint*', 'samples.npz': '**/part-*',
-          'healed': '**/checkpoint*'}
+MIDDLE = {'tok': '**/checkpoint*', 'tokens': '**/part-*', 'gen': '**/checkpoint*', 'healed': '**/checkpoint*',
+          'samples.npz': '**/part-*'}
 
 
 def started(words, processes:int, log) -> subprocess.Popen:
@@ -110,15 +111,16 @@ def play(home:Path) -> dict[str,bool]: # command -> whether the kill came before
     for name, words in commands(two, two).items():
         log = two/f'{name}.log'
         came[name] = killed(name, words, 2, two, log)
-        if came[name] and (two/name).exists(): raise RuntimeError(f'{name} was there before its command ended')
+        if came[name] and (two/name).exists(): raise RuntimeError(f'{name} came too early')
         done(words, 2, log)
         done(commands(two, one)[name], 1, one/f'{name}.log')
     return came
 
 
-def losses(folder:Path, name:str) -> pd.DataFrame: return pd.read_csv(folder/name/'history.csv')
+def losses(folder:Path, name:str) -> pd.DataFrame:
+    return pd.read_csv(folder/name/'history.csv')
 
-# what a discriminator sees is augmented by draws of each process, and balanced by each, as in the released code
+# what a discriminator sees is augmented by draws of each process, and balanced by each, as released
 GAME = ['loss', 'adversarial', 'discriminator']
 
 def compare(home:Path) -> dict[str,dict[str,float]]: # training -> largest relative difference of its losses
@@ -137,7 +139,8 @@ def compare(home:Path) -> dict[str,dict[str,float]]: # training -> largest relat
         assert list(first) == list(second) and len(first) == 2
         far = ((first-second).abs()/second.abs().clip(lower=1e-3)).max()
         game = far.index.isin(GAME) if 'adversarial' in far else np.zeros(len(far), bool)
-        apart[name] = dict(rounding=float(far[~game].max()), game=float(far[game].max()) if game.any() else 0.)
+        in_game = float(far[game].max()) if game.any() else 0.
+        apart[name] = dict(rounding=float(far[~game].max()), game=in_game)
     return apart
 
 
