@@ -201,6 +201,13 @@ def kept(self:LazyImages) -> LazyImages:
     part.memory = images, torch.zeros(len(part), dtype=torch.bool)
     return part
 
+@patch
+def unkept(self:LazyImages) -> LazyImages:
+    "The same images, none of which stays in memory: for whoever looks at each of them once"
+    part = copy.copy(self)
+    part.memory = None
+    return part
+
 @patch(as_prop=True)
 def on_disk(self:LazyImages) -> bool:
     "Whether images are read from their files each time"

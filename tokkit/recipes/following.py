@@ -220,6 +220,7 @@ def encoded_images(
 ) -> TokenCache:
     "Ids or latents of images, kept in a folder"
     where = device_of(tok)
+    if isinstance(images, LazyImages): images = images.unkept()     # each is looked at once
     seen = images if views == 'one' else Views(images, views, upscale=True)
     return TokenCache.build(folder, seen, lambda x: tok.to_latents(x.to(where)), key=tok.fingerprint,
                             codebook_size=tok.spec.codebook_size, source=source)
