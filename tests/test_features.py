@@ -9,7 +9,7 @@ from torch import nn
 
 from tokkit.data import from_uint8
 from tokkit.features import (check_images, chunks, clip, CLIP_MEAN, CLIP_STD, dinov2, extract,
-                             FeatureExtractor, fingerprint, get_extractor)
+                             FeatureExtractor, FeatureFile, fingerprint, get_extractor, HeldFeatures)
 from tokkit.features.extractor import _Prepare
 
 GOLDEN = Path(__file__).parent/'golden'/'timm_vit.npz'
@@ -262,3 +262,14 @@ def test_check_images(change, words):
 def test_ways_of_resizing():
     with pytest.raises(ValueError, match="resize must be bilinear or bicubic, got 'nearest'"):
         FeatureExtractor('odd', nn.Identity(), resize='nearest')
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='/dev/full is always full, on Linux')
+def test_features_that_find_no_room():
+    "The folder is named, and how to name another"
+    file = FeatureFile(3)
+    file._file = open('/dev/full', 'r+b', buffering=0)
+    with pytest.raises(OSError) as e: file.append(torch.zeros(2, 3))
+    assert str(e.value).startswith('no room for the features of 2 images in ') and '$TMPDIR' in str(e.value)
+    come = HeldFeatures(2)
+    with pytest.raises(ValueError, match='expected features of 2 images, got more'): come.append(torch.zeros(3, 3))
