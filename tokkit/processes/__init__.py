@@ -1,3 +1,4 @@
 "Several processes that do one job: who they are, and how they share it out"
 from .group import *
 from .shares import *
+from .stopping import *
