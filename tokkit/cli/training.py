@@ -31,6 +31,8 @@ class TrainOptions:
     set:list[str] = ()                   # any setting of the recipe, such as lr=1e-4; may be repeated
     seed:int|None = None                 # moves every random draw
     track:Literal['trackio','wandb','tensorboard']|None = None # also send losses and pictures there
+    minutes:float = 10.                  # between checkpoints within an epoch; 0: after epochs only
+    keep:int = 2                         # so many of the newest checkpoints stay, and the best, until it ends
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -100,17 +102,19 @@ def train(
     from tokkit.core import bundle
     from tokkit.data import TokenCache
     from tokkit.recipes import (estimate_generator, estimate_tokenizer, follow_generator, follow_tokenizer)
+    from tokkit.training import checked_keeping
     options = bundle(TrainOptions, options, **how)
     _check_given(what, options)
+    keeping = checked_keeping(options.minutes, options.keep)
     recipe = _recipe(what, options)
     device = str(use_device(options.device))
     if what == 'tokenizer':
         if options.estimate: return print(estimate_tokenizer(recipe, device))
-        folder,again = follow_tokenizer(recipe, options.out, device, options.track)
+        folder,again = follow_tokenizer(recipe, options.out, device, options.track, **keeping)
     else:
         tok = _saved_tokenizer(options.tokenizer).to(device).eval()
         tokens = TokenCache.open(options.tokens) if options.tokens else None
         recipe = _of_tokens(recipe, tokens)
         if options.estimate: return print(estimate_generator(recipe, tok, tokens, device))
-        folder,again = follow_generator(recipe, tok, options.out, tokens, device, options.track)
+        folder,again = follow_generator(recipe, tok, options.out, tokens, device, options.track, **keeping)
     _tell(what, recipe, folder, again, data_is_known=options.tokens is None)

@@ -20,7 +20,7 @@ from ..core import data_home, default_device, device_of, make_rng
 from ..data import (Augmented, has_parts, ImageSet, in_memory, is_folder, LazyImages, load_images,
                          TokenCache, Views)
 from ..generators import balanced_labels, Guidance, LatentGenerator, make_generator, save_generator
-from ..processes import on_main
+from ..processes import equal_share, on_main
 from .files import write_recipe
 from .making import made_once
 from .recipe import GeneratorRecipe, Images, plain_recipe, Recipe, TokenizerRecipe
@@ -93,7 +93,8 @@ def check_batch(
     images:Any,  # a set of images, or a cache of their tokens
     batch:int,   # that shall be filled
 ):
-    "Raise one line before anything is made, where the images do not fill a batch"
+    "Raise one line before anything is made, where the images do not fill a batch, or not all processes"
+    equal_share(batch, 'batch')
     if len(images) < batch:
         raise ValueError(f"{images.name} has {len(images)} images, and a batch {batch}; give --set "
                          f"batch={len(images)}, or more images")
@@ -181,6 +182,7 @@ def follow_tokenizer(
     out:str|Path,                         # folder to make; one of the same recipe and images is reused
     device:str|None = None,               # where; None: the best there is
     track:str|None = None,                # a tracker, of `tokkit.runs.TRACKERS`; None: none
+    **keeping,                            # which checkpoints: `minutes` and `keep` of `TrainingContext`
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train the tokenizer of a recipe; the same call goes on after a kill"
     check_tracker(track)
@@ -198,7 +200,7 @@ def follow_tokenizer(
         opponent = work/DISCRIMINATOR if recipe.training.adversarial else None
         history = train_tokenizer(tok, train, recipe.training, recipe.perturbation, validation=test,
                                   discriminator=opponent, work=work, preview=preview, device=str(device),
-                                  seed=recipe.seed, track=track, run=run_name(out))
+                                  seed=recipe.seed, track=track, run=run_name(out), **keeping)
         if opponent: shutil.copy(opponent, tmp/DISCRIMINATOR)
         # a generator asks how large latents are
         if tok.spec.codebook_size is None: fit_spec(tok, plain[:1000][0])
@@ -237,6 +239,7 @@ def follow_generator(
     tokens:TokenCache|None = None,    # latents of the images; None encodes them now
     device:str|None = None,           # where; None: the best there is
     track:str|None = None,            # a tracker, of `tokkit.runs.TRACKERS`; None: none
+    **keeping,                        # which checkpoints: `minutes` and `keep` of `TrainingContext`
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train the generator of a recipe; the same call goes on after a kill"
     check_tracker(track)
@@ -256,7 +259,7 @@ def follow_generator(
             return tok.from_latents(gen.eval().sample(look, rng=make_rng(recipe.seed, 'preview')))
         preview = preview_after(picture, work)
         history = train_generator(gen, cache, recipe.training, work=work, preview=preview, device=str(device),
-                                  seed=recipe.seed, track=track, run=run_name(out))
+                                  seed=recipe.seed, track=track, run=run_name(out), **keeping)
         save_generator(gen, tmp)
         history.to_csv(tmp/'history.csv', index=False)
         write_recipe(recipe, tmp/'recipe.yaml')
