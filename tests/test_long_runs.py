@@ -26,15 +26,17 @@ def tokenizer(work, changes=GAME, **how):
     "A tokenizer after three epochs of six steps, and its losses"
     tok = make_tokenizer('tiny-16', width=16, depth=1)
     cfg = ImageTraining(epochs=3, batch=16, perceptual=.1, perceptual_every=2, revive=2, **changes)
-    history = train_tokenizer(tok, fashion_mnist('train', 96), cfg, LatentPerturbation(1., .5, 11, Annealing(1, 2)),
-                              work=work, validation=fashion_mnist('test', 20), device='cpu', **how)
+    damage = LatentPerturbation(1., .5, 11, Annealing(1, 2))
+    history = train_tokenizer(tok, fashion_mnist('train', 96), cfg, damage, work=work,
+                              validation=fashion_mnist('test', 20), device='cpu', **how)
     return tok, history
 
 def generator(work, **how):
     pairs = TensorPairs(torch.randint(8, (96,4), generator=make_rng(0)), torch.arange(96)%2)
     torch.manual_seed(0)
     gen = ARGenerator(ARCfg(n=4, codebook_size=8, classes=2, width=16, depth=1, heads=2, dropout=.1))
-    return gen, train_generator(gen, pairs, GeneratorTraining(epochs=3, batch=16), work=work, device='cpu', **how)
+    cfg = GeneratorTraining(epochs=3, batch=16)
+    return gen, train_generator(gen, pairs, cfg, work=work, device='cpu', **how)
 
 TRAININGS = dict(game=tokenizer, set=lambda *a, **how: tokenizer(*a, changes=SET, **how), generator=generator)
 
@@ -129,8 +131,8 @@ def test_a_disk_that_is_full_in_mid_checkpoint(tmp_path):
         with pytest.raises(OSError) as full: generator(tmp_path/'broken')
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     told = str(full.value)
-    assert re.search(r'checkpoint-12\.pt cannot be written: File too large; checkpoint-8\.pt before it is whole: '
-                     'make room', told) and '\n' not in told
+    assert re.search(r'checkpoint-12\.pt cannot be written: File too large; checkpoint-8\.pt before it is '
+                     'whole: make room', told) and '\n' not in told
     assert [p.name for p in checkpoints(tmp_path/'broken')] == ['checkpoint-8.pt', 'checkpoint-6.pt']
     assert not [p for p in (tmp_path/'broken').iterdir() if p.name.startswith('.')]
     assert same(generator(tmp_path/'broken'), whole)
@@ -155,15 +157,18 @@ def test_a_caller_keeps_its_own_signals(tmp_path):
 
 # The command
 
-SETTINGS = ['epochs=24', 'tokenizer.width=16', 'tokenizer.depth=1', 'batch=16', 'distribution=0', 'perceptual=0']
-TRAIN = ['train', 'tokenizer', '-n', '128', *[word for s in SETTINGS for word in ('--set', s)], '--device', 'cpu',
-         '--out']
+SMALL = ['epochs=24', 'tokenizer.width=16', 'tokenizer.depth=1', 'batch=16', 'distribution=0',
+         'perceptual=0']
+TRAIN = ['train', 'tokenizer', '-n', '128', *[word for s in SMALL for word in ('--set', s)],
+         '--device', 'cpu', '--out']
+SAVED = r'interrupted; the same command goes on from here: step \d+ of 192 is saved in \S+'
 QUIET = dict(TOKKIT_QUIET='1', OMP_NUM_THREADS='1')
 
-def begin(folder, processes=1, more=()) -> subprocess.Popen:
+def begin(folder, processes=1) -> subprocess.Popen:
     "The command in processes of its own, after its next checkpoint"
     launcher = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
-    command = [sys.executable, '-m', *(launcher if processes > 1 else []), 'tokkit', *TRAIN, str(folder), *more]
+    if processes == 1: launcher = []
+    command = [sys.executable, '-m', *launcher, 'tokkit', *TRAIN, str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ|QUIET)
     before = work(folder)[:1]
     until = time.time()+120
@@ -190,7 +195,7 @@ def test_the_command_is_asked_to_stop(number, code, whole, tmp_path):
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == code, said
-    assert re.search(r'interrupted; the same command goes on from here: step \d+ of 192 is saved in \S+', said)
+    assert re.search(SAVED, said)
     assert 'Traceback' not in said and not (tmp_path/'tok').exists()
     if number != signal.SIGTERM: return
     assert main([*TRAIN, str(tmp_path/'tok'), '--keep', '1', '--minutes', '0']) == 0
@@ -214,13 +219,13 @@ def children(process:subprocess.Popen) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes as Linux shows them')
 def test_a_launcher_is_asked_to_stop(tmp_path):
-    "The signal reaches one of two processes, then the launcher, which hands it on: one line, and 75 from each"
+    "The signal reaches one of two processes, then the launcher, which hands it on: one line, 75 from each"
     for signalled in ('child', 'launcher'):
         process = begin(tmp_path/'tok', 2)
         if signalled == 'child': os.kill(children(process)[1], signal.SIGUSR1)
         else: process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
-        assert len(re.findall(r'interrupted; the same command goes on from here: step \d+ of 192 is', said)) == 1, said
+        assert len(re.findall(SAVED, said)) == 1, said
         assert 'this is a fault of tokkit' not in said and process.returncode, said
         assert signalled == 'launcher' or 'exitcode  : 75' in said, said
 
@@ -229,5 +234,6 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
     "The signal reaches one of them; the trainings end as they would have undisturbed"
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     done = subprocess.run([*command, str(Path(__file__).with_name('stop_in_processes.py')), str(tmp_path),
-                           'game', 'generator'], capture_output=True, text=True, timeout=120, env=os.environ|QUIET)
+                           'game', 'generator'], capture_output=True, text=True, timeout=120,
+                          env=os.environ|QUIET)
     assert (tmp_path/'done').exists(), done.stderr[-3000:]

@@ -18,8 +18,8 @@ from .comparing import compare, evaluate
 from .joining import check_company, company
 from .listing import list_
 from .models import metric
-from .options import (_explain, add_options, checkout_for, command_options, Format, is_first, paired_words,
-                                read_params, say, table_text, use_device)
+from .options import (_explain, add_options, checkout_for, command_options, Format, is_first,
+                                paired_words, read_params, say, table_text, use_device)
 from .posttraining import posttrain
 from .running import _existing, asks_parameters, parameters_help, results, run, sweep
 from .sampling import encode, sample

@@ -43,6 +43,8 @@ def company() -> Iterator[None]:
     if not in_company():
         yield
         return
+    # one word of torch a process about weights that every step used would drown the command's own
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     from tokkit.processes import joined
     with ExitStack() as block:
         store = block.enter_context(joined())

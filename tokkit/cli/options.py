@@ -288,12 +288,12 @@ def _explain(e:Exception) -> int:
     "Say in one line what went wrong; the exit code"
     told = ''.join(c for c in ' '.join(str(e).split()) if c.isprintable()) or type(e).__name__
     who = 'tokkit' if is_first() else f"tokkit, process {os.environ['RANK']}"
-    if _expected(e):
-        print(f'{who}: {told}', file=sys.stderr)
-        return 2
-    print(f"{who}: {type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: "
-        f"what happened is written in {write_report(e)}, please report it", file=sys.stderr)
-    return 70
+    expected = _expected(e)
+    if not expected:
+        told = (f"{type(e).__name__}: {told[:200]}; this is a fault of tokkit, not yours: what happened is "
+                f"written in {write_report(e)}, please report it")
+    print(f'{who}: {told}', file=sys.stderr)
+    return 2 if expected else 70
 
 # %% ../../nbs/cli/00_options.ipynb #9664ce83
 def checkout_for(

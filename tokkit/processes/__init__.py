@@ -1,4 +1,5 @@
 "Several processes that do one job: who they are, and how they share it out"
 from .group import *
 from .shares import *
+from .sharded_weights import *
 from .stopping import *

@@ -6,8 +6,8 @@
 __all__ = ['alone', 'process_count', 'process_index', 'is_main', 'meet', 'launched', 'local_index', 'joined', 'check_joined',
            'ElsewhereError', 'on_main', 'gather_objects', 'together', 'process_mean']
 
-# %% ../../nbs/processes/00_group.ipynb #4b8682c9
-import functools, os, pickle
+# %% ../../nbs/processes/00_group.ipynb #22b8695a
+import os, pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -46,7 +46,7 @@ def meet():
     # a message among the CPUs, whatever computes
     if process_count() > 1: dist.all_reduce(torch.zeros(()))
 
-# %% ../../nbs/processes/00_group.ipynb #78e14d5a
+# %% ../../nbs/processes/00_group.ipynb #7d9f21aa
 _PATIENCE = timedelta(days=7)
 
 def launched() -> bool:
@@ -66,16 +66,16 @@ def joined() -> Iterator[dist.Store|None]: # through which the processes may lea
     gpu = torch.cuda.is_available()
     if gpu: torch.cuda.set_device(local_index())
     store,rank,size = next(dist.rendezvous('env://'))
-    dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', store=store, rank=rank, world_size=size,
-                            timeout=_PATIENCE)
+    backend = 'cpu:gloo,cuda:nccl' if gpu else 'gloo'
+    dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=rank, world_size=size)
     try: yield store
     finally: dist.destroy_process_group()
 
 def check_joined():
-    "Raise one line where a launcher's processes do not know each other, and would wait for each other's locks"
+    "Raise one line where a launcher's processes do not know each other, and would wait for each other"
     if not launched() or _alone.get() or dist.is_initialized(): return
-    raise RuntimeError(f"{os.environ['WORLD_SIZE']} processes were started and have not joined; put your script's "
-                       "work into `with tokkit.processes.joined():`")
+    raise RuntimeError(f"{os.environ['WORLD_SIZE']} processes were started and have not joined; put your "
+                       "script's work into `with tokkit.processes.joined():`")
 
 # %% ../../nbs/processes/00_group.ipynb #e8b132cc
 class ElsewhereError(RuntimeError):

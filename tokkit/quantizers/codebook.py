@@ -8,6 +8,8 @@ __all__ = ['nearest_codes', 'check_delta', 'check_ids', 'code_neighbours', 'to_d
 
 # %% ../../nbs/quantizers/00_codebook.ipynb #52619bce
 import itertools, math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,18 @@ def _divided(closeness, m):
     column = torch.from_numpy(np.flatnonzero(keep)%k).view(-1, m)
     return column.gather(1, closeness.gather(1, column).sort(dim=1, descending=True, stable=True).indices)
 
+# %% ../../nbs/quantizers/00_codebook.ipynb #cbfa1468
+def _over_threads(near:Callable, chunks:Sequence[Tensor]) -> list[Tensor]:
+    "`near` of every chunk, by as many threads as torch may use"
+    threads = torch.get_num_threads()
+    if threads == 1 or len(chunks) < 2*threads: return [near(chunk) for chunk in chunks]
+    @torch.no_grad()     # a setting that a thread does not take over
+    def alone(chunk): return near(chunk)
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool: return list(pool.map(alone, chunks))
+    finally: torch.set_num_threads(threads)
+
 # %% ../../nbs/quantizers/00_codebook.ipynb #5c91137f
 def nearest_codes(
     v:Float[Tensor, "*b d"],        # vectors to look around
@@ -58,8 +72,10 @@ def nearest_codes(
     def near(r):
         closeness = torch.addmm(-half, r, codebook.T)
         return closeness.argmax(1, keepdim=True) if m == 1 else _largest(closeness, m)
+    threaded = m > 1 and v.device.type == 'cpu'
     with torch.autocast(v.device.type, enabled=False):      # half precision would choose other codes
-        return torch.cat([near(r) for r in rows]).view(*v.shape[:-1], m)
+        found = _over_threads(near, rows) if threaded else [near(r) for r in rows]
+    return torch.cat(found).view(*v.shape[:-1], m)
 
 # %% ../../nbs/quantizers/00_codebook.ipynb #49f86d9b
 def check_delta(

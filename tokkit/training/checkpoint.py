@@ -99,8 +99,8 @@ def _write(path:Path, saved:dict, best:bool, keep:int):
         if reason is None: raise
         whole = [p.name for p in checkpoints(path.parent)]
         kept = f'{whole[0]} before it is whole' if whole else 'there is none before it'
-        raise NoRoom(f"the checkpoint {path} cannot be written: {reason.strerror or reason}; {kept}: make room, "
-                     "and give the same command again") from None
+        raise NoRoom(f"the checkpoint {path} cannot be written: {reason.strerror or reason}; {kept}: make "
+                     "room, and give the same command again") from None
     steps = [p for p in checkpoints(path.parent) if p.name != BEST]
     for p in steps[keep:]: p.unlink(missing_ok=True)
 
@@ -135,8 +135,8 @@ class Checkpoint(Callback):
 
 def _places(learner, place:int) -> list|None:
     "The places of all processes in their streams, in the middle of an epoch"
-    if not place or isinstance(learner.loader, DataLoader) or not hasattr(learner.loader, 'state_dict'): return
-    return gather_objects(learner.loader.state_dict())
+    by_number = isinstance(learner.loader, DataLoader) or not hasattr(learner.loader, 'state_dict')
+    return gather_objects(learner.loader.state_dict()) if place and not by_number else None
 
 @patch
 def _keep(self:Checkpoint, learner, epoch:int, place:int) -> Path:
@@ -185,8 +185,9 @@ def _take_place(learner, places:list|None):
     "Let a stream go on in the middle of an epoch"
     if places is None: return
     if len(places) != process_count():
-        raise ValueError(f"the training was put down in the middle of an epoch by {len(places)} processes, each "
-                         f"with a place of its own in the stream; go on with as many (here: {process_count()})")
+        raise ValueError(f"the training was put down in the middle of an epoch by {len(places)} processes, "
+                         "each with a place of its own in the stream; go on with as many (here: "
+                         f"{process_count()})")
     learner.loader.load_state_dict(places[process_index()])
 
 @patch
@@ -196,8 +197,8 @@ def begin(self:Checkpoint, learner):
     self.written = time.monotonic()
     if saved is None: return
     if saved['key'] != self.key:
-        raise ValueError(f"{self.folder} holds checkpoints of a training with other settings; delete it, or use "
-                         "another folder")
+        raise ValueError(f"{self.folder} holds checkpoints of a training with other settings; delete it, or "
+                         "use another folder")
     learner.model.load_state_dict(saved['model'])
     for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
     for c in learner.callbacks:

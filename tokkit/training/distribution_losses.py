@@ -10,13 +10,14 @@ __all__ = ['DISTRIBUTION_LOSSES', 'LEAST', 'DistributionLoss', 'over_processes',
 import copy
 
 import torch
+import torch.distributed as dist
 from fastcore.basics import patch
 from jaxtyping import Float
 from torch import nn, Tensor
 
 from ..core import bar, check_range, choose, Registry
 from ..features import chunks, efficientnet_taps
-from ..processes import process_mean
+from ..processes import process_count, process_index, process_mean
 
 # %% ../../nbs/training/07_distribution_losses.ipynb #4968a1cb
 class DistributionLoss(nn.Module):
@@ -170,11 +171,11 @@ def distance(self:FrechetSpace,
     return (mean.square().sum()+traces-2*values.sqrt().sum())/len(mean)
 
 @patch
-def forward(self:FrechetSpace,
+def moments(self:FrechetSpace,
     features:Float[Tensor, "b d"], # of decoded images
     memory:float,                  # of the running moments
-) -> Tensor:
-    "The loss of a batch; in training the running moments move"
+) -> tuple[Float[Tensor, "d"],Float[Tensor, "d d"]]: # in units of the real scatter
+    "Mean and second moments, with the running ones mixed in; in training the running moments move"
     z = (features.double()-self.centre)/self.scale
     mean = over_processes(z.mean(0))
     second = over_processes(z.T@z/len(z))
@@ -183,7 +184,49 @@ def forward(self:FrechetSpace,
         second = _mixed(self.second, second, memory)
         self.mean = mean.detach()
         self.second = second.detach()
-    return self.distance(mean, second)
+    return mean, second
+
+@patch
+def forward(self:FrechetSpace,
+    features:Float[Tensor, "b d"], # of decoded images
+    memory:float,                  # of the running moments
+) -> Tensor:
+    "The loss of a batch"
+    return self.distance(*self.moments(features, memory))
+
+# %% ../../nbs/training/07_distribution_losses.ipynb #015fa32f
+def _owners(widths:list[int]) -> list[int]:
+    "The process that computes each layer: the one with the least to do, beginning with the widest layer"
+    work = [0]*process_count()
+    owner = {}
+    for layer in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        owner[layer] = work.index(min(work))
+        work[owner[layer]] += widths[layer]**3
+    return [owner[i] for i in range(len(widths))]
+
+def _with_slopes(space:FrechetSpace, mean:Tensor, second:Tensor) -> Float[Tensor, "_"]:
+    "A distance and its slopes, as one row of numbers"
+    mean = mean.detach().requires_grad_()
+    second = second.detach().requires_grad_()
+    with torch.enable_grad(): value = space.distance(mean, second)
+    slopes = torch.autograd.grad(value, (mean, second))
+    return torch.cat([value.detach()[None], *(s.flatten() for s in slopes)])
+
+def _plane(told:Float[Tensor, "_"], mean:Tensor, second:Tensor) -> Tensor:
+    "A distance of known value and slopes"
+    value,to_mean,to_second = told.split([1, mean.numel(), second.numel()])
+    along = (to_mean*(mean-mean.detach())).sum()+(to_second.view_as(second)*(second-second.detach())).sum()
+    return value[0]+along
+
+def _shared_distances(spaces:nn.ModuleList, moments:list[tuple[Tensor,Tensor]]) -> list[Tensor]:
+    "The distance of every layer, each computed by one process"
+    found = []
+    for space,(mean,second),owner in zip(spaces, moments, _owners([len(m) for m,_ in moments])):
+        if owner == process_index(): told = _with_slopes(space, mean, second)
+        else: told = mean.new_empty(1+mean.numel()+second.numel())
+        found.append((dist.broadcast(told, owner, async_op=True), told))
+    for sending,_ in found: sending.wait()
+    return [_plane(told, *m) for (_,told),m in zip(found, moments)]
 
 # %% ../../nbs/training/07_distribution_losses.ipynb #81971ca5
 @DISTRIBUTION_LOSSES.register('frechet')
@@ -213,7 +256,9 @@ class FrechetLoss(DistributionLoss):
         "The loss of a batch's features; in training the running moments move"
         if not len(self.each):
             raise RuntimeError("FrechetLoss knows no real images yet; call fit(images) first")
-        distances = [space(f, self.memory) for space,f in zip(self.each, spaces)]
+        moments = [space.moments(f, self.memory) for space,f in zip(self.each, spaces)]
+        if process_count() > 1: distances = _shared_distances(self.each, moments)
+        else: distances = [space.distance(*m) for space,m in zip(self.each, moments)]
         return torch.stack(distances).mean().float()
 
 # %% ../../nbs/training/07_distribution_losses.ipynb #5e1f7b92

@@ -69,7 +69,7 @@ class TrainingContext:
     desc:str = ''                         # for the bar; '': what is trained
     track:str|None = None                 # a tracker, of `tokkit.runs.TRACKERS`; None: none
     run:str = ''                          # what the tracker calls it; '': as the bar does
-    minutes:float = 10.                   # between checkpoints in the middle of an epoch; 0: after epochs only
+    minutes:float = 10.                   # between checkpoints within an epoch; 0: after epochs only
     keep:int = 2                          # so many of the newest checkpoints stay, and the best one
 
     def named(self, desc:str) -> 'TrainingContext':
@@ -145,8 +145,7 @@ def _step_module(self:Learner, phase:Phase) -> nn.Module:
     step = StepModule(self, phase)
     if self.accelerator.num_processes == 1: return step
     here = [self.device] if self.device.type == 'cuda' else None
-    return DistributedDataParallel(step, here, broadcast_buffers=False, find_unused_parameters=True,
-                                   gradient_as_bucket_view=True)
+    return DistributedDataParallel(step, here, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 # %% ../../nbs/training/01_learner.ipynb #a40ac7c8
 @patch
@@ -289,7 +288,8 @@ def _rest(self:Learner) -> Iterable:
     "The batches of this epoch that are left"
     if isinstance(self.loader, DataLoader):
         return skip_first_batches(self.loader, self.place) if self.place else self.loader
-    batches = self.loader if hasattr(self.loader, 'load_state_dict') else islice(self.loader, self.place, None)
+    keeps_place = hasattr(self.loader, 'load_state_dict')
+    batches = self.loader if keeps_place else islice(self.loader, self.place, None)
     return (send_to_device(batch, self.device) for batch in batches)
 
 @patch
