@@ -4,13 +4,23 @@ import sys, warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from test_long_runs import asked, places, same, TRAININGS
+from tokkit.generators import ARCfg, ARGenerator
 from tokkit.processes import is_main, joined, process_count, process_index, Stopped, stopping
+from tokkit.training import GeneratorTraining, TensorPairs, train_generator
 
 folder, *names = sys.argv[1:]
 warnings.filterwarnings('error', '.* is damaged')
 with joined():
     assert process_count() == 2
+    try: train_generator(ARGenerator(ARCfg(n=4, codebook_size=8, classes=2, width=16, depth=1, heads=2)),
+                         TensorPairs(torch.zeros(30, 4, dtype=torch.long), torch.zeros(30, dtype=torch.long)),
+                         GeneratorTraining(epochs=1, batch=15), device='cpu')
+    except ValueError as e: assert str(e) == ("a batch of 15 cannot be shared equally by 2 processes; give "
+                                              "batch=14 or batch=16"), e
+    else: raise AssertionError('a batch of 15 was taken')
     for name in names:
         train = TRAININGS[name]
         whole = train(Path(folder)/name/'whole')

@@ -10,3 +10,4 @@ from .shards import *
 from .shard_images import *
 from .stream import *
 from .sources import *
+from .streamed import *

@@ -6,6 +6,7 @@
 __all__ = ['Log', 'history_frame', 'EveryEpoch', 'Track']
 
 # %% ../../nbs/training/08_watching.ipynb #ec4b1cd2
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +29,14 @@ def _together(every:list[list[dict]]) -> list[dict]:
     "The rows of several processes as those of one"
     return [{k:sum(r[k] for r in rows)/len(rows) for k in rows[0]} for rows in zip(*every)]
 
+def _tell_broken(learner):
+    "Say how many images of a stream could not be read in this epoch"
+    if not hasattr(learner.loader, 'broken'): return
+    count = sum(gather_objects(learner.loader.broken))
+    if count and learner.main:
+        warnings.warn(f"{count} images could not be read in epoch {learner.epoch}; others of their batches "
+                      "stood in for them", stacklevel=3)
+
 class Log(Callback):
     "Means over each epoch in `learner.history`, the running loss on the bar"
     def __init__(self, every:int = 10): # batches between updates of the bar
@@ -47,6 +56,7 @@ class Log(Callback):
             mean = dict(zip(mean, process_mean(every).tolist()))
         learner.history.append(dict(epoch=learner.epoch, step=learner.step)|mean)
         self.rows = []
+        _tell_broken(learner)
     def state(self):
         return dict(rows=gather_objects([{k:float(v) for k,v in r.items()} for r in self.rows]))
     def restore(self, state):
