@@ -11,3 +11,4 @@ from .shards import *
 from .shard_images import *
 from .stream import *
 from .sources import *
+from .streamed import *

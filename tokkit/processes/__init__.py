@@ -3,3 +3,4 @@ from .group import *
 from .shares import *
 from .sharded_weights import *
 from .parts import *
+from .stopping import *

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..core import check_range
 from .adversarial import ADVERSARIAL, DISCRIMINATORS
-from .feature_moments import DISTRIBUTION_LOSSES
+from .distribution_losses import DISTRIBUTION_LOSSES
 from .losses import PERCEPTUAL
 from .schedules import constant, EpochCosine, WarmupCosine
 
