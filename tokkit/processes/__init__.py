@@ -4,3 +4,4 @@ from .shares import *
 from .sharded_weights import *
 from .parts import *
 from .stopping import *
+from .steps import *

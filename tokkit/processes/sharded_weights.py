@@ -46,18 +46,19 @@ def shard_weights(
     for optimizer,groups in zip(optimizers, held):
         for group,names in zip(optimizer.param_groups, groups): group['params'] = [parts[n] for n in names]
 
-# %% ../../nbs/processes/02_sharded_weights.ipynb #2287fde0
+# %% ../../nbs/processes/02_sharded_weights.ipynb #fb075a8f
 def _is_part(t:Tensor) -> bool: return hasattr(t, 'full_tensor')    # of PyTorch's DTensor
 
 def whole_tensors(
-    state:dict[str,Tensor], # some of them spread
-) -> dict[str,Tensor]: # in the main process; in others empty, where any was spread
+    state:dict[str,Tensor],  # some of them spread
+    everywhere:bool = False, # in all processes, not in the main one alone; others get nothing
+) -> dict[str,Tensor]:
     "Tensors put together, on the CPU where they were spread"
     if not any(map(_is_part, state.values())): return state
     found = {}
     for name,t in state.items():
         t = t.full_tensor() if _is_part(t) else t
-        if is_main(): found[name] = t.cpu()
+        if everywhere or is_main(): found[name] = t.cpu()
     return found
 
 def as_spread(
@@ -72,29 +73,31 @@ def as_spread(
         return part.clone()     # else the whole would stay in memory behind it
     return {name: spread(t, like[name]) for name,t in state.items()}
 
-# %% ../../nbs/processes/02_sharded_weights.ipynb #5b6b9031
+# %% ../../nbs/processes/02_sharded_weights.ipynb #ca8b878e
 def is_spread(
     model:nn.Module, # any
 ) -> bool:
     "Whether a model's weights are spread over processes"
     return any(map(_is_part, model.parameters()))
 
+def _bare(optimizer): return getattr(optimizer, 'optimizer', optimizer)     # accelerate wraps it
+
 def whole_optimizer(
     model:nn.Module,                  # whose weights it moves
-    optimizer:torch.optim.Optimizer,  # has moved them at least once
+    optimizer:Any,                    # torch's, bare or as accelerate wraps it; has moved them
 ) -> dict[str,Any]:
     "The state of an optimiser as a file keeps it"
     if not is_spread(model): return optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, StateDictOptions
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(model, optimizer, options=options)
+    return get_optimizer_state_dict(model, _bare(optimizer), options=options)
 
 def load_optimizer(
     model:nn.Module,                  # whose weights it moves
-    optimizer:torch.optim.Optimizer,  # gets the state
+    optimizer:Any,                    # gets the state
     state:dict[str,Any],              # of `whole_optimizer`, in every process
 ):
     "Give an optimiser its state back"
     if not is_spread(model): return optimizer.load_state_dict(state)
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict, StateDictOptions
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(model, _bare(optimizer), state, options=StateDictOptions(full_state_dict=True))

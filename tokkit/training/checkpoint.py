@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from ..core import (atomic_path, check_count, check_range, delete, is_unfinished, nested_hash, NoRoom,
                          set_aside)
-from ..processes import gather_objects, on_main, process_count, process_index, together
+from ..processes import (as_spread, gather_objects, load_optimizer, on_main, process_count,
+                              process_index, together, whole_optimizer, whole_tensors)
 from .learner import Callback
 
 # %% ../../nbs/training/02_checkpoint.ipynb #23511bc6
@@ -46,8 +47,8 @@ class EMA(Callback):
         current = learner.model.state_dict()
         ema_update([self.average[k] for k in current], current.values(),
                    min(self.decay, (1+learner.step)/(10+learner.step)))
-    def state(self): return dict(average=self.average)
-    def restore(self, state): self.average = state['average']
+    def state(self): return dict(average=whole_tensors(self.average))
+    def restore(self, state): self.average = as_spread(state['average'], self.average)
 
 # %% ../../nbs/training/02_checkpoint.ipynb #4dc6e2aa
 @contextmanager
@@ -141,7 +142,8 @@ def _places(learner, place:int) -> list|None:
 @patch
 def _keep(self:Checkpoint, learner, epoch:int, place:int) -> Path:
     "Write what a training needs to go on at this place of this epoch"
-    now = dict(model=learner.model.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers],
+    now = dict(model=whole_tensors(learner.model.state_dict()),
+               optimizers=[whole_optimizer(learner.model, o) for o in learner.optimizers],
                callbacks={type(c).__name__:s for c in learner.callbacks if (s := c.state())},
                epoch=epoch, place=place, stream=_places(learner, place), step=learner.step,
                history=learner.history, key=self.key)
@@ -199,8 +201,8 @@ def begin(self:Checkpoint, learner):
     if saved['key'] != self.key:
         raise ValueError(f"{self.folder} holds checkpoints of a training with other settings; delete it, or "
                          "use another folder")
-    learner.model.load_state_dict(saved['model'])
-    for o,s in zip(learner.optimizers, saved['optimizers']): o.load_state_dict(s)
+    learner.model.load_state_dict(as_spread(saved['model'], learner.model.state_dict()))
+    for o,s in zip(learner.optimizers, saved['optimizers']): load_optimizer(learner.model, o, s)
     for c in learner.callbacks:
         if type(c).__name__ in saved['callbacks']: c.restore(saved['callbacks'][type(c).__name__])
     for name in ('epoch', 'place', 'step', 'history'): setattr(learner, name, saved[name])

@@ -7,9 +7,10 @@ __all__ = ['FALLING', 'tokenizer_step', 'generator_step', 'TensorPairs', 'matric
            'fit_model', 'Validate', 'still_falling', 'encoder_end', 'train_tokenizer', 'train_generator']
 
 # %% ../../nbs/training/11_train.ipynb #3201f8c6
-import re, warnings
+import copy, re, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..core import bundle, evaluating, locked, stable_hash, tensors_hash
 from ..data import ImageSet, loader
 from ..generators import LatentGenerator, released_decay
 from ..perturbation import LatentPerturbation
-from ..processes import on_main
+from ..processes import gradient_checkpointing, model_blocks, on_main, process_count, whole_tensors
 from ..quantizers import codebook_usage, revive
 from ..tokenizers import ImageTokenizer, Tokenizer
 from .checkpoint import Checkpoint, EMA, ema_weights
@@ -161,6 +162,15 @@ def _compiled(backend:str, *parts:nn.Module):
     finally:
         for part in parts: part._compiled_call_impl = None
 
+@contextmanager
+def _matrices(precision:str):
+    "Matrices on GPUs in TF32 while the block lasts, where that is asked for"
+    before = torch.get_float32_matmul_precision()
+    try:
+        if precision == 'tf32': torch.set_float32_matmul_precision('high')
+        yield
+    finally: torch.set_float32_matmul_precision(before)
+
 # %% ../../nbs/training/11_train.ipynb #e5a23b8d
 def _check_resumable(data, work):
     "Raise one line where a checkpoint could not tell what it was trained on"
@@ -195,7 +205,7 @@ def fit_model(
                       precision=cfg.precision, accumulate=cfg.accumulate)
     if loss: loss.to(learner.device)
     try:
-        with _only_training(context.work): learner.fit()
+        with _only_training(context.work), _matrices(cfg.precision): learner.fit()
     finally:
         for c in learner.callbacks:
             if isinstance(c, Track): c.close()
@@ -261,6 +271,7 @@ def train_tokenizer(
 ) -> pd.DataFrame:
     "Train a tokenizer; returns the losses, one row an epoch"
     context = bundle(TrainingContext, context, **how).named('tokenizer')
+    if context.fsdp: raise ValueError("fsdp spreads the weights of generators; leave it out for a tokenizer")
     if discriminator and not cfg.adversarial:
         raise ValueError("adversarial is 0, so there is no discriminator to keep; leave discriminator out")
     if validation is not None and not (cfg.reconstruction or cfg.perceptual or cfg.distribution):
@@ -282,6 +293,10 @@ def train_tokenizer(
     return history
 
 # %% ../../nbs/training/11_train.ipynb #4f24710d
+def _to_spread(generator:LatentGenerator, context:TrainingContext) -> LatentGenerator:
+    "What learns: the generator, or a copy whose weights will be spread"
+    return copy.deepcopy(generator) if context.fsdp and process_count() > 1 else generator
+
 def _check_scale(generator:LatentGenerator, tokens:Dataset):
     "Warn where a generator was made for continuous latents of another scale than these"
     cfg = getattr(generator, 'cfg', None)
@@ -304,7 +319,16 @@ def train_generator(
     "Train a generator; returns the losses, one row an epoch"
     _check_scale(generator, tokens)
     context = bundle(TrainingContext, context, **how).named('generator')
-    groups = dict(matrices=matrices_decay, released=released_decay)[cfg.decay](generator, cfg.weight_decay)
-    phase = Phase(generator_step(generator), adamw(groups, cfg.lr, cfg.betas),
-                  WarmupCosine(cfg.warmup, cfg.final), cfg.clip)
-    return fit_model(model=generator, data=tokens, phases=[phase], cfg=cfg, context=context)
+    learns = _to_spread(generator, context)
+    # where its weights are spread, a generator cannot draw
+    if learns is not generator: context = replace(context, preview=None)
+    groups = dict(matrices=matrices_decay, released=released_decay)[cfg.decay](learns, cfg.weight_decay)
+    schedule = WarmupCosine(cfg.warmup, cfg.final)
+    phase = Phase(generator_step(learns), adamw(groups, cfg.lr, cfg.betas), schedule, cfg.clip)
+    again = gradient_checkpointing(learns, cfg.gradient_checkpointing)
+    with again, _compiled(cfg.compile, *model_blocks(learns)):
+        history = fit_model(model=learns, data=tokens, phases=[phase], cfg=cfg, context=context)
+    if learns is not generator:
+        generator.load_state_dict(whole_tensors(learns.state_dict(), everywhere=True))
+    generator.eval()
+    return history
