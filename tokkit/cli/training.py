@@ -36,6 +36,8 @@ class TrainOptions:
     track:Literal['trackio','wandb','tensorboard']|None = None # also send losses and pictures there
     minutes:float = 10.                  # between checkpoints within an epoch; 0: after epochs only
     keep:int = 2                         # so many of the newest checkpoints stay, and the best, until it ends
+    # generator: spread its weights over the processes that torchrun started, where one GPU cannot hold them
+    fsdp:bool = False
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -47,6 +49,7 @@ def _check_given(kind:str, options:TrainOptions):
     if options.out is None and not options.estimate:
         raise ValueError("tokkit train needs --out, the folder to make")
     if options.preset and options.config: raise ValueError("--preset and --config are two recipes; give one")
+    if options.fsdp and kind != 'generator': raise ValueError("--fsdp belongs to tokkit train generator")
     if options.tokens and (options.data is not None or options.n is not None):
         raise ValueError("--tokens are those of their own images; leave out --data and -n")
     own = dict(tokenizer=('size', 'stream'), generator=('tokenizer', 'tokens'))
@@ -120,5 +123,6 @@ def train(
         tokens = TokenCache.open(options.tokens) if options.tokens else None
         recipe = _of_tokens(recipe, tokens)
         if options.estimate: return print(estimate_generator(recipe, tok, tokens, device))
-        folder,again = follow_generator(recipe, tok, options.out, tokens, device, options.track, **keeping)
+        folder,again = follow_generator(recipe, tok, options.out, tokens, device, options.track,
+                                        fsdp=options.fsdp, **keeping)
     _tell(what, recipe, folder, again, data_is_known=options.tokens is None)

@@ -262,7 +262,7 @@ def follow_generator(
     tokens:TokenCache|None = None,    # latents of the images; None encodes them now
     device:str|None = None,           # where; None: the best there is
     track:str|None = None,            # a tracker, of `tokkit.runs.TRACKERS`; None: none
-    **keeping,                        # which checkpoints: `minutes` and `keep` of `TrainingContext`
+    **where,                          # more of `TrainingContext`: minutes, keep, fsdp
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train the generator of a recipe; the same call goes on after a kill"
     check_tracker(track)
@@ -282,7 +282,7 @@ def follow_generator(
             return tok.from_latents(gen.eval().sample(look, rng=make_rng(recipe.seed, 'preview')))
         preview = preview_after(picture, work)
         history = train_generator(gen, cache, recipe.training, work=work, preview=preview, device=str(device),
-                                  seed=recipe.seed, track=track, run=run_name(out), **keeping)
+                                  seed=recipe.seed, track=track, run=run_name(out), **where)
         save_generator(gen, tmp)
         history.to_csv(tmp/'history.csv', index=False)
         write_recipe(recipe, tmp/'recipe.yaml')
