@@ -1,4 +1,4 @@
-"Commands that measure, and measures by hand, in one or in several processes; called by test_processes_metrics.py"
+"Commands that measure, and measures by hand, in one or several processes; called by test_processes_metrics"
 import contextlib, io, json, sys
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def told(name:str, words:list[str]):
     if is_main(): (out/f'{name}.txt').write_text(printed.getvalue())
 
 def one_after_the_other():
-    "A function that remembers what it drew, gives other batches than it is asked for, and is asked by one process"
+    "A function that remembers what it drew, gives fewer than it is asked for, and is asked by one process"
     draws = np.random.default_rng(0)
     def draw(n):
         assert is_main()

@@ -14,7 +14,8 @@ from tokkit.tokenizers import make_tokenizer
 
 HERE = Path(__file__).resolve().parent
 TWO = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-COMMANDS = 'rfid', 'pfid', 'ifid', 'gfid', 'all', 'generator', 'generator-quick', 'file', 'file-quick', 'folder'
+COMMANDS = ('rfid', 'pfid', 'ifid', 'gfid', 'all', 'generator', 'generator-quick', 'file', 'file-quick',
+            'folder')
 
 
 def environment(home:Path) -> dict:
@@ -84,8 +85,8 @@ def test_by_hand(both):
     """Functions, samplers whose batches fill no chunk, tensors, protocols, neighbours of the own class,
     what posttrain measures at its end"""
     one, two = (json.loads((home/'by_hand.json').read_text()) for home in both)
-    assert one['hand'].keys() == one['file'].keys() >= {'function', 'sampler', 'tensor', 'protocol', 'neighbours',
-                                                        'posttrained'}
+    names = {'function', 'sampler', 'tensor', 'protocol', 'neighbours', 'posttrained'}
+    assert one['hand'].keys() == one['file'].keys() == names
     for where in one: assert two[where] == one[where]
 
 
@@ -109,8 +110,8 @@ def test_the_command_under_torchrun(models, both, tmp_path):
 
 
 def test_results_are_compared_once(both, tmp_path):
-    words = [*TWO, '-m', 'tokkit', 'compare', *(str(both[0]/f'{name}.json') for name in ('generator', 'gfid')),
-             '--figure', str(tmp_path/'changes.png')]
+    files = [str(both[0]/f'{name}.json') for name in ('generator', 'gfid')]
+    words = [*TWO, '-m', 'tokkit', 'compare', *files, '--figure', str(tmp_path/'changes.png')]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('gFID') == 1 and done.stderr.count('half a 95% interval') == 1
@@ -135,8 +136,8 @@ def test_what_one_cannot_read_ends_both(models, tmp_path):
 def test_killed_and_called_again(models, both, tmp_path):
     words = [*TWO, '-m', 'tokkit', *commands(models)['generator'], '--json', str(tmp_path/'cards.json')]
     env = environment(tmp_path)
-    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-                           env=env)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(words, start_new_session=True, env=env, **quiet)
     end = time.time()+60
     # in the middle: the reference is kept, the samples are being drawn
     while not any((tmp_path/'data').glob('features/*.npz')):
