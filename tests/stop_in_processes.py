@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from test_long_runs import asked, places, same, TRAININGS
+from test_long_runs import ALWAYS, asked, places, same, TRAININGS
 from tokkit.generators import ARCfg, ARGenerator
 from tokkit.processes import is_main, joined, process_count, process_index, Stopped, stopping
 from tokkit.training import GeneratorTraining, TensorPairs, train_generator
@@ -27,7 +27,7 @@ with joined():
         broken = Path(folder)/name/'broken'
         for step, who in ((8, 1), (13, 0)):
             with stopping(), asked(step) if process_index() == who else nullcontext():
-                try: train(broken)
+                try: train(broken, minutes=ALWAYS)
                 except Stopped as e: assert e.code == 75 and f'step {step} of 18 is saved' in str(e)
                 else: raise AssertionError('nobody heeded the request')
             assert places(broken)[0] == (step, step//6, step%6)

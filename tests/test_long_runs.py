@@ -114,7 +114,7 @@ def own_caches(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize('name', TRAININGS)
 def test_taken_up_in_the_middle_of_an_epoch(name, tmp_path):
     "Put down twice, after 8 and after 13 steps: the same bits, and the means of the epochs, too"
-    if name in ('stream', 'tables'): pytest.importorskip('datasets', reason="the extra `data` is not installed")
+    if name in ('stream', 'tables'): pytest.importorskip('datasets', reason='the extra data is not there')
     train = TRAININGS[name]
     whole = train(tmp_path/'whole')
     told = put_down(train, tmp_path/'broken', 8)

@@ -1,6 +1,5 @@
 "Real images in [-1,1], and their tokens"
 from .images import *
-from .embedded import *
 from .files import *
 from .image_folder import *
 from .loader import *
