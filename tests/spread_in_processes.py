@@ -1,5 +1,5 @@
-"""Train a small generator, its weights spread over the processes or not, to the end or until a step in which all
-processes vanish; called by test_spread.py"""
+"""Train a small generator, its weights spread over the processes or not, to the end or until a step in which
+all processes vanish; called by test_spread.py"""
 import json, os, sys
 from pathlib import Path
 
