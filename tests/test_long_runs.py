@@ -382,3 +382,19 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
                            'game', 'generator', *streams], capture_output=True, text=True, timeout=120,
                           env=os.environ|QUIET)
     assert (tmp_path/'done').exists(), done.stderr[-3000:]
+
+
+def test_a_command_that_fails_does_not_wait_for_those_who_read_ahead():
+    "They ignore SIGTERM, by which Python asks them to end; one that reads on when Python ends would last for ever"
+    script = """
+import torch
+from torch.utils.data import DataLoader, dataloader
+from tokkit.processes import begin_worker, stopping
+dataloader._BaseDataLoaderIter.__del__ = lambda self: None
+dataloader._MultiProcessingDataLoaderIter.__del__ = lambda self: None
+with stopping():
+    batches = iter(DataLoader(list(range(100)), 2, num_workers=2, worker_init_fn=begin_worker()))
+    next(batches)
+    raise SystemExit(3)"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, '')

@@ -6,9 +6,10 @@
 __all__ = ['GO_ON_LATER', 'Stopped', 'stopping', 'in_order', 'asked_to_stop', 'begin_worker', 'Agreed', 'agree']
 
 # %% ../../nbs/processes/04_stopping.ipynb #9a21895f
-import signal, threading
+import atexit, signal, threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
 from typing import NamedTuple
 
 import torch
@@ -78,9 +79,18 @@ def _deaf(worker:int):
     "Ignore requests to stop, in a process that reads ahead"
     for s in _SIGNALS: signal.signal(s, signal.SIG_IGN)
 
+def _kill_workers():
+    "At the end of Python, which asks its processes to end by SIGTERM and waits for them for ever"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or torch would tell of every one that is killed
+    for process in active_children():
+        if process.daemon: process.kill()
+
 def begin_worker() -> Callable|None:
     "How a process that reads ahead begins, as `worker_init_fn` of a `DataLoader`"
-    return _deaf if _Ears.open else None
+    if not _Ears.open: return None
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)      # once, and before what multiprocessing does there
+    return _deaf
 
 # %% ../../nbs/processes/04_stopping.ipynb #ce7a5203
 class Agreed(NamedTuple):
