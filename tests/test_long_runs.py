@@ -385,7 +385,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
 
 
 def test_a_command_that_fails_does_not_wait_for_those_who_read_ahead():
-    "They ignore SIGTERM, by which Python asks them to end; one that reads on when Python ends would last for ever"
+    "They ignore SIGTERM, by which Python asks them to end; one that is left would be waited for for ever"
     script = """
 import torch
 from torch.utils.data import DataLoader, dataloader
