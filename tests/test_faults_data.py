@@ -4,7 +4,7 @@ import errno, shutil
 import numpy as np, pytest, torch
 from PIL import Image
 
-from tokkit.data import embedded as data
+from tokkit.data import images as data
 from tokkit.data import token_cache
 from tokkit.data import (ImageFolder, ImageSet, center_crop, check_labels, fashion_mnist, load_images, loader,
                          to_uint8)

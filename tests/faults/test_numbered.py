@@ -218,20 +218,24 @@ def trained(own, work, epochs=3, stop_after=None):
                                   device='cpu')
     return healed.state_dict()
 
+def checkpoint(work) -> Path:
+    "The only one there"
+    return next(work.glob('checkpoint-*.pt'))
+
 @pytest.mark.parametrize('at', [.2, .5, .8])
 def test_6_a_flipped_bit_in_a_checkpoint(own, tmp_path, at):
     whole = trained(own, tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): trained(own, tmp_path/'cut', stop_after=1)
-    flip(tmp_path/'cut'/'checkpoint.pt', at)
-    with pytest.warns(UserWarning, match='checkpoint.pt is damaged.*training begins anew'):
+    flip(checkpoint(tmp_path/'cut'), at)
+    with pytest.warns(UserWarning, match='checkpoint-2.pt is damaged.*training begins anew'):
         again = trained(own, tmp_path/'cut')
     assert all(again[k].equal(whole[k]) for k in whole)
 
 def test_6_nan_in_a_checkpoint(own, tmp_path):
     with pytest.raises(KeyboardInterrupt): trained(own, tmp_path/'cut', stop_after=1)
-    saved = torch.load(tmp_path/'cut'/'checkpoint.pt', weights_only=True)
+    saved = torch.load(checkpoint(tmp_path/'cut'), weights_only=True)
     next(t for t in saved['model'].values() if t.is_floating_point()).fill_(torch.nan)
-    torch.save(saved, tmp_path/'cut'/'checkpoint.pt')
+    torch.save(saved, checkpoint(tmp_path/'cut'))
     with pytest.warns(UserWarning, match='is damaged'): again = trained(own, tmp_path/'cut')
     assert all(t.isfinite().all() for t in again.values())
 

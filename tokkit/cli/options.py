@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Format', 'comma_list', 'RegisteredWords', 'command_options', 'add_options', 'read_grid', 'read_params',
-           'paired_words', 'read_sweep', 'in_company', 'is_first', 'say', 'terminal_table', 'table_text',
-           'write_report', 'checkout_for', 'use_device']
+           'paired_words', 'read_sweep', 'is_first', 'say', 'terminal_table', 'table_text', 'write_report',
+           'checkout_for', 'use_device']
 
 # %% ../../nbs/cli/00_options.ipynb #1f1e0c01
 import argparse, ast, os, platform, sys, tempfile, time, traceback
@@ -215,13 +215,9 @@ def _sweep_spec(notebook:str, grid:list, params:list, given:dict) -> dict:
     return spec
 
 # %% ../../nbs/cli/00_options.ipynb #f8d9888b
-def in_company() -> bool:
-    "Whether a launcher such as torchrun started this command in several processes"
-    return int(os.environ.get('WORLD_SIZE') or 1) > 1 and 'RANK' in os.environ
-
 def is_first() -> bool:
-    "Whether this is the main process of those, or the only one"
-    return not in_company() or int(os.environ['RANK']) == 0
+    "Whether this is the only process, or the main one of those that a launcher such as torchrun started"
+    return int(os.environ.get('WORLD_SIZE') or 1) == 1 or int(os.environ.get('RANK') or 0) == 0
 
 def say(
     *words, # as `print` takes them

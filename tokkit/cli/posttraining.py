@@ -59,6 +59,8 @@ class PosttrainOptions:
     skip_broken:bool|None = None         # leave out images that cannot be read
     upscale:bool|None = None             # enlarge images that are smaller than the tokenizer's
     track:Literal['trackio','wandb','tensorboard']|None = None # also send losses, pictures and cards there
+    minutes:float = 10.                  # between checkpoints within an epoch; 0: after epochs only
+    keep:int = 2                         # so many of the newest checkpoints stay until it ends
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -173,14 +175,17 @@ def posttrain(
     "Train a tokenizer's decoder on the latents its generator makes, and say what that gained"
     from tokkit.core import bundle
     from tokkit.recipes import estimate_posttraining, follow_posttraining
+    from tokkit.training import checked_keeping
     options = bundle(PosttrainOptions, options, **how)
     device = str(use_device(options.device))
     _check_together(options)
+    keeping = checked_keeping(options.minutes, options.keep)
     if options.out is not None: _check_new(options.out)
     tok = _saved_tokenizer(options.tokenizer)
     _check_result(tok)
     recipe = _recipe(options, tok)
     gen = _saved_generator(options.generator)
     if options.estimate: return print(estimate_posttraining(recipe, tok, gen, device))
-    folder,again = follow_posttraining(recipe, tok, gen, options.out, device, options.track)
+    folder,again = follow_posttraining(recipe, tok, gen, options.out, device, options.track,
+                                       **keeping)
     _tell(folder, again, options, recipe)

@@ -25,12 +25,19 @@ class TrainOptions:
     data:str|None = None
     size:int|None = None                 # tokenizer: side of the images, pixels
     n:int|None = None                    # how many images; as the recipe says when left out (laptop: 6000)
+    # tokenizer: read shards in their order and mix so many images at a time; 0: any order over all
+    stream:int|None = None
+    skip_broken:bool|None = None         # leave out images and shards that cannot be read, and say how many
     # generator: folder or short name of a tokenizer; module:function that makes yours; zoo:NAME=FILE
     tokenizer:str|None = None
     tokens:str|None = None               # generator: folder of a token cache; encoded now when left out
     set:list[str] = ()                   # any setting of the recipe, such as lr=1e-4; may be repeated
     seed:int|None = None                 # moves every random draw
     track:Literal['trackio','wandb','tensorboard']|None = None # also send losses and pictures there
+    minutes:float = 10.                  # between checkpoints within an epoch; 0: after epochs only
+    keep:int = 2                         # so many of the newest checkpoints stay, and the best, until it ends
+    # generator: spread its weights over the processes that torchrun started, where one GPU cannot hold them
+    fsdp:bool = False
     estimate:bool = False                # keep nothing; time a few steps, and say what all would cost
     device:str|None = None               # cpu, cuda, cuda:1 or mps
 
@@ -42,9 +49,10 @@ def _check_given(kind:str, options:TrainOptions):
     if options.out is None and not options.estimate:
         raise ValueError("tokkit train needs --out, the folder to make")
     if options.preset and options.config: raise ValueError("--preset and --config are two recipes; give one")
+    if options.fsdp and kind != 'generator': raise ValueError("--fsdp belongs to tokkit train generator")
     if options.tokens and (options.data is not None or options.n is not None):
         raise ValueError("--tokens are those of their own images; leave out --data and -n")
-    own = dict(tokenizer=('size',), generator=('tokenizer', 'tokens'))
+    own = dict(tokenizer=('size', 'stream'), generator=('tokenizer', 'tokens'))
     for owner,names in own.items():
         wrong = [name for name in names if getattr(options, name) is not None]
         if wrong and owner != kind: raise ValueError(f"--{wrong[0]} belongs to tokkit train {owner}")
@@ -60,7 +68,8 @@ def _recipe(kind:str, options:TrainOptions) -> Any:
     data = options.data if options.config or options.data is not None else 'fashion_mnist'
     if data is not None: recipe = for_images(recipe, data, options.size)
     elif options.size: recipe = with_changes(recipe, dict(tokenizer=dict(size=options.size)))
-    if options.n is not None: recipe = with_changes(recipe, dict(images=dict(n=options.n)))
+    given = {name: getattr(options, name) for name in ('n', 'stream', 'skip_broken')}
+    recipe = with_changes(recipe, dict(images={k: v for k,v in given.items() if v is not None}))
     if options.seed is not None: recipe = with_changes(recipe, dict(seed=options.seed))
     changes = read_changes(recipe, options.set)
     return changed_recipe(recipe, changes)
@@ -100,17 +109,20 @@ def train(
     from tokkit.core import bundle
     from tokkit.data import TokenCache
     from tokkit.recipes import (estimate_generator, estimate_tokenizer, follow_generator, follow_tokenizer)
+    from tokkit.training import checked_keeping
     options = bundle(TrainOptions, options, **how)
     _check_given(what, options)
+    keeping = checked_keeping(options.minutes, options.keep)
     recipe = _recipe(what, options)
     device = str(use_device(options.device))
     if what == 'tokenizer':
         if options.estimate: return print(estimate_tokenizer(recipe, device))
-        folder,again = follow_tokenizer(recipe, options.out, device, options.track)
+        folder,again = follow_tokenizer(recipe, options.out, device, options.track, **keeping)
     else:
         tok = _saved_tokenizer(options.tokenizer).to(device).eval()
         tokens = TokenCache.open(options.tokens) if options.tokens else None
         recipe = _of_tokens(recipe, tokens)
         if options.estimate: return print(estimate_generator(recipe, tok, tokens, device))
-        folder,again = follow_generator(recipe, tok, options.out, tokens, device, options.track)
+        folder,again = follow_generator(recipe, tok, options.out, tokens, device, options.track,
+                                        fsdp=options.fsdp, **keeping)
     _tell(what, recipe, folder, again, data_is_known=options.tokens is None)

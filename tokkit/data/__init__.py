@@ -1,6 +1,5 @@
 "Real images in [-1,1], and their tokens"
 from .images import *
-from .embedded import *
 from .files import *
 from .image_folder import *
 from .loader import *
@@ -11,3 +10,4 @@ from .shards import *
 from .shard_images import *
 from .stream import *
 from .sources import *
+from .streamed import *

@@ -125,12 +125,17 @@ def _why(e:Exception, name:str) -> str:
     return re.sub(r"'[^']*/([^/']+)'", r"'\1'", told) or type(e).__name__
 
 @patch
+def _square(self:LazyImages, image:Image.Image, position:int) -> Image.Image:
+    "What is taken of an image"
+    return center_crop(image, self.size, self.upscale)
+
+@patch
 def _read(self:LazyImages, position:int) -> np.ndarray|str:
     "One image as bytes (h w c), or why it cannot be read"
     try: image = self.picture(position)
     # decoders of damaged files raise whatever they like
     except Exception as e: return f"{self.called(position)} ({_why(e, self.called(position))})"
-    try: return np.atleast_3d(np.array(center_crop(image, self.size, self.upscale)))
+    try: return np.atleast_3d(np.array(self._square(image, position)))
     except ValueError as e: raise ValueError(f"{self.path/self.called(position)}: {e}") from None
 
 # %% ../../nbs/data/03_image_folder.ipynb #ed9331d1
@@ -199,6 +204,13 @@ def kept(self:LazyImages) -> LazyImages:
     part = self.subset(len(self))
     images = torch.empty(len(part), self.channels, self.size, self.size, dtype=torch.uint8)
     part.memory = images, torch.zeros(len(part), dtype=torch.bool)
+    return part
+
+@patch
+def unkept(self:LazyImages) -> LazyImages:
+    "The same images, none of which stays in memory: for whoever looks at each of them once"
+    part = copy.copy(self)
+    part.memory = None
     return part
 
 @patch(as_prop=True)

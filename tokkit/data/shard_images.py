@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'LABEL_COLUMNS', 'numbered_classes', 'TarRows', 'choose_column', 'table_columns', 'cell_bytes',
-           'TableRows', 'table_rows', 'hub_rows', 'ShardImages']
+           'TableRows', 'rows_in', 'table_rows', 'hub_rows', 'ShardImages']
 
 # %% ../../nbs/data/09_shard_images.ipynb #91e6d99b
 import difflib, os, tarfile, warnings
@@ -214,9 +214,18 @@ def _loaded(datasets, kind:str, files:Sequence[Path]):
         raise OSError(f"{files[0].parent}: the {len(files)} shards {files[0].name}, ... cannot be read as "
                       f"{kind}: {' '.join(str(reason).split())[:200]}") from None
 
-def _rows_of(file:Path) -> int:
-    "How many rows a file has"
-    return require_extra('pyarrow.parquet', 'data').read_metadata(file).num_rows
+def rows_in(
+    file:Path, # Parquet, or Arrow of either format
+) -> int:
+    "How many rows a file has, by what it says of itself"
+    if file.suffix.lower() == '.parquet':
+        return require_extra('pyarrow.parquet', 'data').read_metadata(file).num_rows
+    arrow = require_extra('pyarrow', 'data')
+    whole = file.open('rb').read(6) == b'ARROW1'
+    with arrow.memory_map(str(file)) as mapped:
+        if not whole: return sum(batch.num_rows for batch in arrow.ipc.open_stream(mapped))
+        reader = arrow.ipc.open_file(mapped)
+        return sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
 
 def table_rows(
     files:Sequence[Path],  # whole Parquet or Arrow files
@@ -231,7 +240,7 @@ def table_rows(
         every = [datasets.Dataset.from_file(str(p)) for p in files]
         parts = [(p, len(one)) for p,one in zip(files, every)]
         return TableRows(datasets.concatenate_datasets(every), path, image, label, parts)
-    parts = [(p, _rows_of(p)) for p in files] if kind == 'parquet' else []
+    parts = [(p, rows_in(p)) for p in files] if kind == 'parquet' else []
     return TableRows(_loaded(datasets, kind, files), path, image, label, parts)
 
 def hub_rows(

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import Registry, require_extra
-from .embedded import fashion_mnist
 from .files import _files, READ_AT_ONCE, SPLITS, SUFFIXES
 from .image_folder import ImageFolder, LazyImages
-from .images import ImageSet, Indexed
+from .images import fashion_mnist, ImageSet, Indexed
 from .shard_images import hub_rows, ShardImages, table_rows, TarRows
 from .shards import _matching, find_shards, KINDS, shard_parts, shards_below
 

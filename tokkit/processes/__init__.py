@@ -3,3 +3,5 @@ from .group import *
 from .shares import *
 from .sharded_weights import *
 from .parts import *
+from .stopping import *
+from .steps import *

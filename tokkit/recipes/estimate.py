@@ -18,7 +18,7 @@ from ..data import ImageSet, to_uint8, TokenCache
 from ..generators import balanced_labels, LatentGenerator, make_generator, sample_batches
 from ..posttraining import check_fit, LatentPairs, match_distribution, posttrain_decoder, PostTraining
 from ..processes import on_main, process_count
-from .following import check_batch, check_memory, recipe_images, sampling_of
+from .following import check_batch, check_memory, recipe_images, sampling_of, streamed_images
 from .recipe import DecoderRecipe, GeneratorRecipe, TokenizerRecipe
 from ..tokenizers import ImageTokenizer, make_tokenizer
 from ..training import TensorPairs, train_generator, train_tokenizer
@@ -88,9 +88,10 @@ def _hushed():
 # %% ../../nbs/recipes/05_estimate.ipynb #7a9a7d65
 def _repeated(images, rows:int) -> ImageSet:
     "So many rows of images, from the start again where there are fewer"
-    at = torch.arange(rows)%len(images)
-    x = torch.cat([to_uint8(images[part][0]) for part in at.split(64)])
-    return ImageSet(x, images.labels[at], images.classes, images.name)
+    there = torch.arange(min(rows, len(images)))
+    at = torch.arange(rows)%len(there)
+    x = torch.cat([to_uint8(images[part][0]) for part in there.split(64)])
+    return ImageSet(x[at], images.labels[at], images.classes, images.name)
 
 def estimate_tokenizer(
     recipe:TokenizerRecipe,      # what would be trained, and how
@@ -99,7 +100,7 @@ def estimate_tokenizer(
     "What the training of a tokenizer costs; nothing is kept"
     device = default_device(device)
     tok = make_tokenizer(recipe.tokenizer, recipe.seed)
-    images = recipe_images(recipe.images, tok)
+    images = (streamed_images if recipe.images.stream else recipe_images)(recipe.images, tok)
     check_batch(images, recipe.training.batch)
     check_memory(tok, device)
     few = _repeated(images, STEPS*recipe.training.batch)

@@ -174,6 +174,7 @@ def follow_posttraining(
     out:str|Path,                       # folder to make; one of the same recipe, models and images is reused
     device:str|None = None,             # where; None: the best there is
     track:str|None = None,              # a tracker, of `tokkit.runs.TRACKERS`; None: none
+    **keeping,                          # which checkpoints: `minutes` and `keep` of `TrainingContext`
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train a decoder on its generator's latents, a control beside it, and measure both; goes on after a kill"
     check_tracker(track)
@@ -188,7 +189,7 @@ def follow_posttraining(
     drawn = recipe.latents
     drawing = sampling_of(gen, drawn.guidance, drawn.power, temperature=drawn.temperature, steps=drawn.steps)
     given = _Models(tok, gen, images, drawing, recipe.seed)
-    where = dict(device=str(device), track=track)
+    where = dict(device=str(device), track=track, **keeping)
     def make(tmp, work): _fill(tmp, work, recipe, given, real, where, run_name(out))
     # by its contents instead of its place
     file = recipe.begin_discriminator

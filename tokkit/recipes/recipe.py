@@ -36,9 +36,12 @@ class Images:
     skip_broken:bool = False     # leave out images that cannot be read
     # main-training: another random crop of each image in each epoch, and its mirror image half of the time
     augment:bool = False
+    # main-training on shards: read them in their order, mix so many images at a time; 0: any order over all
+    stream:int = 0
 
     def __post_init__(self):
         if self.n is not None: check_count('n', self.n)
+        check_count('stream', self.stream, least=0, hint='it is how many images are mixed at a time')
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
@@ -57,9 +60,12 @@ def _check_word(name:str, value:str, known:tuple[str,...]):
     if value not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 def _check_plain(images:Images):
-    "Raise one line where crops are asked for that no training would see"
+    "Raise one line where images are asked for as no training would see them"
     if images.augment:
         raise ValueError("images.augment belongs to the training of a tokenizer; generators take views")
+    if images.stream:
+        raise ValueError("images.stream belongs to the training of a tokenizer; generators and decoders "
+                         "learn from latents, which are kept")
 
 @dataclass(frozen=True)
 class GeneratorShape:

@@ -6,8 +6,8 @@ from .losses import *
 from .discriminators import *
 from .semantic import *
 from .adversarial import *
-from .feature_moments import *
-from .frechet_loss import *
+from .distribution_losses import *
+from .watching import *
 from .settings import *
 from .image_loss import *
 from .train import *

@@ -20,7 +20,7 @@ from ..data import ImageSet
 from ..features import chunks
 from .adversarial import adaptive_weight, ADVERSARIAL, LeCAM, make_discriminator
 from .discriminators import blur_schedule, DiffAug
-from .feature_moments import distribution_loss
+from .distribution_losses import distribution_loss
 from .learner import Callback, Learner, Phase
 from .losses import perceptual_loss, recon_loss
 from .semantic import SemanticLoss
