@@ -83,7 +83,7 @@ def killed(words:list[str], home:Path, sight:str, all_of_them:bool = True):
     "Start two processes, and kill them, or the second one, as soon as there is a file of this pattern"
     run = subprocess.Popen([*TWO, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        end = time.time()+120
+        end = time.time()+280
         while not any(home.glob(sight)):
             assert time.time() < end and run.poll() is None, run.communicate()[1]
             time.sleep(.002)
@@ -96,7 +96,7 @@ def killed(words:list[str], home:Path, sight:str, all_of_them:bool = True):
         run.wait()
 
 def finished(words:list[str]):
-    done = subprocess.run([*TWO, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*TWO, *words], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
 
 
@@ -156,7 +156,7 @@ def test_one_that_fails_stops_the_other(models, tmp_path):
     for i in range(2100): Image.fromarray(np.full((2, 2), i%256, np.uint8)).save(tmp_path/f'{i:04d}.png')
     (tmp_path/'1500.png').write_bytes(b'no image')
     words = encode(models, tmp_path/'tokens', '--data', str(tmp_path), '--views', 'mirror')
-    done = subprocess.run([*TWO, '-m', 'tokkit', *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*TWO, '-m', 'tokkit', *words], capture_output=True, text=True, timeout=280)
     told = [line for line in done.stderr.splitlines() if line.startswith(('tokkit:', 'tokkit,'))]
     assert done.returncode != 0 and len(told) == 1 and '1500.png' in told[0], done.stderr
     assert not (tmp_path/'tokens').exists()

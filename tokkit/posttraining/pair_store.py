@@ -16,8 +16,8 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import (atomic_path, bar, bundle, check_range, own_settings, read_json, set_aside,
-                         stable_hash, tensors_hash, to_plain, write_json)
+from ..core import (atomic_path, bar, bundle, check_range, clear_unfinished, own_settings, read_json,
+                         set_aside, stable_hash, tensors_hash, to_plain, write_json)
 from ..data import ImageSet, keep_each
 from ..generators import LatentGenerator
 from .pairs import _merged, LatentPairs, make_pairing, PairMaker, Pairing
@@ -155,7 +155,9 @@ def _missing_files(folder, maker, files) -> tuple[dict,bool,list[int]]:
     rows = files.rows(len(maker.images))
     share = range(len(rows))[which::of]
     for i in share: _keep_part(_part(folder, i), len(rows[i]), _mine(recipe, i))
-    return recipe, new, [i for i in share if not _part(folder, i).exists()]
+    missing = [i for i in share if not _part(folder, i).exists()]
+    for i in missing: clear_unfinished(_part(folder, i))
+    return recipe, new, missing
 
 def _write_share(folder, maker, files):
     "Make what is missing of this worker's files"
