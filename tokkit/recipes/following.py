@@ -202,7 +202,7 @@ def follow_tokenizer(
     out:str|Path,                         # folder to make; one of the same recipe and images is reused
     device:str|None = None,               # where; None: the best there is
     track:str|None = None,                # a tracker, of `tokkit.runs.TRACKERS`; None: none
-    **keeping,                            # which checkpoints: `minutes` and `keep` of `TrainingContext`
+    **where,                              # more of `TrainingContext`: minutes, keep
 ) -> tuple[Path,bool]: # the folder, and whether it was there already
     "Train the tokenizer of a recipe; the same call goes on after a kill"
     check_tracker(track)
@@ -222,7 +222,7 @@ def follow_tokenizer(
         opponent = work/DISCRIMINATOR if recipe.training.adversarial else None
         history = train_tokenizer(tok, train, recipe.training, recipe.perturbation, validation=test,
                                   discriminator=opponent, work=work, preview=preview, device=str(device),
-                                  seed=recipe.seed, track=track, run=run_name(out), **keeping)
+                                  seed=recipe.seed, track=track, run=run_name(out), **where)
         if opponent: shutil.copy(opponent, tmp/DISCRIMINATOR)
         # a generator asks how large latents are
         if tok.spec.codebook_size is None: fit_spec(tok, plain[:1000][0])

@@ -159,9 +159,7 @@ def _read(path:Path, device:torch.device) -> dict|None:
     "What was saved; None where that is not what is in the file"
     with open(path, 'rb') as f: f.read(1)           # a disk that cannot be read is no damage
     try:
-        # of several processes on CPUs, accelerate calls each one's cpu:0, which torch does not know
-        where = 'cpu' if device.type == 'cpu' else device
-        saved = torch.load(path, map_location=where, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
         whole = saved.pop('hash') == nested_hash(saved) and 'place' in saved
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception: return None                   # a damaged pickle raises whatever it likes

@@ -223,7 +223,7 @@ class GeneratorTraining(Training):
     ema:float = .99               # decay of the averaged weights, which are the result
     clip:float = 1.               # largest gradient norm; 0: any
     precision:str = 'no'          # 'no', 'tf32' (matrices on GPUs) or 'bf16'
-    # keep only the inputs of blocks for the backward pass: less memory, a third more time, the same gradients
+    # keep only the inputs of blocks for the backward pass and compute the rest again: less memory, more time
     gradient_checkpointing:bool = False
     compile:str = ''              # backend of torch.compile for the blocks, e.g. 'inductor'; '' as they are
 
