@@ -109,3 +109,14 @@ def test_images_in_the_order_of_their_classes():
 def test_errors(call, words):
     with pytest.raises(ValueError) as e: call(sets()[0])
     assert words in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('distances', ['double', 'single', 'half'])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_a_feature_that_is_no_number_is_refused_wherever_it_stands(distances, bad):
+    real = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0))
+    fake = real.clone()
+    fake[1500, 2] = bad
+    for pair in ((real, fake), (fake, real)):
+        with pytest.raises(ValueError, match='hold NaN or infinity'):
+            precision_recall(*pair, distances=distances)

@@ -102,7 +102,8 @@ def _reach(f, k:int, half:bool, device) -> Float[Tensor, "n"]:
 # %% ../../nbs/metrics/04_precision_recall.ipynb #edf01e74
 def _by_tiles(real, fake, k:int, half:bool, device) -> tuple[float,float]:
     "Precision and recall, tile by tile"
-    for f in (real, fake): check_features(f[:1], 'precision_recall')
+    for f in (real, fake):
+        for some in row_blocks(f): check_features(some, 'precision_recall')
     _pair(real[:k+2], fake[:k+2], k, 'precision_recall')
     real,fake = (_held(f, device) for f in (real, fake))
     real_reach,fake_reach = (_reach(f, k, half, device) for f in (real, fake))
